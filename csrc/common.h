@@ -1,0 +1,59 @@
+// Checks and views between torch tensors and the torch-free kernels.
+//
+// Python raises the errors that users meet (msrnn_ops/scan.py). The checks here keep a direct call
+// of torch.ops.msrnn_ops.* from reading out of bounds.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+#include "cpu/scan.h"
+
+namespace msrnn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::Double:
+      return DType::float64;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    default:
+      STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
+  }
+}
+
+inline int64_t size_of(DType t) {
+  return t == DType::float32 ? 4 : t == DType::float64 ? 8 : 2;
+}
+
+// Carries are float32, or float64 for float64.
+inline ScalarType accumulation_type(DType t) {
+  return t == DType::float64 ? ScalarType::Double : ScalarType::Float;
+}
+
+inline View view_of(const Tensor& x) {
+  const int64_t size = size_of(dtype_of(x));
+  return {static_cast<char*>(x.data_ptr()), x.stride(0) * size, x.stride(1) * size,
+          x.stride(2) * size};
+}
+
+// Channels [part * channels, (part + 1) * channels) of a view.
+inline View slice_channels(View v, int64_t part, int64_t channels) {
+  v.data += part * channels * v.channel;
+  return v;
+}
+
+}  // namespace msrnn

@@ -1,0 +1,473 @@
+// The scans on the CPU: checks, the plan (tiles and threads), dispatch to an instruction set.
+#include "scan.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "../common.h"
+
+namespace msrnn {
+namespace {
+
+// Fewer channels in flight than this: time is cut into tiles of about kTileElements elements.
+// Both depend on shape alone, so results do not depend on the number of threads.
+constexpr int64_t kEnoughChannels = 1024;
+constexpr int64_t kTileElements = 8192;
+// A thread is worth waking for this many elements.
+constexpr int64_t kElementsPerThread = 16384;
+// Outputs of this size are written past the cache, and asked for in huge pages.
+constexpr int64_t kLargeBytes = int64_t{8} << 20;
+constexpr int64_t kHugePage = int64_t{2} << 20;
+
+const char* capability() {
+  static const char* const chosen = [] {
+#if defined(__x86_64__)
+    const char* wanted = std::getenv("MSRNN_CPU_CAPABILITY");
+    auto allows = [&](const char* name) { return !wanted || !std::strcmp(wanted, name); };
+    if (allows("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      return "avx512";
+    }
+    if ((allows("avx2") || allows("avx512")) && __builtin_cpu_supports("avx2") &&
+        __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+      return "avx2";
+    }
+#endif
+    return "baseline";
+  }();
+  return chosen;
+}
+
+ScanKernels kernels_for(DType dtype) {
+#if defined(__x86_64__)
+  if (dtype != DType::float64) {
+    if (!std::strcmp(capability(), "avx512")) return scan_kernels_avx512(dtype);
+    if (!std::strcmp(capability(), "avx2")) return scan_kernels_avx2(dtype);
+  }
+#endif
+  return scan_kernels_baseline(dtype);
+}
+
+// Denormals read and written as zero while in scope: a decaying state spends long in them.
+class FlushDenormals {
+ public:
+#if defined(__x86_64__)
+  explicit FlushDenormals(bool on) : saved_(_mm_getcsr()) {
+    if (on) _mm_setcsr(saved_ | 0x8040);
+  }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  explicit FlushDenormals(bool on) {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    if (on) asm volatile("msr fpcr, %0" ::"r"(saved_ | (1ull << 24)));
+  }
+  ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#else
+  explicit FlushDenormals(bool) {}
+#endif
+};
+
+// The first touch of 64 MB costs 30 ms in 4 KB pages.
+void ask_for_huge_pages(const Tensor& x, int64_t bytes) {
+#if defined(__linux__)
+  if (bytes < kLargeBytes) return;
+  const auto begin = reinterpret_cast<uintptr_t>(x.data_ptr());
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+struct Shape {
+  int64_t rows, time, channels;
+};
+
+Shape check_inputs(std::initializer_list<const Tensor*> tensors) {
+  const Tensor& first = **tensors.begin();
+  for (const Tensor* x : tensors) {
+    STD_TORCH_CHECK(x->dim() == 3, "expected tensors of shape (B, T, D)");
+    STD_TORCH_CHECK(x->scalar_type() == first.scalar_type(), "expected tensors of one dtype");
+    for (int64_t d = 0; d < 3; ++d) {
+      STD_TORCH_CHECK(x->size(d) == first.size(d), "expected tensors of one shape");
+    }
+  }
+  return {first.size(0), first.size(1), first.size(2)};
+}
+
+void check_state(const OptionalTensor& x, int64_t segments, int64_t channels, ScalarType type) {
+  if (!x) return;
+  STD_TORCH_CHECK(x->dim() == 2 && x->size(0) == segments && x->size(1) == channels,
+                  "expected a state of shape (sequences, D)");
+  STD_TORCH_CHECK(x->scalar_type() == type, "expected a state in the accumulation dtype");
+}
+
+const void* state_data(OptionalTensor& x) {
+  if (!x) return nullptr;
+  if (!x->is_contiguous()) x = torch::stable::contiguous(*x);
+  return x->data_ptr();
+}
+
+// Rows of a batch, or the sequences that cu_seqlens delimits, forced into [0, T].
+std::vector<Segment> segments_of(const Shape& shape, const OptionalTensor& cu_seqlens) {
+  std::vector<Segment> segments;
+  if (!cu_seqlens) {
+    segments.reserve(shape.rows);
+    for (int64_t b = 0; b < shape.rows; ++b) segments.push_back({b, 0, shape.time});
+    return segments;
+  }
+  const Tensor& cu = *cu_seqlens;
+  STD_TORCH_CHECK(shape.rows == 1, "cu_seqlens needs B = 1");
+  STD_TORCH_CHECK(cu.dim() == 1 && cu.size(0) >= 1, "expected cu_seqlens of shape (N + 1,)");
+  const bool wide = cu.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(wide || cu.scalar_type() == ScalarType::Int, "expected int32 or int64 cu_seqlens");
+  const auto* data = static_cast<const char*>(cu.data_ptr());
+  auto value = [&](int64_t i) {
+    const char* p = data + i * cu.stride(0) * (wide ? 8 : 4);
+    return wide ? *reinterpret_cast<const int64_t*>(p) : *reinterpret_cast<const int32_t*>(p);
+  };
+  int64_t begin = std::clamp<int64_t>(value(0), 0, shape.time);
+  for (int64_t i = 1; i < cu.size(0); ++i) {
+    const int64_t end = std::clamp<int64_t>(value(i), begin, shape.time);
+    segments.push_back({0, begin, end - begin});
+    begin = end;
+  }
+  return segments;
+}
+
+// Carries between tiles, and a flag for each.
+struct Plan {
+  std::vector<Tile> tiles;
+  std::vector<double> carries;  // room for float or double
+  std::unique_ptr<uint32_t[]> posted;
+  int64_t threads;
+};
+
+int64_t tile_rows(const std::vector<Segment>& segments, int64_t channels) {
+  int64_t total = 0, longest = 0;
+  for (const Segment& g : segments) {
+    total += g.length;
+    longest = std::max(longest, g.length);
+  }
+  if (longest == 0 || channels == 0 || total * channels >= kEnoughChannels * longest) return longest;
+  return std::max<int64_t>(16, kTileElements / padded(channels));
+}
+
+// `before` and `after` are the carries that enter and leave each segment, or null.
+Plan make_plan(const std::vector<Segment>& segments, int64_t channels, DType dtype,
+               const void* before, void* after) {
+  Plan plan;
+  const int64_t scalar = dtype == DType::float64 ? 8 : 4;
+  const int64_t rows = std::max<int64_t>(1, tile_rows(segments, channels));
+  int64_t elements = 0, chained = 0, pieces = 0;
+  for (const Segment& g : segments) {
+    elements += g.length * channels;
+    const int64_t n = std::max<int64_t>(1, (g.length + rows - 1) / rows);
+    pieces += n;
+    chained += n - 1;
+  }
+  plan.threads = std::clamp<int64_t>(elements / kElementsPerThread, 1,
+                                     torch::stable::get_num_threads());
+
+  // Channel blocks only share out work: they change no bit.
+  int64_t blocks = (channels + kEnoughChannels - 1) / kEnoughChannels;
+  while (chained == 0 && pieces * blocks % plan.threads && channels / (blocks + 1) >= 64) ++blocks;
+  const int64_t width = blocks ? padded((channels + blocks - 1) / blocks) : 0;
+
+  plan.carries.resize((chained * channels * scalar + 7) / 8);
+  plan.posted = std::make_unique<uint32_t[]>(chained * std::max<int64_t>(blocks, 1));
+  plan.tiles.reserve(pieces * blocks);
+  auto* carry = reinterpret_cast<char*>(plan.carries.data());
+  uint32_t* flag = plan.posted.get();
+  for (size_t i = 0; i < segments.size(); ++i) {
+    const int64_t offset = static_cast<int64_t>(i) * channels * scalar;
+    const void* entering = before ? static_cast<const char*>(before) + offset : nullptr;
+    for (int64_t first = 0; first == 0 || first < segments[i].length; first += rows) {
+      const bool last = first + rows >= segments[i].length;
+      void* leaving = carry;
+      if (last) leaving = after ? static_cast<char*>(after) + offset : nullptr;
+      for (int64_t c = 0; c < channels; c += width) {
+        Tile t{};
+        t.segment = static_cast<int64_t>(i);
+        t.first = first;
+        t.rows = std::min(rows, segments[i].length - first);
+        t.channel_begin = c;
+        t.channel_end = std::min(channels, c + width);
+        t.before = entering;
+        t.after = leaving;
+        t.wait = first ? flag - blocks : nullptr;
+        t.post = last ? nullptr : flag++;
+        plan.tiles.push_back(t);
+      }
+      entering = leaving;
+      if (!last) carry += channels * scalar;
+    }
+  }
+  return plan;
+}
+
+// Tiles are taken in order, so that whoever waits for a carry waits for a tile that is being
+// worked on: no thread count and no scheduling can dead-lock.
+void run(const Scan& scan, TileFunction kernel, const Plan& plan) {
+  int64_t scratch = 0;
+  for (const Tile& t : plan.tiles) scratch = std::max(scratch, scratch_scalars(t));
+  std::atomic<size_t> ticket{0};
+  auto work = [&](int64_t, int64_t) {
+    FlushDenormals flush(scan.dtype != DType::float64);
+    constexpr std::align_val_t kLine{64};
+    void* memory = ::operator new(scratch * 8, kLine);
+    for (size_t i; (i = ticket.fetch_add(1)) < plan.tiles.size();) {
+      kernel(scan, plan.tiles[i], memory);
+    }
+    if (scan.stream) store_fence();
+    ::operator delete(memory, kLine);
+  };
+  const int64_t threads = std::min<int64_t>(plan.threads, plan.tiles.size());
+  if (threads <= 1) {
+    work(0, 1);
+  } else {
+    torch::stable::parallel_for(0, threads, 1, work);
+  }
+}
+
+bool is_packed(const View& v, DType dtype) { return !v.data || v.channel == size_of(dtype); }
+
+// Whether every vector of the outputs is aligned for non-temporal stores.
+bool can_stream(const View& v) {
+  return (reinterpret_cast<uintptr_t>(v.data) | v.row | v.time) % 64 == 0;
+}
+
+struct Inputs {
+  Shape shape;
+  DType dtype;
+  View view[3] = {};
+  int count;
+};
+
+Inputs separate(std::initializer_list<const Tensor*> tensors) {
+  Inputs in{check_inputs(tensors), dtype_of(**tensors.begin()), {}, 0};
+  for (const Tensor* x : tensors) in.view[in.count++] = view_of(*x);
+  return in;
+}
+
+Inputs joint(const Tensor& projection, int parts) {
+  Inputs in{check_inputs({&projection}), dtype_of(projection), {}, parts};
+  STD_TORCH_CHECK(in.shape.channels % parts == 0, "expected a last size divisible by ", parts);
+  in.shape.channels /= parts;
+  for (int i = 0; i < parts; ++i) {
+    in.view[i] = slice_channels(view_of(projection), i, in.shape.channels);
+  }
+  return in;
+}
+
+Scan describe(ScanOp op, const Inputs& in, const std::vector<Segment>& segments, bool reverse) {
+  Scan s{};
+  s.op = op;
+  s.dtype = in.dtype;
+  s.reverse = reverse;
+  s.channels = in.shape.channels;
+  s.segments = segments.data();
+  s.packed = true;
+  for (int i = 0; i < in.count; ++i) {
+    s.input[i] = in.view[i];
+    s.packed = s.packed && is_packed(in.view[i], in.dtype);
+  }
+  return s;
+}
+
+std::tuple<Tensor, Tensor> forward(ScanOp op, const Inputs& in, const Tensor& like,
+                                   OptionalTensor h0, const OptionalTensor& cu_seqlens,
+                                   bool reverse) {
+  const auto [rows, time, channels] = in.shape;
+  const std::vector<Segment> segments = segments_of(in.shape, cu_seqlens);
+  const auto count = static_cast<int64_t>(segments.size());
+  const ScalarType carry = accumulation_type(in.dtype);
+  check_state(h0, count, channels, carry);
+
+  Tensor h = torch::stable::new_empty(like, {rows, time, channels});
+  Tensor last = torch::stable::new_empty(like, {count, channels}, carry);
+  const int64_t bytes = rows * time * channels * size_of(in.dtype);
+  ask_for_huge_pages(h, bytes);
+
+  Scan s = describe(op, in, segments, reverse);
+  s.state = view_of(h);
+  s.stream = bytes >= kLargeBytes && can_stream(s.state);
+  run(s, kernels_for(in.dtype).forward,
+      make_plan(segments, channels, in.dtype, state_data(h0), last.data_ptr()));
+  return {h, last};
+}
+
+// Fills the gradients of the inputs, which view `gradients`, and returns that of h0.
+Tensor backward(ScanOp op, const Inputs& in, const Inputs& gradients, const Tensor& h,
+                OptionalTensor grad_h, OptionalTensor grad_last, OptionalTensor h0,
+                const OptionalTensor& cu_seqlens, bool reverse) {
+  const auto [rows, time, channels] = in.shape;
+  const std::vector<Segment> segments = segments_of(in.shape, cu_seqlens);
+  const auto count = static_cast<int64_t>(segments.size());
+  const ScalarType carry = accumulation_type(in.dtype);
+  check_state(h0, count, channels, carry);
+  check_state(grad_last, count, channels, carry);
+  const Inputs states = separate({&h});
+  STD_TORCH_CHECK(states.shape.rows == rows && states.shape.time == time &&
+                      states.shape.channels == channels && states.dtype == in.dtype,
+                  "expected h in the shape and dtype of the inputs");
+
+  Tensor grad_h0 = torch::stable::new_empty(h, {count, channels}, carry);
+  Scan s = describe(op, in, segments, reverse);
+  s.state = states.view[0];
+  s.packed = s.packed && is_packed(s.state, s.dtype);
+  if (grad_h) {
+    check_inputs({&h, &*grad_h});
+    s.grad_state = view_of(*grad_h);
+    s.packed = s.packed && is_packed(s.grad_state, s.dtype);
+  }
+  s.stream = rows * time * channels * size_of(in.dtype) >= kLargeBytes;
+  for (int i = 0; i < gradients.count; ++i) {
+    s.grad_input[i] = gradients.view[i];
+    s.stream = s.stream && can_stream(s.grad_input[i]);
+  }
+  s.h0 = state_data(h0);
+  run(s, kernels_for(in.dtype).backward,
+      make_plan(segments, channels, in.dtype, state_data(grad_last), grad_h0.data_ptr()));
+  return grad_h0;
+}
+
+Tensor new_like(const Tensor& x) {
+  Tensor out = torch::stable::new_empty(x, x.sizes());
+  ask_for_huge_pages(out, out.numel() * size_of(dtype_of(out)));
+  return out;
+}
+
+template <ScanOp op>
+std::tuple<Tensor, Tensor> forward2(const Tensor& x0, const Tensor& x1, OptionalTensor h0,
+                                    OptionalTensor cu_seqlens, bool reverse) {
+  return forward(op, separate({&x0, &x1}), x0, h0, cu_seqlens, reverse);
+}
+
+// linear_scan and decay_scan need only their first input again.
+template <ScanOp op>
+std::tuple<Tensor, Tensor, Tensor> backward_of_decay(OptionalTensor grad_h, OptionalTensor grad_last,
+                                                     const Tensor& a, const Tensor& h,
+                                                     OptionalTensor h0, OptionalTensor cu_seqlens,
+                                                     bool reverse) {
+  Tensor grad_a = new_like(a), grad_b = new_like(a);
+  Tensor grad_h0 = backward(op, separate({&a}), separate({&grad_a, &grad_b}), h, grad_h, grad_last,
+                            h0, cu_seqlens, reverse);
+  return {grad_a, grad_b, grad_h0};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward2(ScanOp op, OptionalTensor grad_h,
+                                             OptionalTensor grad_last, const Tensor& x0,
+                                             const Tensor& x1, const Tensor& h, OptionalTensor h0,
+                                             OptionalTensor cu_seqlens, bool reverse) {
+  Tensor grad0 = new_like(x0), grad1 = new_like(x1);
+  Tensor grad_h0 = backward(op, separate({&x0, &x1}), separate({&grad0, &grad1}), h, grad_h,
+                            grad_last, h0, cu_seqlens, reverse);
+  return {grad0, grad1, grad_h0};
+}
+
+std::tuple<Tensor, Tensor, Tensor> log_scan_backward(OptionalTensor grad_h, OptionalTensor grad_last,
+                                                     const Tensor& log_a, const Tensor& log_b,
+                                                     const Tensor& log_h, OptionalTensor log_h0,
+                                                     OptionalTensor cu_seqlens, bool reverse) {
+  return backward2(ScanOp::log_scan, grad_h, grad_last, log_a, log_b, log_h, log_h0, cu_seqlens,
+                   reverse);
+}
+
+ScanOp gru(bool identity) { return identity ? ScanOp::min_gru_identity : ScanOp::min_gru_g; }
+ScanOp lstm(bool identity) { return identity ? ScanOp::min_lstm_identity : ScanOp::min_lstm_g; }
+
+std::tuple<Tensor, Tensor> min_gru(const Tensor& gate, const Tensor& candidate, OptionalTensor h0,
+                                   OptionalTensor cu_seqlens, bool reverse, bool identity) {
+  return forward(gru(identity), separate({&gate, &candidate}), gate, h0, cu_seqlens, reverse);
+}
+
+std::tuple<Tensor, Tensor, Tensor> min_gru_backward(OptionalTensor grad_h, OptionalTensor grad_last,
+                                                    const Tensor& gate, const Tensor& candidate,
+                                                    const Tensor& h, OptionalTensor h0,
+                                                    OptionalTensor cu_seqlens, bool reverse,
+                                                    bool identity) {
+  return backward2(gru(identity), grad_h, grad_last, gate, candidate, h, h0, cu_seqlens, reverse);
+}
+
+std::tuple<Tensor, Tensor> min_lstm(const Tensor& forget, const Tensor& input,
+                                    const Tensor& candidate, OptionalTensor h0,
+                                    OptionalTensor cu_seqlens, bool reverse, bool identity) {
+  return forward(lstm(identity), separate({&forget, &input, &candidate}), forget, h0, cu_seqlens,
+                 reverse);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> min_lstm_backward(
+    OptionalTensor grad_h, OptionalTensor grad_last, const Tensor& forget, const Tensor& input,
+    const Tensor& candidate, const Tensor& h, OptionalTensor h0, OptionalTensor cu_seqlens,
+    bool reverse, bool identity) {
+  Tensor grad_forget = new_like(forget), grad_input = new_like(input);
+  Tensor grad_candidate = new_like(candidate);
+  Tensor grad_h0 = backward(lstm(identity), separate({&forget, &input, &candidate}),
+                            separate({&grad_forget, &grad_input, &grad_candidate}), h, grad_h,
+                            grad_last, h0, cu_seqlens, reverse);
+  return {grad_forget, grad_input, grad_candidate, grad_h0};
+}
+
+std::tuple<Tensor, Tensor> min_gru_joint(const Tensor& projection, OptionalTensor h0,
+                                         OptionalTensor cu_seqlens, bool reverse, bool identity) {
+  return forward(gru(identity), joint(projection, 2), projection, h0, cu_seqlens, reverse);
+}
+
+std::tuple<Tensor, Tensor> min_lstm_joint(const Tensor& projection, OptionalTensor h0,
+                                          OptionalTensor cu_seqlens, bool reverse, bool identity) {
+  return forward(lstm(identity), joint(projection, 3), projection, h0, cu_seqlens, reverse);
+}
+
+std::tuple<Tensor, Tensor> min_gru_joint_backward(OptionalTensor grad_h, OptionalTensor grad_last,
+                                                  const Tensor& projection, const Tensor& h,
+                                                  OptionalTensor h0, OptionalTensor cu_seqlens,
+                                                  bool reverse, bool identity) {
+  Tensor grad = new_like(projection);
+  Tensor grad_h0 = backward(gru(identity), joint(projection, 2), joint(grad, 2), h, grad_h,
+                            grad_last, h0, cu_seqlens, reverse);
+  return {grad, grad_h0};
+}
+
+std::tuple<Tensor, Tensor> min_lstm_joint_backward(OptionalTensor grad_h, OptionalTensor grad_last,
+                                                   const Tensor& projection, const Tensor& h,
+                                                   OptionalTensor h0, OptionalTensor cu_seqlens,
+                                                   bool reverse, bool identity) {
+  Tensor grad = new_like(projection);
+  Tensor grad_h0 = backward(lstm(identity), joint(projection, 3), joint(grad, 3), h, grad_h,
+                            grad_last, h0, cu_seqlens, reverse);
+  return {grad, grad_h0};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(msrnn_ops, CPU, m) {
+  m.impl("linear_scan", TORCH_BOX(&forward2<ScanOp::linear_scan>));
+  m.impl("linear_scan_backward", TORCH_BOX(&backward_of_decay<ScanOp::linear_scan>));
+  m.impl("decay_scan", TORCH_BOX(&forward2<ScanOp::decay_scan>));
+  m.impl("decay_scan_backward", TORCH_BOX(&backward_of_decay<ScanOp::decay_scan>));
+  m.impl("log_scan", TORCH_BOX(&forward2<ScanOp::log_scan>));
+  m.impl("log_scan_backward", TORCH_BOX(&log_scan_backward));
+  m.impl("min_gru", TORCH_BOX(&min_gru));
+  m.impl("min_gru_backward", TORCH_BOX(&min_gru_backward));
+  m.impl("min_gru_joint", TORCH_BOX(&min_gru_joint));
+  m.impl("min_gru_joint_backward", TORCH_BOX(&min_gru_joint_backward));
+  m.impl("min_lstm", TORCH_BOX(&min_lstm));
+  m.impl("min_lstm_backward", TORCH_BOX(&min_lstm_backward));
+  m.impl("min_lstm_joint", TORCH_BOX(&min_lstm_joint));
+  m.impl("min_lstm_joint_backward", TORCH_BOX(&min_lstm_joint_backward));
+}
+
+}  // namespace msrnn

@@ -1,0 +1,151 @@
+// What the CPU scan kernels take: raw pointers and strides, no torch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define MSRNN_SCALAR inline __attribute__((always_inline))
+
+namespace msrnn {
+
+enum class DType : int32_t { float32, float64, bfloat16, float16 };
+
+enum class ScanOp : int32_t {
+  linear_scan,
+  decay_scan,
+  log_scan,
+  min_gru_g,
+  min_gru_identity,
+  min_lstm_g,
+  min_lstm_identity,
+};
+
+// A tensor indexed (row, time, channel). Strides in bytes. data == nullptr: absent.
+struct View {
+  char* data;
+  int64_t row, time, channel;
+};
+
+// One independent sequence: a row of a batch, or one of several packed along time.
+struct Segment {
+  int64_t row;
+  int64_t start;   // first time index
+  int64_t length;  // time steps
+};
+
+// One call. Initial and final states are (segments, channels), contiguous, float (double for
+// float64); a null pointer means zero (log 0 for log_scan's h0) on the way in and not wanted on
+// the way out.
+struct Scan {
+  ScanOp op;
+  DType dtype;       // of every View
+  bool reverse;      // the recurrence runs from the last time step to the first
+  bool packed;       // channels of every View are adjacent in memory
+  bool stream;       // write with non-temporal stores: outputs exceed the cache and are aligned
+  int64_t channels;
+  const Segment* segments;
+
+  View input[3];       // a, b | log a, log b | gate, candidate | forget, input, candidate
+  View state;          // h: written forward, read backward
+  View grad_state;     // backward: gradient of h, or absent
+  View grad_input[3];  // backward: written
+
+  const void* h0;
+};
+
+// A piece of one segment: `rows` steps from `first`, counted in walking order (backward walks the
+// recurrence from its end), for channels [channel_begin, channel_end).
+//
+// A tile with `wait == nullptr` starts from a known carry and walks. Any other works from a zero
+// carry, waits until *wait is non-zero, and applies the carry of the tile before it.
+struct Tile {
+  int64_t segment;
+  int64_t first, rows;
+  int64_t channel_begin, channel_end;
+  const void* before;  // carry entering, one scalar a channel from channel 0; or null
+  void* after;         // carry leaving, likewise
+  const uint32_t* wait;
+  uint32_t* post;
+};
+
+// Scalars of scratch memory that a tile needs, for up to 16 lanes.
+MSRNN_SCALAR int64_t padded(int64_t channels) { return (channels + 15) / 16 * 16; }
+MSRNN_SCALAR int64_t scratch_scalars(const Tile& t) {
+  return (6 + (t.wait ? 5 * t.rows : 0)) * padded(t.channel_end - t.channel_begin);
+}
+
+// Before other threads read what was written with non-temporal stores.
+MSRNN_SCALAR void store_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+using TileFunction = void (*)(const Scan&, const Tile&, void* scratch);
+
+struct ScanKernels {
+  TileFunction forward, backward;
+};
+
+// float64 is served by `baseline` alone.
+ScanKernels scan_kernels_baseline(DType);
+#if defined(__x86_64__)
+ScanKernels scan_kernels_avx2(DType);
+ScanKernels scan_kernels_avx512(DType);
+#endif
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+MSRNN_SCALAR float float_of(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+MSRNN_SCALAR uint32_t bits_of(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+MSRNN_SCALAR float to_float(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+MSRNN_SCALAR BFloat16 to_bfloat16(float x) {  // to nearest, ties to even
+  uint32_t u = bits_of(x);
+  if (x != x) return {0x7FC0};
+  return {static_cast<uint16_t>((u + 0x7FFFu + ((u >> 16) & 1u)) >> 16)};
+}
+MSRNN_SCALAR float to_float(Half x) {
+  uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7FFFu) << 13;
+  if (magnitude >= 0x0F800000u) return float_of(sign | magnitude | 0x70000000u);  // inf, NaN
+  // 2^112 moves the exponent bias; the product is exact for denormals too. It is made of integers
+  // where the processor may flush denormals: a half's denormal is normal once scaled by 2^23.
+  if (magnitude < 0x00800000u) {
+    float scaled = static_cast<float>(magnitude >> 13) * 5.9604644775390625e-8f;  // 2^-24
+    return float_of(sign | bits_of(scaled));
+  }
+  return float_of(sign | (magnitude + 0x38000000u));
+}
+MSRNN_SCALAR Half to_half(float x) {  // to nearest, ties to even
+  uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return {static_cast<uint16_t>(sign | 0x7E00u)};
+  if (magnitude >= 0x477FF000u) return {static_cast<uint16_t>(sign | 0x7C00u)};
+  if (magnitude < 0x38800000u) {  // denormal result: adding 1/2 rounds at 2^-24
+    uint32_t rounded = bits_of(float_of(magnitude) + 0.5f) - 0x3F000000u;
+    return {static_cast<uint16_t>(sign | rounded)};
+  }
+  uint32_t rounded = magnitude + 0xC8000FFFu + ((magnitude >> 13) & 1u);
+  return {static_cast<uint16_t>(sign | (rounded >> 13))};
+}
+
+}  // namespace msrnn
