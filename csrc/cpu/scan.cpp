@@ -18,8 +18,11 @@ namespace {
 
 // Fewer channels in flight than this: time is cut into tiles of about kTileElements elements.
 // Both depend on shape alone, so results do not depend on the number of threads.
-constexpr int64_t kEnoughChannels = 1024;
+constexpr int64_t kEnoughChannels = 256;
 constexpr int64_t kTileElements = 8192;
+// Widest and narrowest block of channels that one thread walks: carries in L1, two cache lines.
+constexpr int64_t kWidestBlock = 1024;
+constexpr int64_t kNarrowestBlock = 32;
 // A thread is worth waking for this many elements.
 constexpr int64_t kElementsPerThread = 16384;
 // Outputs of this size are written past the cache, and asked for in huge pages.
@@ -80,14 +83,20 @@ class FlushDenormals {
 #endif
 };
 
-// The first touch of 64 MB costs 30 ms in 4 KB pages.
-void ask_for_huge_pages(const Tensor& x, int64_t bytes) {
+// The first touch of 64 MB costs 30 ms in 4 KB pages and 10 ms in huge ones, half of that when all
+// threads share it: the kernel zeroes a page while whoever wants it waits.
+void prepare_output(const Tensor& x, int64_t bytes) {
 #if defined(__linux__)
   if (bytes < kLargeBytes) return;
   const auto begin = reinterpret_cast<uintptr_t>(x.data_ptr());
   const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (last <= first) return;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  const int64_t pages = static_cast<int64_t>(last - first) / kHugePage;
+  torch::stable::parallel_for(0, pages, 1, [&](int64_t i, int64_t end) {
+    for (; i < end; ++i) *reinterpret_cast<volatile char*>(first + i * kHugePage) = 0;
+  });
 #endif
 }
 
@@ -182,8 +191,11 @@ Plan make_plan(const std::vector<Segment>& segments, int64_t channels, DType dty
                                      torch::stable::get_num_threads());
 
   // Channel blocks only share out work: they change no bit.
-  int64_t blocks = (channels + kEnoughChannels - 1) / kEnoughChannels;
-  while (chained == 0 && pieces * blocks % plan.threads && channels / (blocks + 1) >= 64) ++blocks;
+  int64_t blocks = (channels + kWidestBlock - 1) / kWidestBlock;
+  while (chained == 0 && pieces * blocks % plan.threads &&
+         channels / (blocks + 1) >= kNarrowestBlock) {
+    ++blocks;
+  }
   const int64_t width = blocks ? padded((channels + blocks - 1) / blocks) : 0;
 
   plan.carries.resize((chained * channels * scalar + 7) / 8);
@@ -244,6 +256,10 @@ void run(const Scan& scan, TileFunction kernel, const Plan& plan) {
 
 bool is_packed(const View& v, DType dtype) { return !v.data || v.channel == size_of(dtype); }
 
+bool is_constant(const Tensor& x) {
+  return x.stride(0) == 0 && x.stride(1) == 0 && x.stride(2) == 0;
+}
+
 // Whether every vector of the outputs is aligned for non-temporal stores.
 bool can_stream(const View& v) {
   return (reinterpret_cast<uintptr_t>(v.data) | v.row | v.time) % 64 == 0;
@@ -299,7 +315,7 @@ std::tuple<Tensor, Tensor> forward(ScanOp op, const Inputs& in, const Tensor& li
   Tensor h = torch::stable::new_empty(like, {rows, time, channels});
   Tensor last = torch::stable::new_empty(like, {count, channels}, carry);
   const int64_t bytes = rows * time * channels * size_of(in.dtype);
-  ask_for_huge_pages(h, bytes);
+  prepare_output(h, bytes);
 
   Scan s = describe(op, in, segments, reverse);
   s.state = view_of(h);
@@ -330,7 +346,14 @@ Tensor backward(ScanOp op, const Inputs& in, const Inputs& gradients, const Tens
   s.packed = s.packed && is_packed(s.state, s.dtype);
   if (grad_h) {
     check_inputs({&h, &*grad_h});
+    if (is_constant(*grad_h) && rows * time * channels) {  // as of .sum().backward(): one row of it
+      Tensor row = torch::stable::narrow(*grad_h, 0, 0, 1);
+      row = torch::stable::narrow(row, 1, 0, 1);
+      grad_h = torch::stable::contiguous(row);
+    }
     s.grad_state = view_of(*grad_h);
+    if (grad_h->size(0) < rows) s.grad_state.row = 0;
+    if (grad_h->size(1) < time) s.grad_state.time = 0;
     s.packed = s.packed && is_packed(s.grad_state, s.dtype);
   }
   s.stream = rows * time * channels * size_of(in.dtype) >= kLargeBytes;
@@ -346,7 +369,7 @@ Tensor backward(ScanOp op, const Inputs& in, const Inputs& gradients, const Tens
 
 Tensor new_like(const Tensor& x) {
   Tensor out = torch::stable::new_empty(x, x.sizes());
-  ask_for_huge_pages(out, out.numel() * size_of(dtype_of(out)));
+  prepare_output(out, out.numel() * size_of(dtype_of(out)));
   return out;
 }
 
