@@ -18,14 +18,15 @@ namespace {
 
 // Fewer channels in flight than this: time is cut into tiles of about kTileElements elements.
 // Both depend on shape alone, so results do not depend on the number of threads.
-constexpr int64_t kEnoughChannels = 256;
-constexpr int64_t kTileElements = 8192;
+constexpr int64_t kEnoughChannels = 1024;
+constexpr int64_t kTileElements = 16384;
 // Widest and narrowest block of channels that one thread walks: carries in L1, two cache lines.
 constexpr int64_t kWidestBlock = 1024;
 constexpr int64_t kNarrowestBlock = 32;
 // A thread is worth waking for this many elements.
 constexpr int64_t kElementsPerThread = 16384;
-// Outputs of this size are written past the cache, and asked for in huge pages.
+// Outputs of this size are written past the cache; of that size, asked for in huge pages.
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
 constexpr int64_t kLargeBytes = int64_t{8} << 20;
 constexpr int64_t kHugePage = int64_t{2} << 20;
 
@@ -319,7 +320,7 @@ std::tuple<Tensor, Tensor> forward(ScanOp op, const Inputs& in, const Tensor& li
 
   Scan s = describe(op, in, segments, reverse);
   s.state = view_of(h);
-  s.stream = bytes >= kLargeBytes && can_stream(s.state);
+  s.stream = bytes >= kStreamBytes && can_stream(s.state);
   run(s, kernels_for(in.dtype).forward,
       make_plan(segments, channels, in.dtype, state_data(h0), last.data_ptr()));
   return {h, last};
@@ -356,7 +357,7 @@ Tensor backward(ScanOp op, const Inputs& in, const Inputs& gradients, const Tens
     if (grad_h->size(1) < time) s.grad_state.time = 0;
     s.packed = s.packed && is_packed(s.grad_state, s.dtype);
   }
-  s.stream = rows * time * channels * size_of(in.dtype) >= kLargeBytes;
+  s.stream = rows * time * channels * size_of(in.dtype) >= kStreamBytes;
   for (int i = 0; i < gradients.count; ++i) {
     s.grad_input[i] = gradients.view[i];
     s.stream = s.stream && can_stream(s.grad_input[i]);
