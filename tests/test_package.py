@@ -1,0 +1,121 @@
+"""The built package: its facts, its symbols, its instruction sets, its documentation."""
+
+from __future__ import annotations
+
+import doctest
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import msrnn_ops as ms
+from msrnn_ops import backend, scan, version
+
+PACKAGE = Path(ms.__file__).parent
+LIBRARY = next(PACKAGE.glob("_cpu*.so"))
+
+
+def run(*command: str, **environment: str) -> str:
+    env = {**os.environ, **environment}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+
+
+def test_build_info() -> None:
+    info = ms.build_info()
+    assert info["version"] == ms.__version__ == version.__version__
+    assert info["torch_target"] == "2.11" and info["cuda"] is None and info["cuda_archs"] == []
+    assert info["compiler"] and "baseline" in info["cpu"]
+    assert (PACKAGE / "py.typed").exists()
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs nm (binutils)")
+def test_library_needs_no_symbol_that_torch_2_11_lacks() -> None:
+    """Symbols of torch 2.11's C shim are stored in torch_2_11_symbols.txt."""
+    known = set((Path(__file__).parent / "torch_2_11_symbols.txt").read_text().split())
+    undefined = re.findall(r" U (\S+)", run("nm", "-D", "--undefined-only", str(LIBRARY)))
+    shim = {name for name in undefined if re.match(r"(aoti_)?torch_", name)}
+    assert shim and shim <= known, sorted(shim - known)
+    cxx = [name for name in undefined if re.match(r"_ZN?K?(3c10|2at|5torch)", name)]
+    assert not cxx, "C++ symbols of torch are not stable"
+    assert not [name for name in undefined if name.startswith("Py")]
+
+
+@pytest.mark.skipif(not shutil.which("objdump"), reason="needs objdump (binutils)")
+def test_baseline_code_holds_no_wide_instruction() -> None:
+    """Every function but those of the avx2 and avx512 namespaces runs on any x86-64."""
+    text = run("objdump", "-d", "--no-show-raw-insn", "-C", str(LIBRARY))
+    wide: dict[str, str] = {}
+    names = set()
+    for block in text.split("\n\n"):
+        head = re.match(r"[0-9a-f]+ <(.*)>:", block.strip())
+        if not head:
+            continue
+        names.add(head[1])
+        if re.search(r"msrnn::(avx2|avx512)::|scan_kernels_avx", head[1]):
+            continue
+        match = re.search(r"\t(v[a-z]\S*\s.*|.*%[yz]mm.*)", block)
+        if match:
+            wide[head[1]] = match[1]
+    assert any("avx512" in name for name in names), "expected symbols in the library"
+    assert not wide
+
+
+CHECK = """
+import torch, msrnn_ops as ms
+torch.manual_seed(0)
+for shape in ((2, 300, 130), (3, 40, 37), (1, 50, 1100)):
+    for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
+        for name, n in (("linear_scan", 2), ("decay_scan", 2), ("log_scan", 2), ("min_gru", 2),
+                        ("min_lstm", 3)):
+            x = [torch.randn(shape).to(dtype) for _ in range(n)]
+            if not name.startswith("min"):
+                x[0] = -x[0].abs()
+            x = [v.requires_grad_() for v in x]
+            w = torch.randn(shape).to(dtype)
+            h = getattr(ms, name)(*x)
+            grads = torch.autograd.grad(h, x, w)
+            wide = [v.detach().double().requires_grad_() for v in x]
+            exact = getattr(ms, name)(*wide)
+            exact_grads = torch.autograd.grad(exact, wide, w.double())
+            for a, b in zip((h, *grads), (exact, *exact_grads)):
+                error = ((a.double() - b).norm() / b.norm()).item()
+                assert error <= limit * (8 if name == "log_scan" else 1), (name, dtype, error)
+print("same")
+"""
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(capability: str) -> None:
+    has = torch.backends.cpu.get_cpu_capability().lower()
+    runs = {"baseline"} | ({"avx2"} if "avx" in has else set())
+    runs |= {"avx512"} if "avx512" in has else set()
+    if capability not in runs:
+        pytest.skip(f"this processor has no {capability}")
+    assert run(sys.executable, "-c", CHECK, MSRNN_CPU_CAPABILITY=capability).strip() == "same"
+
+
+def test_control_register_is_left_as_found() -> None:
+    tiny = torch.tensor(1e-40)
+    ms.min_gru(torch.randn(1, 3000, 16), torch.randn(1, 3000, 16))
+    assert (tiny * 1.0).item() != 0.0
+
+
+def test_documentation_examples() -> None:
+    for module in (scan, backend):
+        result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+        assert result.attempted > 0 and result.failed == 0
+
+
+def test_importing_loads_neither_triton_nor_optional_packages() -> None:
+    code = (
+        "import torch, sys; before = set(sys.modules); import msrnn_ops;"
+        "print([m for m in set(sys.modules) - before if m.split('.')[0] not in"
+        "('msrnn_ops', 'torch') and not m.startswith('_')])"
+    )
+    loaded = run(sys.executable, "-c", code)
+    assert not re.search(r"triton|transformers|matplotlib|rich|pytest", loaded)
