@@ -35,7 +35,10 @@ setup(
         Pybind11Extension(
             "msrnn_ops._C",
             ["csrc/module.cpp"],
-            define_macros=[("MSRNN_VERSION", f'"{VERSION}"'), ("MSRNN_TORCH_TARGET", f'"{TORCH_TARGET}"')],
+            define_macros=[
+                ("MSRNN_VERSION", f'"{VERSION}"'),
+                ("MSRNN_TORCH_TARGET", f'"{TORCH_TARGET}"'),
+            ],
             extra_compile_args=FLAGS,
         ),
         CppExtension(
@@ -47,7 +50,10 @@ setup(
                 "csrc/cpu/scan_avx2.cpp",
                 "csrc/cpu/scan_avx512.cpp",
             ],
-            define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030A0000")],
+            define_macros=[
+                ("TORCH_TARGET_VERSION", "0x020b000000000000"),
+                ("Py_LIMITED_API", "0x030A0000"),
+            ],
             extra_compile_args=FLAGS + sanitize,
             extra_link_args=sanitize,
             py_limited_api=True,

@@ -35,9 +35,7 @@ inline DType dtype_of(const Tensor& x) {
   }
 }
 
-inline int64_t size_of(DType t) {
-  return t == DType::float32 ? 4 : t == DType::float64 ? 8 : 2;
-}
+inline int64_t size_of(DType t) { return t == DType::float32 ? 4 : t == DType::float64 ? 8 : 2; }
 
 // Carries are float32, or float64 for float64.
 inline ScalarType accumulation_type(DType t) {

@@ -101,7 +101,8 @@ struct Linear {
     return settle(c, g.slow, fma(g.decay, c.value, keep(g.slow, c.rest)));
   }
 
-  // Where slow: the old value plus the change, with what that addition loses. Elsewhere: the change.
+  // Where slow: the old value plus the change, with what that addition loses. Elsewhere: the
+  // change.
   template <class V>
   static MSRNN_FN Carry<V> settle(Carry<V> c, typename V::Mask slow, V change) {
     V value = add_where(slow, change, c.value);

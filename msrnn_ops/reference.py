@@ -6,6 +6,7 @@ that every kernel is tested against. 16-bit inputs are computed in float32, like
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -75,10 +76,14 @@ def scan(
         rows = [tuple(x[b] for x in inputs) for b in range(batch)]
     else:
         ends = cu_seqlens.tolist()
-        rows = [tuple(x[0, s:e] for x in inputs) for s, e in zip(ends[:-1], ends[1:], strict=True)]
+        rows = [tuple(x[0, s:e] for x in inputs) for s, e in itertools.pairwise(ends)]
     outputs, lasts = [], []
     for n, row in enumerate(rows):
-        h = torch.full_like(inputs[0][0, 0], start) if time else inputs[0].new_full((channels,), start)
+        h = (
+            torch.full_like(inputs[0][0, 0], start)
+            if time
+            else inputs[0].new_full((channels,), start)
+        )
         if h0 is not None:
             h = h0[n].to(wide)
         states: list[Tensor] = [h.new_empty(0, channels)]

@@ -16,11 +16,12 @@ as plain PyTorch, which gives second derivatives, forward mode and torch.func.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +29,13 @@ from torch.autograd import forward_ad
 
 from msrnn_ops import backend, reference
 
-torch.ops.load_library(next(Path(__file__).parent.glob("_cpu*.so")))
+_libraries = list(Path(__file__).parent.glob("_cpu*.so"))
+if not _libraries:
+    raise ImportError(
+        "msrnn_ops has not been built here: run `pip install -e . --no-build-isolation` in the "
+        "source tree, or start Python outside of it to use an installed package"
+    )
+torch.ops.load_library(_libraries[0])
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ACTIVATIONS = ("g", "identity")
@@ -102,7 +109,7 @@ def _sequences(time: int, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
     if cu_seqlens is None:
         return [(0, time)]
     ends = cu_seqlens.tolist()
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(itertools.pairwise(ends))
 
 
 def _per_sequence(state: Tensor, cu_seqlens: Tensor | None) -> Sequence[Tensor]:
@@ -273,16 +280,13 @@ def _define(op: _Op) -> Callable[..., tuple[Tensor, Tensor]]:
         return (h.unflatten(0, (size, -1)), last.unflatten(0, (size, -1))), (0, 0)
 
     methods = (forward, setup_context, backward, jvp, vmap)
-    function: Any = type(
-        f"{op.name}_function",
-        (torch.autograd.Function,),
-        {method.__name__: staticmethod(method) for method in methods},
-    )
+    members = {method.__name__: staticmethod(method) for method in methods}
+    function = cast(Any, type(f"{op.name}_function", (torch.autograd.Function,), members))
 
     def autograd_kernel(*args: Any) -> tuple[Tensor, Tensor]:
         needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         run = function.apply if needed or forward_ad._current_level >= 0 else forward
-        return run(*args)  # type: ignore[no-any-return]
+        return run(*args)
 
     torch.library.register_fake(f"msrnn_ops::{op.name}", fake)
     torch.library.register_fake(f"msrnn_ops::{op.name}_backward", fake_backward)
@@ -301,22 +305,23 @@ def _define(op: _Op) -> Callable[..., tuple[Tensor, Tensor]]:
 _library = torch.library.Library("msrnn_ops", "IMPL")
 _LINEAR = _Op("linear_scan", ("a", "b"), _linear_derivatives, reference.linear_step, saved=1)
 _DECAY = _Op("decay_scan", ("log_a", "b"), _decay_derivatives, reference.decay_step, saved=1)
-_LOG = _Op(
-    "log_scan", ("log_a", "log_b"), _log_derivatives, reference.log_step, start=-torch.inf
-)
+_LOG = _Op("log_scan", ("log_a", "log_b"), _log_derivatives, reference.log_step, start=-torch.inf)
 _GRU = _Op("min_gru", ("gate", "candidate"), _gru_derivatives, reference.min_gru_step, flags=1)
 _GRU_JOINT = _Op(
     "min_gru_joint", ("projection",), _gru_derivatives, reference.min_gru_step, parts=2, flags=1
 )
 _LSTM = _Op(
-    "min_lstm", ("forget", "input", "candidate"), _lstm_derivatives, reference.min_lstm_step, flags=1
+    "min_lstm",
+    ("forget", "input", "candidate"),
+    _lstm_derivatives,
+    reference.min_lstm_step,
+    flags=1,
 )
 _LSTM_JOINT = _Op(
     "min_lstm_joint", ("projection",), _lstm_derivatives, reference.min_lstm_step, parts=3, flags=1
 )
 _calls = {
-    op.name: _define(op)
-    for op in (_LINEAR, _DECAY, _LOG, _GRU, _GRU_JOINT, _LSTM, _LSTM_JOINT)
+    op.name: _define(op) for op in (_LINEAR, _DECAY, _LOG, _GRU, _GRU_JOINT, _LSTM, _LSTM_JOINT)
 }
 
 
@@ -361,9 +366,7 @@ def _check_cu_seqlens(op: _Op, x: Tensor, cu_seqlens: Tensor) -> None:
             f"{op.name}: expected cu_seqlens to be a tensor, got {type(cu_seqlens).__name__}"
         )
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(
-            f"{op.name}: expected cu_seqlens in int32 or int64, got {cu_seqlens.dtype}"
-        )
+        raise TypeError(f"{op.name}: expected cu_seqlens in int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(
             f"{op.name}: expected cu_seqlens of shape (N + 1,), got {tuple(cu_seqlens.shape)}"
@@ -385,7 +388,7 @@ def _check_cu_seqlens(op: _Op, x: Tensor, cu_seqlens: Tensor) -> None:
     time = x.shape[1]
     if ends[0] != 0:
         raise ValueError(f"{op.name}: expected cu_seqlens to start at 0, got {ends[0]}")
-    for i, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for i, (start, end) in enumerate(itertools.pairwise(ends)):
         if end < start:
             raise ValueError(
                 f"{op.name}: expected cu_seqlens not to decrease, got {start} and then {end} "
@@ -418,9 +421,7 @@ def _check_state(
 
 def _identity(op: _Op, activation: str) -> bool:
     if activation not in _ACTIVATIONS:
-        raise ValueError(
-            f"{op.name}: expected activation 'g' or 'identity', got {activation!r}"
-        )
+        raise ValueError(f"{op.name}: expected activation 'g' or 'identity', got {activation!r}")
     return activation == "identity"
 
 

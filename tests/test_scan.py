@@ -59,7 +59,9 @@ def test_against_float64(
     finite = exact[1].isfinite()
     assert torch.equal(values[1].isfinite(), finite)
     assert norm_error(values[0], exact[0]) <= VALUE[dtype]
-    assert norm_error(values[1][finite], exact[1][finite]) <= min(VALUE[dtype], VALUE[torch.float32])
+    assert norm_error(values[1][finite], exact[1][finite]) <= min(
+        VALUE[dtype], VALUE[torch.float32]
+    )
     # 16-bit states are all that backward keeps: log_scan's differences of them lose most.
     slack = 8 if scan.name == "log_scan" else 1
     for x, grad, exact_grad in zip([*inputs, h0], grads, exact_grads, strict=False):
@@ -99,7 +101,9 @@ def test_splitting_anywhere_and_passing_the_state_on(scan: Scan, dtype: torch.dt
     inputs = scan.inputs(2, 600, 100, dtype)
     whole, whole_last = scan(*inputs, torch.full((2, 100), 0.5), return_state=True)
     for at in (0, 1, 299, 600):
-        first, state = scan(*(x[:, :at] for x in inputs), torch.full((2, 100), 0.5), return_state=True)
+        first, state = scan(
+            *(x[:, :at] for x in inputs), torch.full((2, 100), 0.5), return_state=True
+        )
         second, last = scan(*(x[:, at:] for x in inputs), state, return_state=True)
         both = torch.cat([first, second], 1)
         tolerance = 1e-6 if dtype == torch.float32 else 2**-7
@@ -164,7 +168,9 @@ def test_any_strides(scan: Scan, layout: str, dtype: torch.dtype) -> None:
 
     inputs = [strided(x) for x in scan.inputs(3, 90, 35, dtype)]
     dense = [x.contiguous() for x in inputs]
-    h0 = strided(torch.randn(1, 3, 35))[0] if layout != "expanded" else torch.randn(35).expand(3, 35)
+    h0 = (
+        strided(torch.randn(1, 3, 35))[0] if layout != "expanded" else torch.randn(35).expand(3, 35)
+    )
     weights = (torch.randn(3, 90, 35), torch.randn(3, 35))
     values, grads = gradients(scan, dense, h0.contiguous(), weights)
     leaves = [x.detach().requires_grad_() for x in (*inputs, h0)]
@@ -237,7 +243,9 @@ def test_runs_and_thread_counts_give_the_same_bits(scan: Scan) -> None:
 
 
 @pytest.mark.parametrize("mean", [0.0, -8.0], ids=["even", "slow"])
-@pytest.mark.parametrize("scan", [s for s in SCANS if s.name.startswith("min_")], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "scan", [s for s in SCANS if s.name.startswith("min_")], ids=lambda s: s.name
+)
 def test_long_sequences_keep_their_precision(scan: Scan, mean: float) -> None:
     shape = (1, 8192, 4)
     inputs = [x + mean for x in scan.inputs(*shape, torch.float32)]
@@ -397,7 +405,9 @@ def test_growing_products_out_of_range_fall_back_to_a_walk() -> None:
     torch.testing.assert_close(h.double(), exact, rtol=1e-4, atol=1e-37)
     a = torch.full((1, 4000, 4), 1.2)
     h = ms.linear_scan(a, torch.zeros(1, 4000, 4), torch.full((1, 4), 1e-30))
-    exact = ms.linear_scan(a.double(), torch.zeros_like(a).double(), torch.full((1, 4), 1e-30).double())
+    exact = ms.linear_scan(
+        a.double(), torch.zeros_like(a).double(), torch.full((1, 4), 1e-30).double()
+    )
     assert torch.equal(h.isinf(), exact > torch.finfo(torch.float32).max)
 
 

@@ -35,8 +35,9 @@ const char* capability() {
 #if defined(__x86_64__)
     const char* wanted = std::getenv("MSRNN_CPU_CAPABILITY");
     auto allows = [&](const char* name) { return !wanted || !std::strcmp(wanted, name); };
-    if (allows("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (allows("avx512") && __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
       return "avx512";
     }
     if ((allows("avx2") || allows("avx512")) && __builtin_cpu_supports("avx2") &&
@@ -142,7 +143,8 @@ std::vector<Segment> segments_of(const Shape& shape, const OptionalTensor& cu_se
   STD_TORCH_CHECK(shape.rows == 1, "cu_seqlens needs B = 1");
   STD_TORCH_CHECK(cu.dim() == 1 && cu.size(0) >= 1, "expected cu_seqlens of shape (N + 1,)");
   const bool wide = cu.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(wide || cu.scalar_type() == ScalarType::Int, "expected int32 or int64 cu_seqlens");
+  STD_TORCH_CHECK(wide || cu.scalar_type() == ScalarType::Int,
+                  "expected int32 or int64 cu_seqlens");
   const auto* data = static_cast<const char*>(cu.data_ptr());
   auto value = [&](int64_t i) {
     const char* p = data + i * cu.stride(0) * (wide ? 8 : 4);
@@ -171,7 +173,8 @@ int64_t tile_rows(const std::vector<Segment>& segments, int64_t channels) {
     total += g.length;
     longest = std::max(longest, g.length);
   }
-  if (longest == 0 || channels == 0 || total * channels >= kEnoughChannels * longest) return longest;
+  if (longest == 0 || channels == 0 || total * channels >= kEnoughChannels * longest)
+    return longest;
   return std::max<int64_t>(16, kTileElements / padded(channels));
 }
 
@@ -188,8 +191,8 @@ Plan make_plan(const std::vector<Segment>& segments, int64_t channels, DType dty
     pieces += n;
     chained += n - 1;
   }
-  plan.threads = std::clamp<int64_t>(elements / kElementsPerThread, 1,
-                                     torch::stable::get_num_threads());
+  plan.threads =
+      std::clamp<int64_t>(elements / kElementsPerThread, 1, torch::stable::get_num_threads());
 
   // Channel blocks only share out work: they change no bit.
   int64_t blocks = (channels + kWidestBlock - 1) / kWidestBlock;
@@ -382,10 +385,10 @@ std::tuple<Tensor, Tensor> forward2(const Tensor& x0, const Tensor& x1, Optional
 
 // linear_scan and decay_scan need only their first input again.
 template <ScanOp op>
-std::tuple<Tensor, Tensor, Tensor> backward_of_decay(OptionalTensor grad_h, OptionalTensor grad_last,
-                                                     const Tensor& a, const Tensor& h,
-                                                     OptionalTensor h0, OptionalTensor cu_seqlens,
-                                                     bool reverse) {
+std::tuple<Tensor, Tensor, Tensor> backward_of_decay(OptionalTensor grad_h,
+                                                     OptionalTensor grad_last, const Tensor& a,
+                                                     const Tensor& h, OptionalTensor h0,
+                                                     OptionalTensor cu_seqlens, bool reverse) {
   Tensor grad_a = new_like(a), grad_b = new_like(a);
   Tensor grad_h0 = backward(op, separate({&a}), separate({&grad_a, &grad_b}), h, grad_h, grad_last,
                             h0, cu_seqlens, reverse);
@@ -402,9 +405,10 @@ std::tuple<Tensor, Tensor, Tensor> backward2(ScanOp op, OptionalTensor grad_h,
   return {grad0, grad1, grad_h0};
 }
 
-std::tuple<Tensor, Tensor, Tensor> log_scan_backward(OptionalTensor grad_h, OptionalTensor grad_last,
-                                                     const Tensor& log_a, const Tensor& log_b,
-                                                     const Tensor& log_h, OptionalTensor log_h0,
+std::tuple<Tensor, Tensor, Tensor> log_scan_backward(OptionalTensor grad_h,
+                                                     OptionalTensor grad_last, const Tensor& log_a,
+                                                     const Tensor& log_b, const Tensor& log_h,
+                                                     OptionalTensor log_h0,
                                                      OptionalTensor cu_seqlens, bool reverse) {
   return backward2(ScanOp::log_scan, grad_h, grad_last, log_a, log_b, log_h, log_h0, cu_seqlens,
                    reverse);

@@ -45,10 +45,10 @@ struct Segment {
 // the way out.
 struct Scan {
   ScanOp op;
-  DType dtype;       // of every View
-  bool reverse;      // the recurrence runs from the last time step to the first
-  bool packed;       // channels of every View are adjacent in memory
-  bool stream;       // write with non-temporal stores: outputs exceed the cache and are aligned
+  DType dtype;   // of every View
+  bool reverse;  // the recurrence runs from the last time step to the first
+  bool packed;   // channels of every View are adjacent in memory
+  bool stream;   // write with non-temporal stores: outputs exceed the cache and are aligned
   int64_t channels;
   const Segment* segments;
 

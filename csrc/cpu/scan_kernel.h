@@ -55,7 +55,8 @@ struct Stored<Access::float16> {
 MSRNN_FN int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Partial vectors and channels that are not adjacent.
-static __attribute__((noinline)) Float load_any(const char* p, int64_t stride, DType dtype, int count) {
+static __attribute__((noinline)) Float load_any(const char* p, int64_t stride, DType dtype,
+                                                int count) {
   if (dtype == DType::float32 && stride == 4) {
     return load_partial(reinterpret_cast<const float*>(p), count);
   }
@@ -72,7 +73,8 @@ static __attribute__((noinline)) Float load_any(const char* p, int64_t stride, D
   return load_full(x);
 }
 
-static __attribute__((noinline)) void store_any(char* p, int64_t stride, DType dtype, int count, Float v) {
+static __attribute__((noinline)) void store_any(char* p, int64_t stride, DType dtype, int count,
+                                                Float v) {
   if (dtype == DType::float32 && stride == 4) {
     return store_partial(reinterpret_cast<float*>(p), v, count);
   }

@@ -56,8 +56,8 @@ MSRNN_FN Float minus_abs(Float x) {
   return from_bits(_mm512_or_si512(bits(x), _mm512_set1_epi32(INT32_MIN)));
 }
 MSRNN_FN Float copy_sign(Float magnitude, Float sign) {  // magnitude >= 0
-  return from_bits(_mm512_ternarylogic_epi32(bits(magnitude), bits(sign),
-                                             _mm512_set1_epi32(INT32_MIN), 0xF8));
+  return from_bits(
+      _mm512_ternarylogic_epi32(bits(magnitude), bits(sign), _mm512_set1_epi32(INT32_MIN), 0xF8));
 }
 // The second operand is returned when one is NaN: NaN for NaN.
 MSRNN_FN Float min_with_zero(Float x) { return _mm512_min_ps(_mm512_setzero_ps(), x.v); }
@@ -75,15 +75,9 @@ MSRNN_FN bool all(Mask m) { return m == 0xFFFF; }
 
 MSRNN_FN Float select(Mask m, Float a, Float b) { return _mm512_mask_blend_ps(m, b.v, a.v); }
 MSRNN_FN Float keep(Mask m, Float x) { return _mm512_maskz_mov_ps(m, x.v); }
-MSRNN_FN Float drop(Mask m, Float x) {
-  return _mm512_maskz_mov_ps(static_cast<Mask>(~m), x.v);
-}
-MSRNN_FN Float add_where(Mask m, Float a, Float b) {
-  return _mm512_mask_add_ps(a.v, m, a.v, b.v);
-}
-MSRNN_FN Float subtract_where(Mask m, Float a, Float b) {
-  return _mm512_maskz_sub_ps(m, a.v, b.v);
-}
+MSRNN_FN Float drop(Mask m, Float x) { return _mm512_maskz_mov_ps(static_cast<Mask>(~m), x.v); }
+MSRNN_FN Float add_where(Mask m, Float a, Float b) { return _mm512_mask_add_ps(a.v, m, a.v, b.v); }
+MSRNN_FN Float subtract_where(Mask m, Float a, Float b) { return _mm512_maskz_sub_ps(m, a.v, b.v); }
 
 MSRNN_FN Float reciprocal_estimate(Float x) { return _mm512_rcp14_ps(x.v); }  // 14 bits
 MSRNN_FN Float one_minus_product(Float a, Float b) {
@@ -395,17 +389,24 @@ MSRNN_FN void stream(Narrow* p, Float x) {
 
 #endif
 
-
 // Built from the above, for any of these vectors.
 
 template <class V>
-MSRNN_FN typename V::Mask is_finite(V x) { return equal(x - x, V(0.0f)); }
+MSRNN_FN typename V::Mask is_finite(V x) {
+  return equal(x - x, V(0.0f));
+}
 template <class V>
-MSRNN_FN bool all_finite(V x) { return all(is_finite(x)); }
+MSRNN_FN bool all_finite(V x) {
+  return all(is_finite(x));
+}
 template <class V>
-MSRNN_FN typename V::Mask above_half(V x) { return greater(x, V(0.5f)); }
+MSRNN_FN typename V::Mask above_half(V x) {
+  return greater(x, V(0.5f));
+}
 template <class V>
-MSRNN_FN typename V::Mask within_log2(V x) { return greater(V(kLog2), abs(x)); }
+MSRNN_FN typename V::Mask within_log2(V x) {
+  return greater(V(kLog2), abs(x));
+}
 template <class V>
 MSRNN_FN typename V::Mask both_minus_infinity(V a, V b) {
   return both(equal(a, V::minus_infinity()), equal(b, V::minus_infinity()));

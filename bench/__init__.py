@@ -1,0 +1,1 @@
+"""Microbenchmarks and a small language model, one command: ``python -m bench``."""

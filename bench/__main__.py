@@ -1,0 +1,131 @@
+"""``python -m bench``: measures this machine and writes tables, a results file and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PARTS = ("limits", "ops", "layers", "accuracy", "text")
+
+
+def _list(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _shapes(text: str) -> list[tuple[int, ...]]:
+    shapes = [tuple(map(int, word.split("x"))) for word in _list(text)]
+    if not shapes or any(len(shape) != 3 or min(shape) < 1 for shape in shapes):
+        raise ValueError
+    return shapes
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    add = parser.add_argument
+    add("--only", type=_list, metavar="PARTS", help=f"some of {','.join(PARTS)}")
+    add("--ops", type=_list, metavar="OPS", help="some of the ops: min_gru,min_lstm,...")
+    add("--shapes", type=_shapes, metavar="SHAPES", help="BxTxD of the ops: 8x512x256,...")
+    add("--seconds", type=float, default=0.2, help="per competitor and shape (%(default)s)")
+    add("--threads", type=int, help="threads of torch")
+    add("--text", type=Path, metavar="FILE", help="text of the language model, UTF-8")
+    add("--steps", type=int, help="training steps of the language model")
+    add("--full", action="store_true", help="every peer on every op and shape, about 30 minutes")
+    add("--output", type=Path, default=Path("bench/results"), help="folder (%(default)s)")
+    add("--name", default="cpu", help="of the files in it (%(default)s)")
+    arguments = parser.parse_args()
+    for part in arguments.only or ():
+        if part not in PARTS:
+            parser.error(f"--only: expected some of {','.join(PARTS)}, got {part!r}")
+    return arguments
+
+
+def _reuse_freed_memory() -> None:
+    """Starts this process again with the allocator settings of measure.py, before torch loads."""
+    from bench.measure import REUSE_FREED_MEMORY
+
+    if any(name not in os.environ for name in REUSE_FREED_MEMORY):
+        environment = {**os.environ, **REUSE_FREED_MEMORY}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def _command() -> str:
+    """The command line, its files without their folders."""
+    return " ".join(["python -m bench", *(re.sub(r"[^\s=]*/", "", word) for word in sys.argv[1:])])
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    from bench import machine
+
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": _command(),
+        "machine": machine.machine(),
+        "versions": machine.versions(),
+        "settings": {
+            "seconds": arguments.seconds,
+            "full": arguments.full,
+            "freed_memory": "Freed memory is reused, for every competitor alike (MALLOC_*)",
+        },
+        "seconds_taken": {},
+    }
+
+
+def _measures(arguments: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Each part as a call that returns its entries of the results."""
+    from bench import layers, limits, peers, scans, text
+
+    ops = arguments.ops or list(peers.OPS)
+    unknown = sorted(set(ops) - set(peers.OPS))
+    if unknown:
+        raise SystemExit(f"--ops: expected some of {','.join(peers.OPS)}, got {','.join(unknown)}")
+    shapes = arguments.shapes or scans.SHAPES
+    seconds, full = arguments.seconds, arguments.full
+    steps = arguments.steps or (text.FULL_STEPS if full else text.STEPS)
+    return {
+        "limits": lambda: {"limits": limits.run(seconds)},
+        "ops": lambda: {
+            "ops": scans.run_ops(ops, shapes, seconds, full),
+            "memory": scans.run_memory(ops),
+        },
+        "layers": lambda: {"layers": layers.run(seconds, full)},
+        "accuracy": lambda: {"accuracy": scans.run_accuracy(seconds, full)},
+        "text": lambda: {"text": text.run(arguments.text, steps)},
+    }
+
+
+def main() -> None:
+    arguments = _arguments()
+    _reuse_freed_memory()
+
+    import torch
+    from rich.console import Console
+
+    from bench import plot, report
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / f"{arguments.name}.json"
+    results = _settings(arguments)
+    for part, measure in _measures(arguments).items():
+        if part in (arguments.only or PARTS):
+            start = time.perf_counter()
+            results |= measure()
+            results["seconds_taken"][part] = time.perf_counter() - start
+            path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    report.show(results, console)
+    if "accuracy" in results:
+        plot.draw(results, path.with_suffix(".png"))
+    console.print(f"Written to {path}")
+
+
+if __name__ == "__main__":
+    main()

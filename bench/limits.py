@@ -1,0 +1,86 @@
+"""How fast this machine's memory can be copied, measured now: the ceiling of every scan.
+
+A tiny C program copies with non-temporal stores, which do not read the lines that they overwrite.
+Without a C compiler or off x86-64 it is ``Tensor.copy_`` instead; ``method()`` says which.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.measure import interleaved
+
+_SOURCE = r"""
+#include <stddef.h>
+#include <xmmintrin.h>
+
+void streaming_copy(const float* source, float* target, size_t lines, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (size_t line = 0; line < lines; ++line) {
+    const float* from = source + 16 * line;
+    float* to = target + 16 * line;
+    _mm_prefetch((const char*)(from + 2048), _MM_HINT_T0);
+    for (int i = 0; i < 16; i += 4) _mm_stream_ps(to + i, _mm_load_ps(from + i));
+  }
+}
+"""
+_LINE = 64  # bytes
+_SIZES = tuple(megabytes << 20 for megabytes in (4, 16, 64, 256, 1024))
+
+
+@cache
+def _streaming_copy() -> Any:
+    """The compiled function, or None where it cannot be had."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "copy.c"), Path(folder, "copy.so")
+        source.write_text(_SOURCE)
+        command = ["cc", "-O3", "-fopenmp", "-shared", "-fPIC", str(source), "-o", str(library)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+            function = ctypes.CDLL(str(library)).streaming_copy
+        except (OSError, subprocess.CalledProcessError):
+            return None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    function.restype = None
+    return function
+
+
+def method() -> str:
+    return "C, non-temporal stores" if _streaming_copy() else "Tensor.copy_"
+
+
+def copier(traffic: int) -> Callable[[], object]:
+    """A call that moves `traffic` bytes: half of them read, half of them written."""
+    lines = max(traffic // 2 // _LINE, 1)
+    source, target = (torch.rand((lines + 1) * _LINE // 4) for _ in range(2))
+    copy = _streaming_copy()
+    if copy is None:
+        return lambda: target.copy_(source)
+    start, end = (-(-x.data_ptr() // _LINE) * _LINE for x in (source, target))
+
+    def call(_alive: object = (source, target)) -> None:
+        copy(start, end, lines, torch.get_num_threads())
+
+    return call
+
+
+def run(seconds: float) -> dict[str, Any]:
+    """The part ``limits``: copy bandwidth by size."""
+    rows = []
+    for size in _SIZES:
+        call = copier(size)
+        call()
+        timing = interleaved({"copy": call}, seconds)["copy"]
+        rows.append({"traffic": size, "bytes_per_second": size / timing["median"], "time": timing})
+    return {"method": method(), "copies": rows}
