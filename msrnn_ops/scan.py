@@ -276,16 +276,16 @@ def _define(op: _Op) -> Callable[..., tuple[Tensor, Tensor]]:
             return x.flatten(0, 1)
 
         folded = [fold(x, dim) for x, dim in zip(args[: n + 1], in_dims, strict=False)]
-        h, last = function.apply(*folded, *args[n + 1 :])
+        h, last = scan_function.apply(*folded, *args[n + 1 :])
         return (h.unflatten(0, (size, -1)), last.unflatten(0, (size, -1))), (0, 0)
 
     methods = (forward, setup_context, backward, jvp, vmap)
     members = {method.__name__: staticmethod(method) for method in methods}
-    function = cast(Any, type(f"{op.name}_function", (torch.autograd.Function,), members))
+    scan_function = cast(Any, type(f"{op.name}_function", (torch.autograd.Function,), members))
 
     def autograd_kernel(*args: Any) -> tuple[Tensor, Tensor]:
         needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-        run = function.apply if needed or forward_ad._current_level >= 0 else forward
+        run = scan_function.apply if needed or forward_ad._current_level >= 0 else forward
         return run(*args)
 
     torch.library.register_fake(f"msrnn_ops::{op.name}", fake)
@@ -296,7 +296,7 @@ def _define(op: _Op) -> Callable[..., tuple[Tensor, Tensor]]:
         if torch.compiler.is_compiling():
             return forward_op(*args)  # type: ignore[no-any-return]
         if torch._C._are_functorch_transforms_active():
-            return function.apply(*args)  # type: ignore[no-any-return]
+            return scan_function.apply(*args)  # type: ignore[no-any-return]
         return autograd_kernel(*args)
 
     return call

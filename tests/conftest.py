@@ -15,7 +15,8 @@ from torch import Tensor
 
 import msrnn_ops as ms
 
-hypothesis.settings.register_profile("ci", deadline=None, max_examples=60, derandomize=False)
+EXAMPLES = int(os.environ.get("MSRNN_TEST_EXAMPLES", 60))
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=EXAMPLES)
 hypothesis.settings.load_profile("ci")
 
 
