@@ -178,7 +178,7 @@ def _train(model: Model, train: Tensor, steps: int, report: Any) -> dict[str, An
         start = time.perf_counter()
         optimizer.zero_grad()
         bits = _bits(model, batch)
-        bits.backward()  # type: ignore[no-untyped-call]
+        bits.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         times.append(time.perf_counter() - start)
