@@ -1,6 +1,8 @@
 // What the CPU scan kernels take: raw pointers and strides, no torch.
 #pragma once
 
+#include <sched.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <limits>

@@ -172,10 +172,17 @@ MSRNN_FN int64_t fetch_ahead(const Scan& s, int64_t channels) {
   return kAhead / (channels * size) + 1;
 }
 
-MSRNN_FN void pause() {
+// Waits for a flag: spinning at first, then leaving the processor to whoever may have to raise it.
+MSRNN_FN void wait_for(const uint32_t* flag) {
+  for (int spins = 0; !__atomic_load_n(flag, __ATOMIC_ACQUIRE); ++spins) {
+    if (spins > 1000) {
+      sched_yield();
+      continue;
+    }
 #if defined(__x86_64__)
-  _mm_pause();
+    _mm_pause();
 #endif
+  }
 }
 
 // Going forward: reads the inputs of a step, writes its state.
@@ -479,7 +486,7 @@ struct TileOf {
       scan_rows<Pass, W>(pass<Pass>(0, c), t.rows, n, place + c, carries + c, width);
     });
 
-    while (!__atomic_load_n(t.wait, __ATOMIC_ACQUIRE)) pause();
+    wait_for(t.wait);
 
     enter(entering);
     Scalar* products = carries + 2 * width;
