@@ -511,7 +511,7 @@ def linear_scan(
     Differentiable in a, b and h0, through h and the last state.
 
     Source: Martin and Cundy 2018, "Parallelizing Linear Recurrent Neural Nets Over Sequence
-    Length", equation 5.
+    Length", the linear surrogate recurrence.
 
     >>> import torch, msrnn_ops as ms
     >>> ms.linear_scan(torch.full((1, 4, 1), 0.5), torch.ones(1, 4, 1)).flatten()
@@ -547,7 +547,7 @@ def decay_scan(
         TypeError, ValueError: as :func:`linear_scan`.
 
     Source: the gate of HGRN, Qin et al. 2023, "Hierarchically Gated Recurrent Neural Network for
-    Sequence Modeling", equation 3, in log-space.
+    Sequence Modeling", its recurrence with the decay in log-space.
 
     >>> import torch, msrnn_ops as ms
     >>> log_a = torch.full((1, 3, 1), 0.5).log()
@@ -585,8 +585,8 @@ def log_scan(
     Raises:
         TypeError, ValueError: as :func:`linear_scan`.
 
-    Source: Heinsen 2023, "Efficient Parallelization of a Ubiquitous Sequential Computation",
-    equation 6; computed here by a compensated recurrence instead of two cumulative sums.
+    Source: Heinsen 2023, "Efficient Parallelization of a Ubiquitous Sequential Computation";
+    computed here by a compensated recurrence instead of two cumulative sums.
 
     >>> import torch, msrnn_ops as ms
     >>> log_h = ms.log_scan(torch.zeros(1, 4, 1), torch.full((1, 4, 1), 0.25).log())
@@ -629,7 +629,8 @@ def min_gru(
     16-bit inputs are widened; gates and carry are float32. Under autocast it runs in the dtype of
     its inputs, the widest if they differ.
 
-    Source: Feng et al. 2024, "Were RNNs All We Needed?", section 3.1 and algorithm 6 (log-space).
+    Source: Feng et al. 2024, "Were RNNs All We Needed?", section 3.1; the log-space form is in
+    its appendix.
 
     >>> import torch, msrnn_ops as ms
     >>> h, last = ms.min_gru(torch.zeros(1, 3, 1), torch.ones(1, 3, 1), return_state=True)
@@ -695,7 +696,8 @@ def min_lstm(
     Raises:
         TypeError, ValueError: as :func:`min_gru`.
 
-    Source: Feng et al. 2024, "Were RNNs All We Needed?", section 3.2 and algorithm 8 (log-space).
+    Source: Feng et al. 2024, "Were RNNs All We Needed?", section 3.2; the log-space form is in
+    its appendix.
 
     >>> import torch, msrnn_ops as ms
     >>> zero, one = torch.zeros(1, 2, 1), torch.ones(1, 2, 1)
