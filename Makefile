@@ -47,7 +47,7 @@ portable: $(VENV)/ready
 # A wheel, installed into an environment of its own and tested from an empty directory.
 wheel: $(VENV)/ready
 	$(BIN)/pip install -q build
-	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel
+	$(BIN)/python -m build --no-isolation --outdir build/wheel
 	rm -rf build/wheel-venv build/empty && mkdir -p build/empty
 	$(PYTHON) -m venv build/wheel-venv
 	build/wheel-venv/bin/pip install -q "$(TORCH)" pytest hypothesis build/wheel/*.whl
