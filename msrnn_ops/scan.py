@@ -231,7 +231,7 @@ def _define(op: _Op) -> Callable[..., tuple[Tensor, Tensor]]:
 
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            return forward_op(*args)  # type: ignore[no-any-return]
+            return forward_op(*args)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         h0, cu_seqlens, reverse, *flags = inputs[n:]
@@ -294,9 +294,9 @@ def _define(op: _Op) -> Callable[..., tuple[Tensor, Tensor]]:
 
     def call(*args: Any) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
-            return forward_op(*args)  # type: ignore[no-any-return]
+            return forward_op(*args)
         if torch._C._are_functorch_transforms_active():
-            return scan_function.apply(*args)  # type: ignore[no-any-return]
+            return scan_function.apply(*args)
         return autograd_kernel(*args)
 
     return call
@@ -742,7 +742,7 @@ def _step(op: _Op, inputs: tuple[Tensor, ...], h: Tensor, activation: str) -> Te
         if x.dim() != 2:
             raise ValueError(f"{name}: expected {label} of shape (B, D), got {tuple(x.shape)}")
     _, last = _run(op, tuple(x.unsqueeze(1) for x in inputs), h, None, False, True, activation)
-    return last.to(h.dtype)  # type: ignore[no-any-return]
+    return last.to(h.dtype)
 
 
 def min_gru_step(gate: Tensor, candidate: Tensor, h: Tensor, *, activation: str = "g") -> Tensor:
