@@ -17,6 +17,11 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "msrnn_ops/version.py").read_text(), re.M)[1]
 TORCH_TARGET = "2.11"
 FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
+CPU_SOURCES = [
+    *("scan", "scan_baseline", "scan_avx2", "scan_avx512"),
+    *("multi_state", "multi_state_baseline", "multi_state_avx2", "multi_state_avx512"),
+    "multi_state_avx512_bf16",
+]
 SANITIZE = os.environ.get("MSRNN_SANITIZE")  # e.g. address,undefined
 
 
@@ -53,10 +58,7 @@ setup(
             "msrnn_ops._cpu",
             [
                 "csrc/ops.cpp",
-                "csrc/cpu/scan.cpp",
-                "csrc/cpu/scan_baseline.cpp",
-                "csrc/cpu/scan_avx2.cpp",
-                "csrc/cpu/scan_avx512.cpp",
+                *(f"csrc/cpu/{name}.cpp" for name in CPU_SOURCES),
             ],
             define_macros=[
                 ("TORCH_TARGET_VERSION", "0x020b000000000000"),

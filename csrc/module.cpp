@@ -26,7 +26,7 @@ py::dict build_info() {
   info["cuda"] = py::none();
   info["cuda_archs"] = std::vector<std::string>{};
 #if defined(__x86_64__)
-  info["cpu"] = std::vector<std::string>{"baseline", "avx2", "avx512"};
+  info["cpu"] = std::vector<std::string>{"baseline", "avx2", "avx512", "avx512_bf16"};
 #else
   info["cpu"] = std::vector<std::string>{"baseline"};
 #endif

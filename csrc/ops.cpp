@@ -1,7 +1,7 @@
 // Every operator of the library. Python adds fake, autograd and the public wrapper of each
-// (msrnn_ops/scan.py); cpu/ and cuda/ add the kernels.
+// (msrnn_ops/scan.py, msrnn_ops/multi_state.py); cpu/ and cuda/ add the kernels.
 //
-// Tensors are (B, T, D) of one dtype: float32, float64, bfloat16 or float16, any strides. With
+// Scans. Tensors are (B, T, D) of one dtype: float32, float64, bfloat16 or float16, any strides. With
 // cu_seqlens (N+1, int32 or int64; B = 1) the time axis holds N sequences. h0, last, grad_last and
 // grad_h0 are (B, D), or (N, D) with cu_seqlens, in the accumulation dtype: float64 for float64,
 // float32 otherwise. A joint op takes its inputs side by side on the channel axis.
@@ -59,4 +59,37 @@ STABLE_TORCH_LIBRARY(msrnn_ops, m) {
       "min_lstm_joint_backward(Tensor? grad_h, Tensor? grad_last, Tensor projection, Tensor h,"
       " Tensor? h0, Tensor? cu_seqlens, bool reverse, bool identity)"
       " -> (Tensor grad_projection, Tensor grad_h0)");
+
+  // Multi-state attention. A token: q (B, Hq, Dh), k and v (B, Hkv, Dh); a prompt or sequence with
+  // T before Dh. The state: keys and values (B, Hkv, N+1, Dh), position (B, G, N+1) int64, score
+  // (B, G, N+1) float32 or (B, G, 0) where nothing accumulates, free and last_evicted (B, G) and
+  // seen (B) int64; G is 1 (scope "layer") or Hkv ("head"). The policy (csrc/eviction.h): kind of
+  // score (0 position, 1 attention, 2 accumulated), sinks, recent. valid (B, T) bool.
+  m.def(
+      "attend_evict(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values,"
+      " Tensor(c!) position, Tensor(d!) score, Tensor(e!) free, Tensor(f!) seen,"
+      " Tensor(g!) last_evicted, int kind, int sinks, int recent, float scale) -> Tensor out");
+  m.def(
+      "attend_scores(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values,"
+      " Tensor(c!) position, Tensor free, Tensor seen, float scale)"
+      " -> (Tensor out, Tensor scores)");
+  m.def(
+      "evict(Tensor scores, Tensor(a!) position, Tensor(b!) score, Tensor(c!) free,"
+      " Tensor(d!) seen, Tensor(e!) last_evicted, int kind, int sinks, int recent) -> ()");
+  m.def(
+      "attend_prompt(Tensor q, Tensor k, Tensor v, Tensor? valid, Tensor(a!) keys,"
+      " Tensor(b!) values, Tensor(c!) position, Tensor(d!) score, Tensor(e!) free,"
+      " Tensor(f!) seen, Tensor(g!) last_evicted, int kind, int sinks, int recent, float scale)"
+      " -> Tensor out");
+  m.def(
+      "store_prompt(Tensor q, Tensor k, Tensor v, Tensor? valid, Tensor(a!) keys,"
+      " Tensor(b!) values, Tensor(c!) position, Tensor(d!) score, Tensor(e!) free,"
+      " Tensor(f!) seen, Tensor(g!) last_evicted, int kind, int sinks, int recent, float scale)"
+      " -> ()");
+  m.def(
+      "attend_sequence(Tensor q, Tensor k, Tensor v, Tensor? valid, int slots, bool per_head,"
+      " int kind, int sinks, int recent, float scale) -> (Tensor out, Tensor expiry)");
+  m.def(
+      "attend_sequence_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor expiry,"
+      " Tensor? valid, float scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
 }

@@ -16,11 +16,7 @@
 // Measured against float64, gates around -8, T = 262144: 2e-7; the plain walk is off by 1e-5.
 #pragma once
 
-#ifdef __CUDACC__
-#define MSRNN_FN __host__ __device__ __forceinline__
-#else
-#define MSRNN_FN inline __attribute__((always_inline))
-#endif
+#include "inline.h"
 
 namespace msrnn {
 

@@ -1,6 +1,15 @@
-"""Fused recurrences for sequence models with a bounded state: minGRU, minLSTM and their scans."""
+"""Sequence models with a bounded state: minGRU, minLSTM, their scans, attention with eviction."""
 
 from msrnn_ops.backend import backends, use_backend
+from msrnn_ops.multi_state import (
+    MultiState,
+    Policy,
+    attend_evict,
+    attend_prompt,
+    attend_scores,
+    attend_sequence,
+    evict,
+)
 from msrnn_ops.scan import (
     decay_scan,
     linear_scan,
@@ -15,10 +24,17 @@ from msrnn_ops.scan import (
 from msrnn_ops.version import __version__
 
 __all__ = [
+    "MultiState",
+    "Policy",
     "__version__",
+    "attend_evict",
+    "attend_prompt",
+    "attend_scores",
+    "attend_sequence",
     "backends",
     "build_info",
     "decay_scan",
+    "evict",
     "linear_scan",
     "log_scan",
     "min_gru",

@@ -1,4 +1,4 @@
-"""The recurrences, one step at a time, as one would write them on a blackboard.
+"""Every op, one step at a time, as one would write it on a blackboard.
 
 Slow, any device, any floating dtype, differentiable by PyTorch itself. In float64 this is the truth
 that every kernel is tested against. 16-bit inputs are computed in float32, like everywhere else.
@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
+
+if TYPE_CHECKING:
+    from msrnn_ops.multi_state import MultiState, Policy
 
 Step = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
 
@@ -97,3 +101,192 @@ def scan(
     h_all = torch.cat(outputs) if outputs else empty(0, channels)
     last = torch.stack(lasts) if lasts else empty(0, channels)
     return h_all.reshape(batch, time, channels).to(dtype), last
+
+
+# Multi-state attention. A state is the object of multi_state.py, changed in place.
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _groups(x: Tensor, kv_heads: int) -> Tensor:
+    """(B, Hq, ...) as (B, Hkv, Hq / Hkv, ...)."""
+    return x.unflatten(1, (kv_heads, -1))
+
+
+def attend_scores(
+    q: Tensor, k: Tensor, v: Tensor, state: MultiState, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Stores a token of every row in its free slot and attends over all occupied ones."""
+    kv_heads, groups = k.shape[1], state.position.shape[1]
+    rows = torch.arange(k.shape[0], device=k.device)[:, None]
+    state.position[rows, torch.arange(groups, device=k.device), state.free] = state.seen[:, None]
+    slot = state.free.expand(-1, kv_heads)
+    heads = torch.arange(kv_heads, device=k.device)
+    state.keys[rows, heads, slot] = k
+    state.values[rows, heads, slot] = v
+
+    occupied = (state.position >= 0).expand(-1, kv_heads, -1)[..., None]  # (B, Hkv, N+1, 1)
+    keys = torch.where(occupied, _widened(state.keys), 0)
+    values = torch.where(occupied, _widened(state.values), 0)
+    logits = _groups(_widened(q), kv_heads) @ keys.transpose(2, 3) * scale
+    weights = logits.masked_fill(~occupied.transpose(2, 3), -torch.inf).softmax(-1)
+    scores = weights.sum(2)  # over the query heads of each key-value head
+    if groups == 1:
+        scores = scores.sum(1, keepdim=True)
+    return (weights @ values).flatten(1, 2).to(q.dtype), scores
+
+
+def evict(state: MultiState, scores: Tensor) -> None:
+    """Drops the lowest unprotected state of every row and group that holds more than N."""
+    policy = state.policy
+    for b in range(state.position.shape[0]):
+        waiting = False
+        now = int(state.seen[b])
+        for g in range(state.position.shape[1]):
+            position = state.position[b, g]
+            if position[state.free[b, g]] < 0:
+                continue
+            waiting = True
+            if policy.score == "accumulated":
+                state.score[b, g] += scores[b, g]
+            value = {
+                "position": torch.zeros_like(scores[b, g]),
+                "attention": scores[b, g],
+                "accumulated": state.score[b, g] if policy.score == "accumulated" else None,
+            }[policy.score].tolist()
+            where = {int(p): slot for slot, p in enumerate(position.tolist()) if p >= 0}
+            state.last_evicted[b, g] = -1
+            if len(where) > policy.slots:
+                victim = _lowest(policy, {p: value[slot] for p, slot in where.items()}, now)[0]
+                state.last_evicted[b, g] = victim
+                position[where[victim]] = -1
+                if policy.score == "accumulated":
+                    state.score[b, g, where[victim]] = 0
+            state.free[b, g] = int((position < 0).nonzero()[0])
+        if waiting:
+            state.seen[b] += 1
+
+
+def _lowest(policy: Policy, scores: dict[int, float], now: int) -> list[int]:
+    """The unprotected positions in the order in which they go."""
+    free = [p for p in scores if p >= policy.sinks and p <= now - policy.recent]
+    return sorted(free, key=lambda p: (scores[p] == scores[p], scores[p], p))
+
+
+def attend_evict(q: Tensor, k: Tensor, v: Tensor, state: MultiState, scale: float) -> Tensor:
+    out, scores = attend_scores(q, k, v, state, scale)
+    evict(state, scores)
+    return out
+
+
+def attend_prompt(
+    q: Tensor, k: Tensor, v: Tensor, state: MultiState, valid: Tensor | None, scale: float
+) -> Tensor:
+    """Row by row and query by query: attend over the kept states and the prompt so far."""
+    policy, kv_heads, groups = state.policy, k.shape[1], state.position.shape[1]
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    for b in range(q.shape[0]):
+        times = list(range(q.shape[2])) if valid is None else valid[b].nonzero()[:, 0].tolist()
+        if not times:
+            continue
+        seen = int(state.seen[b])
+        now = seen + len(times) - 1
+        # Positions and rows of what is kept, for each group; the prompt's own tokens follow.
+        slots = [(state.position[b, g] >= 0).nonzero()[:, 0] for g in range(groups)]
+        scores = []
+        for g in range(groups):
+            start = state.score[b, g, slots[g]] if policy.score == "accumulated" else None
+            total = q.new_zeros(len(slots[g]) + len(times), dtype=_widened(q).dtype)
+            if start is not None:
+                total[: len(start)] = start
+            scores.append(total)
+        for h in range(kv_heads):
+            g = h % groups
+            keys = _widened(torch.cat([state.keys[b, h, slots[g]], k[b, h, times]]))
+            values = _widened(torch.cat([state.values[b, h, slots[g]], v[b, h, times]]))
+            for i, t in enumerate(times):
+                end = len(slots[g]) + i + 1
+                query = _widened(_groups(q[:, :, t], kv_heads)[b, h])
+                weights = (query @ keys[:end].T * scale).softmax(-1)
+                _groups(out[:, :, t], kv_heads)[b, h] = (weights @ values[:end]).to(q.dtype)
+                if policy.score == "accumulated" or i == len(times) - 1:
+                    scores[g][:end] += weights.sum(0)
+        for g in range(groups):
+            _reduce(state, b, g, slots[g], scores[g], k, v, times, now)
+        state.seen[b] += len(times)
+    return out
+
+
+def _reduce(
+    state: MultiState,
+    b: int,
+    g: int,
+    slots: Tensor,
+    scores: Tensor,
+    k: Tensor,
+    v: Tensor,
+    times: list[int],
+    now: int,
+) -> None:
+    """Keeps N of a row's states and new tokens; the survivors among the tokens are stored."""
+    policy, groups = state.policy, state.position.shape[1]
+    heads = slice(None) if groups == 1 else slice(g, g + 1)
+    old = [int(p) for p in state.position[b, g, slots]]
+    new = [int(state.seen[b]) + i for i in range(len(times))]
+    score = dict(zip(old + new, scores.tolist(), strict=True))
+    value = dict.fromkeys(score, 0.0) if policy.score == "position" else score
+    excess = max(len(score) - policy.slots, 0)
+    dropped = _lowest(policy, value, now)[:excess]
+    state.last_evicted[b, g] = dropped[-1] if dropped else -1
+    for p, slot in zip(old, slots.tolist(), strict=True):
+        if p in dropped:
+            state.position[b, g, slot] = -1
+    for p, t in zip(new, times, strict=True):
+        if p not in dropped:
+            slot = int((state.position[b, g] < 0).nonzero()[0])
+            state.position[b, g, slot] = p
+            state.keys[b, heads, slot], state.values[b, heads, slot] = k[b, heads, t], v[b, heads, t]
+    if policy.score == "accumulated":
+        for slot, p in enumerate(state.position[b, g].tolist()):
+            state.score[b, g, slot] = score[p] if p >= 0 else 0
+    state.free[b, g] = int((state.position[b, g] < 0).nonzero()[0])
+
+
+def attend_sequence(
+    q: Tensor, k: Tensor, v: Tensor, policy: Policy, valid: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One row at a time: a step for every token notes when a key goes; then masked attention."""
+    from msrnn_ops.multi_state import MultiState
+
+    batch, _, time, head_dim = q.shape
+    kv_heads = k.shape[1]
+    groups = 1 if policy.scope == "layer" else kv_heads
+    expiry = torch.full((batch, groups, time), time, device=q.device)
+    for b in range(batch):
+        state = MultiState(
+            policy, batch=1, kv_heads=kv_heads, head_dim=head_dim, dtype=k.dtype, device=k.device
+        )
+        times: list[int] = []
+        for t in range(time):
+            if valid is not None and not valid[b, t]:
+                expiry[b, :, t] = t
+                continue
+            times.append(t)
+            row = slice(b, b + 1)
+            with torch.no_grad():
+                attend_evict(q[row, :, t], k[row, :, t], v[row, :, t], state, scale)
+            for g, evicted in enumerate(state.last_evicted[0].tolist()):
+                if evicted >= 0:
+                    expiry[b, g, times[evicted]] = t + 1
+    step = torch.arange(time, device=q.device)
+    visible = (step[:, None] >= step) & (step[:, None] < expiry[..., None, :])  # (B, G, T, T)
+    visible = visible.expand(-1, kv_heads, -1, -1)[:, :, None]
+    logits = _groups(_widened(q), kv_heads) @ _widened(k)[:, :, None].transpose(3, 4) * scale
+    weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
+    weights = torch.where(visible.any(-1, keepdim=True), weights, 0)
+    out = (weights @ _widened(v)[:, :, None]).flatten(1, 2).to(q.dtype)
+    if valid is not None:
+        out = torch.where(valid[:, None, :, None], out, 0)
+    return out, expiry

@@ -5,13 +5,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <new>
 #include <vector>
 
 #include "../common.h"
+#include "runtime.h"
 
 namespace msrnn {
 namespace {
@@ -30,60 +29,15 @@ constexpr int64_t kStreamBytes = int64_t{4} << 20;
 constexpr int64_t kLargeBytes = int64_t{8} << 20;
 constexpr int64_t kHugePage = int64_t{2} << 20;
 
-const char* capability() {
-  static const char* const chosen = [] {
-#if defined(__x86_64__)
-    const char* wanted = std::getenv("MSRNN_CPU_CAPABILITY");
-    auto allows = [&](const char* name) { return !wanted || !std::strcmp(wanted, name); };
-    if (allows("avx512") && __builtin_cpu_supports("avx512f") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-      return "avx512";
-    }
-    if ((allows("avx2") || allows("avx512")) && __builtin_cpu_supports("avx2") &&
-        __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-      return "avx2";
-    }
-#endif
-    return "baseline";
-  }();
-  return chosen;
-}
-
 ScanKernels kernels_for(DType dtype) {
 #if defined(__x86_64__)
   if (dtype != DType::float64) {
-    if (!std::strcmp(capability(), "avx512")) return scan_kernels_avx512(dtype);
-    if (!std::strcmp(capability(), "avx2")) return scan_kernels_avx2(dtype);
+    if (capability() >= Capability::avx512) return scan_kernels_avx512(dtype);
+    if (capability() >= Capability::avx2) return scan_kernels_avx2(dtype);
   }
 #endif
   return scan_kernels_baseline(dtype);
 }
-
-// Denormals read and written as zero while in scope: a decaying state spends long in them.
-class FlushDenormals {
- public:
-#if defined(__x86_64__)
-  explicit FlushDenormals(bool on) : saved_(_mm_getcsr()) {
-    if (on) _mm_setcsr(saved_ | 0x8040);
-  }
-  ~FlushDenormals() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#elif defined(__aarch64__)
-  explicit FlushDenormals(bool on) {
-    asm volatile("mrs %0, fpcr" : "=r"(saved_));
-    if (on) asm volatile("msr fpcr, %0" ::"r"(saved_ | (1ull << 24)));
-  }
-  ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
-
- private:
-  uint64_t saved_;
-#else
-  explicit FlushDenormals(bool) {}
-#endif
-};
 
 // The first touch of 64 MB costs 30 ms in 4 KB pages and 10 ms in huge ones, half of that when all
 // threads share it: the kernel zeroes a page while whoever wants it waits.

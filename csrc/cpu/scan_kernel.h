@@ -25,6 +25,7 @@
 // by both gates (a NaN in one poisons the other, and two Newton reciprocals cost the same).
 #pragma once
 
+#include "scan.h"
 #include "simd.h"
 
 namespace msrnn {

@@ -10,7 +10,7 @@
 #pragma once
 
 #include "../recurrence.h"
-#include "scan.h"
+#include "numbers.h"
 
 namespace msrnn {
 namespace MSRNN_ISA {

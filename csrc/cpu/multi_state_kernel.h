@@ -1,0 +1,412 @@
+// Attention over kept states, for one instruction set (see simd.h): the inner loops.
+//
+// Level by level:
+//   tile     a few query heads times a few rows, one accumulator each, as many as a vector has
+//            lanes: their dot products end in one vector. 4 heads share every load of a row.
+//   rows     keys: tiles one after the other. Values: pieces of kPieceBytes that stay in L1, over
+//            heads and then over head_dim, so that 16 accumulators stay in registers.
+//   block    some hundreds of slots of one key-value head, keys and then values
+//            (multi_state.cpp): the weights in between never leave L1.
+//
+// Traffic: every row of keys and values is read once from memory, for all query heads that share
+// it. Rows are fetched into L1 kAheadBytes before their use.
+#pragma once
+
+#include "multi_state.h"
+#include "simd.h"
+
+namespace msrnn {
+namespace MSRNN_ISA {
+
+constexpr int64_t kWidth = Float::lanes;
+constexpr int64_t kAheadBytes = 4096;
+constexpr int64_t kPieceBytes = 16384;
+#if defined(MSRNN_AVX512)
+constexpr int kAccumulators = 16;
+#else
+constexpr int kAccumulators = 8;
+#endif
+
+MSRNN_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The next rows, of `bytes` in all, if they are adjacent to these.
+MSRNN_FN void fetch_ahead(const char* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + kAheadBytes + i, 0, 3);
+}
+
+template <class E>
+MSRNN_FN Float widen_some(const E* p, int64_t count) {
+  if (count >= kWidth) return widen(p);
+  E full[kWidth] = {};
+  __builtin_memcpy(full, p, count * sizeof(E));
+  return widen(full);
+}
+
+template <class E>
+MSRNN_FN void store_some(E* p, Float x, int64_t count) {
+  if (count >= kWidth) return store_full(p, x);
+  E full[kWidth];
+  store_full(full, x);
+  __builtin_memcpy(p, full, count * sizeof(E));
+}
+
+// How a query meets a row: in float32, or for bfloat16 by the instruction that multiplies pairs
+// exactly and adds them in float32.
+template <class Element>
+struct Widened {
+  using E = Element;
+  using Query = float;
+  using Vector = Float;
+  static constexpr int step = Float::lanes;
+
+  static MSRNN_FN void copy_query(const E* from, int64_t head_dim, Query* to) {
+    for (int64_t d = 0; d < head_dim; d += kWidth) {
+      store_full(to + d, widen_some(from + d, head_dim - d));
+    }
+  }
+  static MSRNN_FN Vector load(const E* p) { return widen(p); }
+  static MSRNN_FN Vector load_some(const E* p, int64_t count) { return widen_some(p, count); }
+  static MSRNN_FN Vector load_query(const Query* p) { return load_full(p); }
+  static MSRNN_FN Float multiply_add(Vector row, Vector query, Float sum) {
+    return fma(row, query, sum);
+  }
+};
+
+#if defined(MSRNN_AVX512_BF16)
+struct PairsOfBFloat16 {
+  using E = BFloat16;
+  using Query = BFloat16;
+  using Vector = __m512bh;
+  static constexpr int step = 32;
+
+  static MSRNN_FN void copy_query(const E* from, int64_t head_dim, Query* to) {
+    for (int64_t d = 0; d < head_dim; d += step) {
+      _mm512_storeu_si512(to + d, (__m512i)load_some(from + d, head_dim - d));
+    }
+  }
+  static MSRNN_FN Vector load(const E* p) { return (Vector)_mm512_loadu_si512(p); }
+  static MSRNN_FN Vector load_some(const E* p, int64_t count) {
+    return (Vector)_mm512_maskz_loadu_epi16(count < 32 ? (1u << count) - 1 : ~0u, p);
+  }
+  static MSRNN_FN Vector load_query(const Query* p) { return load(p); }
+  static MSRNN_FN Float multiply_add(Vector row, Vector query, Float sum) {
+    return _mm512_dpbf16_ps(sum.v, row, query);
+  }
+};
+using DotBFloat16 = PairsOfBFloat16;
+#else
+using DotBFloat16 = Widened<BFloat16>;
+#endif
+
+template <class Dot>
+void load_queries(const char* from, int64_t step, int64_t heads, int64_t head_dim, void* to) {
+  using E = typename Dot::E;
+  auto* out = static_cast<typename Dot::Query*>(to);
+  for (int64_t h = 0; h < heads; ++h, from += step, out += kLargestHeadDim) {
+    Dot::copy_query(reinterpret_cast<const E*>(from), head_dim, out);
+  }
+}
+
+// Lane i: the sum of the lanes of x[i].
+#if defined(MSRNN_AVX512)
+MSRNN_FN Float add_lanes(const Float* x) {
+  __m512 a[8], b[4], c[2];
+  for (int i = 0; i < 8; ++i) {  // within quarters: pairs of neighbours, two vectors at once
+    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i].v, x[2 * i + 1].v),
+                         _mm512_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v));
+  }
+  for (int i = 0; i < 4; ++i) {
+    __m512d p = _mm512_castps_pd(a[2 * i]), q = _mm512_castps_pd(a[2 * i + 1]);
+    b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+  }
+  for (int i = 0; i < 2; ++i) {  // then the quarters
+    c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88),
+                         _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xDD));
+  }
+  return _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88),
+                       _mm512_shuffle_f32x4(c[0], c[1], 0xDD));
+}
+#elif defined(MSRNN_AVX2)
+MSRNN_FN Float add_lanes(const Float* x) {
+  __m256 a[4], b[2];
+  for (int i = 0; i < 4; ++i) a[i] = _mm256_hadd_ps((__m256)x[2 * i].v, (__m256)x[2 * i + 1].v);
+  for (int i = 0; i < 2; ++i) b[i] = _mm256_hadd_ps(a[2 * i], a[2 * i + 1]);
+  return Float((FloatLanes)_mm256_add_ps(_mm256_permute2f128_ps(b[0], b[1], 0x20),
+                                         _mm256_permute2f128_ps(b[0], b[1], 0x31)));
+}
+#else
+MSRNN_FN Float add_lanes(const Float* x) {
+  Float sum;
+  for (int i = 0; i < kWidth; ++i) sum.v[i] = (x[i].v[0] + x[i].v[2]) + (x[i].v[1] + x[i].v[3]);
+  return sum;
+}
+#endif
+
+// Dot products of `heads` queries and lanes / heads rows; lane: head * rows + row.
+template <class Dot, int heads>
+MSRNN_FN Float dot_tile(const typename Dot::Query* queries, Rows rows, int64_t head_dim) {
+  constexpr int count = kWidth / heads;
+  Float sum[kWidth];
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) sum[i] = Float(0.0f);
+  auto add = [&](auto load, int64_t d) __attribute__((always_inline)) {
+    typename Dot::Vector row[count];
+#pragma GCC unroll 16
+    for (int r = 0; r < count; ++r) {
+      row[r] = load(reinterpret_cast<const typename Dot::E*>(rows.data + r * rows.step) + d);
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < heads; ++h) {
+      const auto query = Dot::load_query(queries + h * kLargestHeadDim + d);
+#pragma GCC unroll 16
+      for (int r = 0; r < count; ++r) {
+        sum[h * count + r] = Dot::multiply_add(row[r], query, sum[h * count + r]);
+      }
+    }
+  };
+  int64_t d = 0;
+  for (; d + Dot::step <= head_dim; d += Dot::step) {
+    add([](const auto* p) __attribute__((always_inline)) { return Dot::load(p); }, d);
+  }
+  if (d < head_dim) {
+    const int64_t left = head_dim - d;
+    add([=](const auto* p) __attribute__((always_inline)) { return Dot::load_some(p, left); }, d);
+  }
+  return add_lanes(sum);
+}
+
+template <class Dot, int heads>
+MSRNN_FN void logits_tile(const typename Dot::Query* queries, Rows rows, int64_t head_dim,
+                          Float scale, float* logits, int64_t stride, int64_t wanted) {
+  constexpr int count = kWidth / heads;
+  float tile[kWidth];
+  store_full(tile, dot_tile<Dot, heads>(queries, rows, head_dim) * scale);
+  for (int h = 0; h < heads; ++h) {
+    if (wanted == count) {
+      __builtin_memcpy(logits + h * stride, tile + h * count, count * sizeof(float));
+    } else {
+      for (int64_t r = 0; r < wanted; ++r) logits[h * stride + r] = tile[h * count + r];
+    }
+  }
+}
+
+// All rows for `heads` queries. A last, partial tile goes back and computes some rows again; fewer
+// rows than a tile has go one by one.
+template <class Dot, int heads>
+MSRNN_FN void logits_rows(const typename Dot::Query* queries, Rows rows, int64_t count,
+                          int64_t head_dim, Float scale, float* logits, int64_t stride,
+                          bool fetch) {
+  constexpr int size = kWidth / heads;
+  const int64_t bytes = head_dim * static_cast<int64_t>(sizeof(typename Dot::E));
+  if (count < size) {
+    for (int64_t r = 0; r < count; ++r) {
+      Rows one{rows.data + r * rows.step, 0};
+      logits_tile<Dot, heads>(queries, one, head_dim, scale, logits + r, stride, 1);
+    }
+    return;
+  }
+  for (int64_t r = 0; r < count; r += size) {
+    const int64_t first = least(r, count - size);
+    Rows tile{rows.data + first * rows.step, rows.step};
+    if (fetch && rows.step == bytes) fetch_ahead(tile.data, size * bytes);
+    logits_tile<Dot, heads>(queries, tile, head_dim, scale, logits + first, stride, size);
+  }
+}
+
+template <class Dot>
+void logits(const void* queries, int64_t heads, Rows rows, int64_t count, int64_t head_dim,
+            float scale, float* out, int64_t stride) {
+  const auto* query = static_cast<const typename Dot::Query*>(queries);
+  // Pieces of rows that stay in L1 while all heads pass over them.
+  const int64_t bytes = head_dim * static_cast<int64_t>(sizeof(typename Dot::E));
+  const int64_t piece = heads <= 4 ? count : (kPieceBytes / bytes + 15) / 16 * 16;
+  const Float factor(scale);
+  for (int64_t r = 0; r < count; r += piece) {
+    Rows some{rows.data + r * rows.step, rows.step};
+    const int64_t n = least(piece, count - r);
+    for (int64_t h = 0; h < heads;) {
+      const auto* q = query + h * kLargestHeadDim;
+      float* to = out + h * stride + r;
+      if (heads - h >= 4) {
+        logits_rows<Dot, 4>(q, some, n, head_dim, factor, to, stride, h == 0);
+        h += 4;
+      } else if (heads - h >= 2) {
+        logits_rows<Dot, 2>(q, some, n, head_dim, factor, to, stride, h == 0);
+        h += 2;
+      } else {
+        logits_rows<Dot, 1>(q, some, n, head_dim, factor, to, stride, h == 0);
+        h += 1;
+      }
+    }
+  }
+}
+
+void exponentials(float* x, int64_t count, float* maximum, float* sum) {
+  // A maximum of -inf would turn every e into NaN: the lowest float gives 0. NaN is passed over
+  // here and returns in its own e.
+  constexpr float kLowest = -3.4028235e38f;
+  Float m(kLowest);
+  for (int64_t i = 0; i < count; i += kWidth) {
+    const Float v = load_full(x + i);
+    m = select(greater(v, m), v, m);
+  }
+  float lanes[kWidth];
+  store_full(lanes, m);
+  float largest = lanes[0];
+  for (int i = 1; i < kWidth; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+  m = Float(largest);
+  Float total(0.0f);
+  for (int64_t i = 0; i < count; i += kWidth) {
+    const Float e = exponential(load_full(x + i) - m);
+    store_full(x + i, e);
+    total = total + e;
+  }
+  store_full(lanes, total);
+  float all = lanes[0];
+  for (int i = 1; i < kWidth; ++i) all += lanes[i];
+  *maximum = largest;
+  *sum = all;
+}
+
+// out[h][d] of `vectors` vectors from head_dim index 0, for `heads` heads.
+template <class E, int heads, int vectors, bool partial>
+MSRNN_FN void accumulate_tile(float* out, const float* weights, int64_t stride, Rows rows,
+                              int64_t count, int64_t left, bool fetch) {
+  Float sum[heads][vectors];
+#pragma GCC unroll 4
+  for (int h = 0; h < heads; ++h) {
+#pragma GCC unroll 16
+    for (int j = 0; j < vectors; ++j) {
+      sum[h][j] = load_full(out + h * kLargestHeadDim + j * kWidth);
+    }
+  }
+  for (int64_t r = 0; r < count; ++r, rows.data += rows.step) {
+    const auto* row = reinterpret_cast<const E*>(rows.data);
+    if (fetch) fetch_ahead(rows.data, rows.step);
+    Float x[vectors];
+#pragma GCC unroll 16
+    for (int j = 0; j < vectors; ++j) {
+      x[j] = partial ? widen_some(row, left) : widen(row + j * kWidth);
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < heads; ++h) {
+      const Float weight(weights[h * stride + r]);
+#pragma GCC unroll 16
+      for (int j = 0; j < vectors; ++j) sum[h][j] = fma(weight, x[j], sum[h][j]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < heads; ++h) {
+#pragma GCC unroll 16
+    for (int j = 0; j < vectors; ++j) {
+      store_full(out + h * kLargestHeadDim + j * kWidth, sum[h][j]);
+    }
+  }
+}
+
+// All of head_dim: as many vectors at once as there are accumulators, then halves of that.
+template <class E, int heads, int vectors>
+MSRNN_FN void accumulate_heads(float* out, const float* weights, int64_t stride, Rows rows,
+                               int64_t count, int64_t head_dim, bool fetch) {
+  constexpr int64_t width = vectors * kWidth;
+  for (; head_dim >= width; head_dim -= width, out += width) {
+    accumulate_tile<E, heads, vectors, false>(out, weights, stride, rows, count, 0, fetch);
+    rows.data += width * static_cast<int64_t>(sizeof(E));
+    fetch = false;
+  }
+  if constexpr (vectors > 1) {
+    if (head_dim > 0) {
+      accumulate_heads<E, heads, vectors / 2>(out, weights, stride, rows, count, head_dim, fetch);
+    }
+  } else {
+    if (head_dim > 0) {
+      accumulate_tile<E, heads, 1, true>(out, weights, stride, rows, count, head_dim, fetch);
+    }
+  }
+}
+
+template <class E>
+void accumulate(float* out, int64_t heads, const float* weights, int64_t stride, Rows rows,
+                int64_t count, int64_t head_dim) {
+  const int64_t bytes = head_dim * static_cast<int64_t>(sizeof(E));
+  const int64_t piece = kPieceBytes / bytes;
+  const bool adjacent = rows.step == bytes;
+  for (int64_t r = 0; r < count; r += piece) {
+    Rows some{rows.data + r * rows.step, rows.step};
+    const int64_t n = least(piece, count - r);
+    for (int64_t h = 0; h < heads;) {
+      const bool fetch = adjacent && h == 0;
+      float* to = out + h * kLargestHeadDim;
+      const float* w = weights + h * stride + r;
+      if (heads - h >= 4) {
+        accumulate_heads<E, 4, kAccumulators / 4>(to, w, stride, some, n, head_dim, fetch);
+        h += 4;
+      } else if (heads - h >= 2) {
+        accumulate_heads<E, 2, kAccumulators / 2>(to, w, stride, some, n, head_dim, fetch);
+        h += 2;
+      } else {
+        accumulate_heads<E, 1, kAccumulators>(to, w, stride, some, n, head_dim, fetch);
+        h += 1;
+      }
+    }
+  }
+}
+
+void add_weighted(float* sums, const float* factors, const float* weights, int64_t stride,
+                  int64_t heads, int64_t count) {
+  for (int64_t r = 0; r < count; r += kWidth) {
+    Float sum = load_full(sums + r);
+    for (int64_t h = 0; h < heads; ++h) {
+      sum = fma(Float(factors[h]), load_full(weights + h * stride + r), sum);
+    }
+    store_full(sums + r, sum);
+  }
+}
+
+void add_outer(float* rows, const float* weights, int64_t stride, const float* x, int64_t heads,
+               int64_t count, int64_t head_dim) {
+  for (int64_t r = 0; r < count; ++r, rows += kLargestHeadDim) {
+    for (int64_t d = 0; d < head_dim; d += kWidth) {
+      Float sum = load_full(rows + d);
+      for (int64_t h = 0; h < heads; ++h) {
+        sum = fma(Float(weights[h * stride + r]), load_full(x + h * kLargestHeadDim + d), sum);
+      }
+      store_full(rows + d, sum);
+    }
+  }
+}
+
+template <class E>
+void combine(char* out, const float* parts, int64_t part_step, const float* factors,
+             int64_t factor_step, int64_t count, int64_t head_dim) {
+  auto* to = reinterpret_cast<E*>(out);
+  for (int64_t d = 0; d < head_dim; d += kWidth) {
+    Float sum = Float(factors[0]) * load_full(parts + d);
+    for (int64_t b = 1; b < count; ++b) {
+      sum = fma(Float(factors[b * factor_step]), load_full(parts + b * part_step + d), sum);
+    }
+    store_some(to + d, sum, head_dim - d);
+  }
+}
+
+template <class E>
+void widen_row(const char* from, int64_t head_dim, float* to) {
+  Widened<E>::copy_query(reinterpret_cast<const E*>(from), head_dim, to);
+}
+
+template <class Dot>
+AttentionKernels attention_kernels_of() {
+  using E = typename Dot::E;
+  return {load_queries<Dot>, logits<Dot>, exponentials, accumulate<E>,
+          add_weighted,      add_outer,   combine<E>,   widen_row<E>};
+}
+
+inline AttentionKernels attention_kernels(DType dtype) {
+  if (dtype == DType::bfloat16) return attention_kernels_of<DotBFloat16>();
+  if (dtype == DType::float16) return attention_kernels_of<Widened<Half>>();
+  return attention_kernels_of<Widened<float>>();
+}
+
+}  // namespace MSRNN_ISA
+}  // namespace msrnn
