@@ -38,6 +38,8 @@ namespace {
 constexpr int64_t kBlockSlots = 512;
 // A thread is worth waking for this many bytes of keys and values.
 constexpr int64_t kBytesPerThread = int64_t{1} << 17;
+// Tickets of attention a thread, at least, where there are as many blocks: they even out the end.
+constexpr int64_t kTickets = 16;
 // Of a prompt whose attention is accumulated: this many parts, each with sums of its own, and rows
 // of logits that one pass over the keys serves.
 constexpr int64_t kPromptParts = 8;
@@ -236,21 +238,32 @@ class StepRun {
         s_.position[i * s_.slots + s_.free[i]] = s_.seen[row];
       }
     }
-    const bool deciding = step_.evicting || step_.scores;
-    const int64_t tasks = blocks + (deciding ? count * blocks_ : 0);
     const int64_t threads =
         std::clamp<int64_t>(bytes_ / kBytesPerThread, 1, torch::stable::get_num_threads());
+    // Neighbouring blocks go to one thread where there are enough of them: what one fetches beyond
+    // its end, the next one needs.
+    const int64_t row_blocks = s_.kv_heads * blocks_;
+    const int64_t together = std::clamp<int64_t>(blocks / (kTickets * threads), 1, blocks_);
+    const int64_t attending = (row_blocks + together - 1) / together;  // tickets of a row
+    const int64_t deciding = step_.evicting || step_.scores ? blocks_ : 0;
+    const int64_t tickets = count * (attending + deciding);
     std::atomic<int64_t> ticket{0};
     auto work = [&](int64_t, int64_t) {
       FlushDenormals flush(true);
       static thread_local Workspace own;
       float* scratch = own.floats(shared_ * (kLargestHeadDim + block_) + block_);
-      for (int64_t i; (i = ticket.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-        if (i < blocks) {
-          attend(i, scratch);
-        } else {
-          decide(i - blocks, scratch);
+      for (int64_t i; (i = ticket.fetch_add(1, std::memory_order_relaxed)) < tickets;) {
+        // Row p is attended before row p-1 is decided: its weights are still in cache then, and
+        // nobody waits for long.
+        const int64_t row = i < attending ? 0 : 1 + (i - attending) / (attending + deciding);
+        const int64_t rest = i < attending ? i : (i - attending) % (attending + deciding);
+        if (row == count || rest >= attending) {
+          decide((row - 1) * blocks_ + rest - (row == count ? 0 : attending), scratch);
+          continue;
         }
+        const int64_t first = rest * together;
+        const int64_t end = std::min(first + together, row_blocks);
+        for (int64_t j = first; j < end; ++j) attend(row * row_blocks + j, scratch);
       }
     };
     if (threads <= 1) {
@@ -305,9 +318,7 @@ class StepRun {
       kernels_.exponentials(weights + h * stride, padded(end - begin), maxima + h, sums + h);
     }
     float* part = parts_ + task * shared_ * kLargestHeadDim;
-    for (int64_t h = 0; h < shared_; ++h) {
-      std::fill_n(part + h * kLargestHeadDim, padded(s_.head_dim), 0.0f);
-    }
+    std::fill_n(part, shared_ * kLargestHeadDim, 0.0f);
     for_runs(position, begin, end, [&](int64_t first, int64_t count) {
       kernels_.accumulate(part, shared_, weights + first - begin, stride,
                           s_.rows(s_.values, row, head, first), count, s_.head_dim);

@@ -9,7 +9,8 @@
 //            (multi_state.cpp): the weights in between never leave L1.
 //
 // Traffic: every row of keys and values is read once from memory, for all query heads that share
-// it. Rows are fetched into L1 kAheadBytes before their use.
+// it. Rows are fetched into L2 kAheadBytes or a piece before their use; into L1, where pieces and
+// weights already live, a step takes 1.3 times as long (float32, two threads of a Zen 4).
 #pragma once
 
 #include "multi_state.h"
@@ -19,8 +20,9 @@ namespace msrnn {
 namespace MSRNN_ISA {
 
 constexpr int64_t kWidth = Float::lanes;
-constexpr int64_t kAheadBytes = 4096;
+constexpr int64_t kAheadBytes = 8192;
 constexpr int64_t kPieceBytes = 16384;
+constexpr int64_t kRowsAtOnce = 128;  // of a piece
 #if defined(MSRNN_AVX512)
 constexpr int kAccumulators = 16;
 #else
@@ -29,9 +31,8 @@ constexpr int kAccumulators = 8;
 
 MSRNN_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The next rows, of `bytes` in all, if they are adjacent to these.
-MSRNN_FN void fetch_ahead(const char* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + kAheadBytes + i, 0, 3);
+MSRNN_FN void fetch(const char* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
 template <class E>
@@ -145,7 +146,8 @@ MSRNN_FN Float add_lanes(const Float* x) {
 
 // Dot products of `heads` queries and lanes / heads rows; lane: head * rows + row.
 template <class Dot, int heads>
-MSRNN_FN Float dot_tile(const typename Dot::Query* queries, Rows rows, int64_t head_dim) {
+MSRNN_FN Float dot_tile(const typename Dot::Query* queries, Rows rows, int64_t head_dim,
+                        int64_t ahead) {
   constexpr int count = kWidth / heads;
   Float sum[kWidth];
 #pragma GCC unroll 16
@@ -154,7 +156,9 @@ MSRNN_FN Float dot_tile(const typename Dot::Query* queries, Rows rows, int64_t h
     typename Dot::Vector row[count];
 #pragma GCC unroll 16
     for (int r = 0; r < count; ++r) {
-      row[r] = load(reinterpret_cast<const typename Dot::E*>(rows.data + r * rows.step) + d);
+      const auto* p = reinterpret_cast<const typename Dot::E*>(rows.data + r * rows.step) + d;
+      __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead, 0, 2);
+      row[r] = load(p);
     }
 #pragma GCC unroll 4
     for (int h = 0; h < heads; ++h) {
@@ -178,10 +182,11 @@ MSRNN_FN Float dot_tile(const typename Dot::Query* queries, Rows rows, int64_t h
 
 template <class Dot, int heads>
 MSRNN_FN void logits_tile(const typename Dot::Query* queries, Rows rows, int64_t head_dim,
-                          Float scale, float* logits, int64_t stride, int64_t wanted) {
+                          Float scale, float* logits, int64_t stride, int64_t wanted,
+                          int64_t ahead) {
   constexpr int count = kWidth / heads;
   float tile[kWidth];
-  store_full(tile, dot_tile<Dot, heads>(queries, rows, head_dim) * scale);
+  store_full(tile, dot_tile<Dot, heads>(queries, rows, head_dim, ahead) * scale);
   for (int h = 0; h < heads; ++h) {
     if (wanted == count) {
       __builtin_memcpy(logits + h * stride, tile + h * count, count * sizeof(float));
@@ -196,21 +201,21 @@ MSRNN_FN void logits_tile(const typename Dot::Query* queries, Rows rows, int64_t
 template <class Dot, int heads>
 MSRNN_FN void logits_rows(const typename Dot::Query* queries, Rows rows, int64_t count,
                           int64_t head_dim, Float scale, float* logits, int64_t stride,
-                          bool fetch) {
+                          bool fetching) {
   constexpr int size = kWidth / heads;
   const int64_t bytes = head_dim * static_cast<int64_t>(sizeof(typename Dot::E));
   if (count < size) {
     for (int64_t r = 0; r < count; ++r) {
       Rows one{rows.data + r * rows.step, 0};
-      logits_tile<Dot, heads>(queries, one, head_dim, scale, logits + r, stride, 1);
+      logits_tile<Dot, heads>(queries, one, head_dim, scale, logits + r, stride, 1, 0);
     }
     return;
   }
+  const int64_t ahead = fetching && rows.step == bytes ? kAheadBytes : 0;
   for (int64_t r = 0; r < count; r += size) {
     const int64_t first = least(r, count - size);
     Rows tile{rows.data + first * rows.step, rows.step};
-    if (fetch && rows.step == bytes) fetch_ahead(tile.data, size * bytes);
-    logits_tile<Dot, heads>(queries, tile, head_dim, scale, logits + first, stride, size);
+    logits_tile<Dot, heads>(queries, tile, head_dim, scale, logits + first, stride, size, ahead);
   }
 }
 
@@ -269,86 +274,172 @@ void exponentials(float* x, int64_t count, float* maximum, float* sum) {
   *sum = all;
 }
 
-// out[h][d] of `vectors` vectors from head_dim index 0, for `heads` heads.
-template <class E, int heads, int vectors, bool partial>
-MSRNN_FN void accumulate_tile(float* out, const float* weights, int64_t stride, Rows rows,
-                              int64_t count, int64_t left, bool fetch) {
-  Float sum[heads][vectors];
+// How weighted rows are summed: in float32, or for bfloat16 two rows at a time by the instruction
+// that the dot products use. Weights are then rounded to bfloat16, as FlashAttention does: the
+// output is off by about as much as its own rounding, and the scores are not affected.
+template <class Element>
+struct WidenedSum {
+  using E = Element;
+  static constexpr int smallest = 1;  // vectors of a tile
+
+  const float* weights;
+  int64_t stride;
+
+  MSRNN_FN WidenedSum(const float* from, int64_t step, int64_t, int64_t)
+      : weights(from), stride(step) {}
+
+  // out[h][d], d in `vectors` vectors of which a partial one has `left` elements.
+  template <int heads, int vectors, bool partial>
+  MSRNN_FN void add(float* out, Rows rows, int64_t count, int64_t left, bool fetching) const {
+    Float sum[heads][vectors];
 #pragma GCC unroll 4
-  for (int h = 0; h < heads; ++h) {
+    for (int h = 0; h < heads; ++h) {
 #pragma GCC unroll 16
-    for (int j = 0; j < vectors; ++j) {
-      sum[h][j] = load_full(out + h * kLargestHeadDim + j * kWidth);
+      for (int j = 0; j < vectors; ++j) {
+        sum[h][j] = load_full(out + h * kLargestHeadDim + j * kWidth);
+      }
     }
-  }
-  for (int64_t r = 0; r < count; ++r, rows.data += rows.step) {
-    const auto* row = reinterpret_cast<const E*>(rows.data);
-    if (fetch) fetch_ahead(rows.data, rows.step);
-    Float x[vectors];
+    for (int64_t r = 0; r < count; ++r, rows.data += rows.step) {
+      const auto* row = reinterpret_cast<const E*>(rows.data);
+      if (fetching) fetch(rows.data + kPieceBytes, vectors * kWidth * sizeof(E));
+      Float x[vectors];
 #pragma GCC unroll 16
-    for (int j = 0; j < vectors; ++j) {
-      x[j] = partial ? widen_some(row, left) : widen(row + j * kWidth);
+      for (int j = 0; j < vectors; ++j) {
+        x[j] = partial ? widen_some(row, left) : widen(row + j * kWidth);
+      }
+#pragma GCC unroll 4
+      for (int h = 0; h < heads; ++h) {
+        const Float weight(weights[h * stride + r]);
+#pragma GCC unroll 16
+        for (int j = 0; j < vectors; ++j) sum[h][j] = fma(weight, x[j], sum[h][j]);
+      }
     }
 #pragma GCC unroll 4
     for (int h = 0; h < heads; ++h) {
-      const Float weight(weights[h * stride + r]);
 #pragma GCC unroll 16
-      for (int j = 0; j < vectors; ++j) sum[h][j] = fma(weight, x[j], sum[h][j]);
+      for (int j = 0; j < vectors; ++j) {
+        store_full(out + h * kLargestHeadDim + j * kWidth, sum[h][j]);
+      }
     }
   }
+};
+
+#if defined(MSRNN_AVX512_BF16)
+struct PairSum {
+  using E = BFloat16;
+  static constexpr int smallest = 2;
+
+  uint32_t pairs[4][kRowsAtOnce / 2];  // weights of two rows each
+
+  MSRNN_FN PairSum(const float* weights, int64_t stride, int64_t heads, int64_t count) {
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t r = 0; r < count; r += kWidth) {
+        const int64_t n = least(kWidth, count - r);
+        const Float w = n < kWidth ? load_partial(weights + h * stride + r, static_cast<int>(n))
+                                   : load_full(weights + h * stride + r);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(pairs[h] + r / 2),
+                            (__m256i)_mm512_cvtneps_pbh(w.v));
+      }
+    }
+  }
+
+  // Neighbours in a pair of the instruction are one index of head_dim in both rows: sums lie by
+  // quarters of a vector, even quarters in one, odd ones in the next.
+  template <int heads, int vectors, bool partial>
+  MSRNN_FN void add(float* out, Rows rows, int64_t count, int64_t left, bool fetching) const {
+    __m512 sum[heads][vectors];
 #pragma GCC unroll 4
-  for (int h = 0; h < heads; ++h) {
+    for (int h = 0; h < heads; ++h) {
 #pragma GCC unroll 16
-    for (int j = 0; j < vectors; ++j) {
-      store_full(out + h * kLargestHeadDim + j * kWidth, sum[h][j]);
+      for (int j = 0; j < vectors; j += 2) {
+        const float* from = out + h * kLargestHeadDim + j * kWidth;
+        const __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + kWidth);
+        sum[h][j] = _mm512_shuffle_f32x4(a, b, 0x88);
+        sum[h][j + 1] = _mm512_shuffle_f32x4(a, b, 0xDD);
+      }
+    }
+    const __mmask32 mask = partial ? (1u << left) - 1 : ~0u;
+    for (int64_t r = 0; r < count; r += 2, rows.data += 2 * rows.step) {
+      const char* next = rows.data + rows.step;
+      const __mmask32 next_mask = r + 1 < count ? mask : 0;
+      if (fetching) {
+        fetch(rows.data + kPieceBytes, vectors * kWidth * sizeof(E));
+        fetch(next + kPieceBytes, vectors * kWidth * sizeof(E));
+      }
+      __m512bh x[vectors];
+#pragma GCC unroll 16
+      for (int j = 0; j < vectors; j += 2) {
+        const int64_t offset = j * kWidth * static_cast<int64_t>(sizeof(E));
+        const __m512i a = _mm512_maskz_loadu_epi16(mask, rows.data + offset);
+        const __m512i b = _mm512_maskz_loadu_epi16(next_mask, next + offset);
+        x[j] = (__m512bh)_mm512_unpacklo_epi16(a, b);
+        x[j + 1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
+      }
+#pragma GCC unroll 4
+      for (int h = 0; h < heads; ++h) {
+        const auto weight = (__m512bh)_mm512_set1_epi32(static_cast<int>(pairs[h][r / 2]));
+#pragma GCC unroll 16
+        for (int j = 0; j < vectors; ++j) sum[h][j] = _mm512_dpbf16_ps(sum[h][j], x[j], weight);
+      }
+    }
+    const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+#pragma GCC unroll 4
+    for (int h = 0; h < heads; ++h) {
+#pragma GCC unroll 16
+      for (int j = 0; j < vectors; j += 2) {
+        float* to = out + h * kLargestHeadDim + j * kWidth;
+        const __m512 even = sum[h][j], odd = sum[h][j + 1];
+        _mm512_storeu_ps(to, _mm512_permutex2var_ps(even, first, odd));
+        _mm512_storeu_ps(to + kWidth, _mm512_permutex2var_ps(even, second, odd));
+      }
     }
   }
-}
+};
+using SumBFloat16 = PairSum;
+#else
+using SumBFloat16 = WidenedSum<BFloat16>;
+#endif
 
 // All of head_dim: as many vectors at once as there are accumulators, then halves of that.
-template <class E, int heads, int vectors>
-MSRNN_FN void accumulate_heads(float* out, const float* weights, int64_t stride, Rows rows,
-                               int64_t count, int64_t head_dim, bool fetch) {
+template <int heads, int vectors, class Sum>
+MSRNN_FN void accumulate_heads(const Sum& weighted, float* out, Rows rows, int64_t count,
+                               int64_t head_dim, bool fetching) {
   constexpr int64_t width = vectors * kWidth;
   for (; head_dim >= width; head_dim -= width, out += width) {
-    accumulate_tile<E, heads, vectors, false>(out, weights, stride, rows, count, 0, fetch);
-    rows.data += width * static_cast<int64_t>(sizeof(E));
-    fetch = false;
+    weighted.template add<heads, vectors, false>(out, rows, count, 0, fetching);
+    rows.data += width * static_cast<int64_t>(sizeof(typename Sum::E));
   }
-  if constexpr (vectors > 1) {
-    if (head_dim > 0) {
-      accumulate_heads<E, heads, vectors / 2>(out, weights, stride, rows, count, head_dim, fetch);
-    }
+  if (head_dim == 0) return;
+  if constexpr (vectors > Sum::smallest) {
+    accumulate_heads<heads, vectors / 2>(weighted, out, rows, count, head_dim, fetching);
   } else {
-    if (head_dim > 0) {
-      accumulate_tile<E, heads, 1, true>(out, weights, stride, rows, count, head_dim, fetch);
-    }
+    weighted.template add<heads, vectors, true>(out, rows, count, head_dim, fetching);
   }
 }
 
-template <class E>
+template <class Sum>
 void accumulate(float* out, int64_t heads, const float* weights, int64_t stride, Rows rows,
                 int64_t count, int64_t head_dim) {
-  const int64_t bytes = head_dim * static_cast<int64_t>(sizeof(E));
-  const int64_t piece = kPieceBytes / bytes;
+  const int64_t bytes = head_dim * static_cast<int64_t>(sizeof(typename Sum::E));
+  const int64_t piece = least(kPieceBytes / bytes, kRowsAtOnce);
   const bool adjacent = rows.step == bytes;
   for (int64_t r = 0; r < count; r += piece) {
-    Rows some{rows.data + r * rows.step, rows.step};
+    const Rows some{rows.data + r * rows.step, rows.step};
     const int64_t n = least(piece, count - r);
     for (int64_t h = 0; h < heads;) {
-      const bool fetch = adjacent && h == 0;
+      const bool fetching = adjacent && h == 0;
       float* to = out + h * kLargestHeadDim;
-      const float* w = weights + h * stride + r;
-      if (heads - h >= 4) {
-        accumulate_heads<E, 4, kAccumulators / 4>(to, w, stride, some, n, head_dim, fetch);
-        h += 4;
-      } else if (heads - h >= 2) {
-        accumulate_heads<E, 2, kAccumulators / 2>(to, w, stride, some, n, head_dim, fetch);
-        h += 2;
+      const int64_t left = heads - h, now = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      const Sum weighted(weights + h * stride + r, stride, now, n);
+      if (now == 4) {
+        accumulate_heads<4, kAccumulators / 4>(weighted, to, some, n, head_dim, fetching);
+      } else if (now == 2) {
+        accumulate_heads<2, kAccumulators / 2>(weighted, to, some, n, head_dim, fetching);
       } else {
-        accumulate_heads<E, 1, kAccumulators>(to, w, stride, some, n, head_dim, fetch);
-        h += 1;
+        accumulate_heads<1, kAccumulators>(weighted, to, some, n, head_dim, fetching);
       }
+      h += now;
     }
   }
 }
@@ -395,17 +486,17 @@ void widen_row(const char* from, int64_t head_dim, float* to) {
   Widened<E>::copy_query(reinterpret_cast<const E*>(from), head_dim, to);
 }
 
-template <class Dot>
+template <class Dot, class Sum>
 AttentionKernels attention_kernels_of() {
   using E = typename Dot::E;
-  return {load_queries<Dot>, logits<Dot>, exponentials, accumulate<E>,
+  return {load_queries<Dot>, logits<Dot>, exponentials, accumulate<Sum>,
           add_weighted,      add_outer,   combine<E>,   widen_row<E>};
 }
 
 inline AttentionKernels attention_kernels(DType dtype) {
-  if (dtype == DType::bfloat16) return attention_kernels_of<DotBFloat16>();
-  if (dtype == DType::float16) return attention_kernels_of<Widened<Half>>();
-  return attention_kernels_of<Widened<float>>();
+  if (dtype == DType::bfloat16) return attention_kernels_of<DotBFloat16, SumBFloat16>();
+  if (dtype == DType::float16) return attention_kernels_of<Widened<Half>, WidenedSum<Half>>();
+  return attention_kernels_of<Widened<float>, WidenedSum<float>>();
 }
 
 }  // namespace MSRNN_ISA
