@@ -218,13 +218,22 @@ class StepRun {
   void run() {
     const auto count = static_cast<int64_t>(rows_.size());
     const int64_t blocks = count * s_.kv_heads * blocks_;
+    const int64_t threads =
+        std::clamp<int64_t>(bytes_ / kBytesPerThread, 1, torch::stable::get_num_threads());
+    // Neighbouring blocks go to one thread where there are enough of them: what one fetches beyond
+    // its end, the next one needs.
+    const int64_t row_blocks = s_.kv_heads * blocks_;
+    const int64_t together = std::clamp<int64_t>(blocks / (kTickets * threads), 1, blocks_);
+    const bool whole_heads = together == blocks_;
     static thread_local Workspace workspace;
     const int64_t parts = blocks * shared_ * kLargestHeadDim;
-    const int64_t weights = keeping_ ? count * step_.query_heads * stride_ : 0;
-    float* memory = workspace.floats(parts + weights + 2 * blocks * shared_);
+    const int64_t sums = keeping_ ? count * s_.kv_heads * stride_ : 0;
+    const int64_t weights = keeping_ && !whole_heads ? shared_ * sums : 0;
+    float* memory = workspace.floats(parts + sums + weights + 2 * blocks * shared_);
     parts_ = memory;
-    weights_ = keeping_ ? memory + parts : nullptr;
-    maxima_ = memory + parts + weights;
+    head_sums_ = parts_ + parts;
+    weights_ = weights ? head_sums_ + sums : nullptr;
+    maxima_ = head_sums_ + sums + weights;
     factors_ = maxima_ + blocks * shared_;
     blocks_done_.assign(count * s_.kv_heads, 0);
     heads_done_.assign(count, 0);
@@ -238,12 +247,6 @@ class StepRun {
         s_.position[i * s_.slots + s_.free[i]] = s_.seen[row];
       }
     }
-    const int64_t threads =
-        std::clamp<int64_t>(bytes_ / kBytesPerThread, 1, torch::stable::get_num_threads());
-    // Neighbouring blocks go to one thread where there are enough of them: what one fetches beyond
-    // its end, the next one needs.
-    const int64_t row_blocks = s_.kv_heads * blocks_;
-    const int64_t together = std::clamp<int64_t>(blocks / (kTickets * threads), 1, blocks_);
     const int64_t attending = (row_blocks + together - 1) / together;  // tickets of a row
     const int64_t deciding = step_.evicting || step_.scores ? blocks_ : 0;
     const int64_t tickets = count * (attending + deciding);
@@ -251,7 +254,8 @@ class StepRun {
     auto work = [&](int64_t, int64_t) {
       FlushDenormals flush(true);
       static thread_local Workspace own;
-      float* scratch = own.floats(shared_ * (kLargestHeadDim + block_) + block_);
+      const int64_t width = keeping_ && whole_heads ? stride_ : block_;
+      float* scratch = own.floats(shared_ * (kLargestHeadDim + width) + block_);
       for (int64_t i; (i = ticket.fetch_add(1, std::memory_order_relaxed)) < tickets;) {
         // Row p is attended before row p-1 is decided: its weights are still in cache then, and
         // nobody waits for long.
@@ -291,9 +295,11 @@ class StepRun {
     }
 
     const int64_t* position = s_.position + i * s_.slots;
-    float* weights = weights_ ? weights_ + index * shared_ * stride_ + begin
-                              : scratch + shared_ * kLargestHeadDim;
-    const int64_t stride = weights_ ? stride_ : block_;
+    // Weights of the head: shared between threads, this thread's own, or of this block alone.
+    float* kept = weights_ ? weights_ + index * shared_ * stride_
+                           : scratch + shared_ * kLargestHeadDim;
+    float* weights = keeping_ ? kept + begin : kept;
+    const int64_t stride = keeping_ ? stride_ : block_;
     kernels_.load_queries(step_.q.at(row, head * shared_, time_), step_.q.head, shared_,
                           s_.head_dim, scratch);
     int64_t filled = begin;
@@ -324,13 +330,14 @@ class StepRun {
                           s_.rows(s_.values, row, head, first), count, s_.head_dim);
     });
     if (is_last(blocks_done_[index], static_cast<uint32_t>(blocks_of(r)))) {
-      finish_head(index, row, head, blocks_of(r));
+      finish_head(index, row, head, used_[r], kept);
       std::atomic_ref<uint32_t>(heads_done_[r]).fetch_add(1, std::memory_order_acq_rel);
     }
   }
 
   // From each block's maximum and sum to its factor in the softmax over all of them.
-  void finish_head(int64_t index, int64_t row, int64_t head, int64_t blocks) {
+  void finish_head(int64_t index, int64_t row, int64_t head, int64_t used, const float* weights) {
+    const int64_t blocks = (used + block_ - 1) / block_;
     const int64_t first = index * blocks_ * shared_;
     for (int64_t h = 0; h < shared_; ++h) {
       const float* maxima = maxima_ + first + h;
@@ -347,6 +354,14 @@ class StepRun {
                        parts_ + (first + h) * kLargestHeadDim, shared_ * kLargestHeadDim, factors,
                        shared_, blocks, s_.head_dim);
     }
+    if (!keeping_) return;
+    float* sums = head_sums_ + index * stride_;
+    std::fill_n(sums, blocks * block_, 0.0f);
+    for (int64_t j = 0; j < blocks; ++j) {
+      kernels_.add_weighted(sums + j * block_, factors_ + first + j * shared_,
+                            weights + j * block_, stride_, shared_,
+                            padded(std::min(block_, used - j * block_)));
+    }
   }
 
   void decide(int64_t task, float* sums) {
@@ -357,12 +372,10 @@ class StepRun {
     const int64_t heads = s_.kv_heads / s_.groups;
     for (int64_t g = 0; g < s_.groups; ++g) {
       if (keeping_) {
-        std::fill_n(sums, padded(end - begin), 0.0f);
-        for (int64_t head = g * heads; head < (g + 1) * heads; ++head) {
-          const int64_t index = r * s_.kv_heads + head;
-          kernels_.add_weighted(sums, factors_ + (index * blocks_ + j) * shared_,
-                                weights_ + index * shared_ * stride_ + begin, stride_, shared_,
-                                padded(end - begin));
+        const float* from = head_sums_ + (r * s_.kv_heads + g * heads) * stride_ + begin;
+        std::copy_n(from, end - begin, sums);
+        for (int64_t h = 1; h < heads; ++h) {
+          for (int64_t i = 0; i < end - begin; ++i) sums[i] += from[h * stride_ + i];
         }
       }
       if (step_.scores) {
@@ -396,7 +409,8 @@ class StepRun {
   const AttentionKernels kernels_;
   const bool keeping_;  // the weights are wanted after their block
   int64_t block_, blocks_, stride_, bytes_ = 0;
-  float *parts_, *weights_, *maxima_, *factors_;  // factors: first the sums of the blocks
+  float *parts_, *head_sums_, *weights_;
+  float *maxima_, *factors_;  // of each block and query head; factors: first its sum
   std::vector<int64_t> used_;  // slots of each row
   std::vector<uint32_t> blocks_done_, heads_done_, decided_;
   std::vector<Summary> summaries_;
