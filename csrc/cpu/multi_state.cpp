@@ -39,7 +39,7 @@ constexpr int64_t kBlockSlots = 512;
 // A thread is worth waking for this many bytes of keys and values.
 constexpr int64_t kBytesPerThread = int64_t{1} << 17;
 // Tickets of attention a thread, at least, where there are as many blocks: they even out the end.
-constexpr int64_t kTickets = 16;
+constexpr int64_t kTickets = 4;
 // Of a prompt whose attention is accumulated: this many parts, each with sums of its own, and rows
 // of logits that one pass over the keys serves.
 constexpr int64_t kPromptParts = 8;
@@ -107,6 +107,12 @@ struct Heads {
 // Calls f(begin, count) for every run of occupied columns in [begin, end).
 template <class F>
 void for_runs(const int64_t* position, int64_t begin, int64_t end, F f) {
+  int64_t any_empty = 0;  // its sign
+  for (int64_t i = begin; i < end; ++i) any_empty |= position[i];
+  if (any_empty >= 0) {
+    if (begin < end) f(begin, end - begin);
+    return;
+  }
   for (int64_t i = begin; i < end;) {
     if (position[i] < 0) {
       ++i;
@@ -226,12 +232,12 @@ class StepRun {
     const int64_t together = std::clamp<int64_t>(blocks / (kTickets * threads), 1, blocks_);
     const bool whole_heads = together == blocks_;
     static thread_local Workspace workspace;
-    const int64_t parts = blocks * shared_ * kLargestHeadDim;
+    const int64_t parts = whole_heads ? 0 : blocks * shared_ * kLargestHeadDim;
     const int64_t sums = keeping_ ? count * s_.kv_heads * stride_ : 0;
     const int64_t weights = keeping_ && !whole_heads ? shared_ * sums : 0;
     float* memory = workspace.floats(parts + sums + weights + 2 * blocks * shared_);
-    parts_ = memory;
-    head_sums_ = parts_ + parts;
+    parts_ = whole_heads ? nullptr : memory;
+    head_sums_ = memory + parts;
     weights_ = weights ? head_sums_ + sums : nullptr;
     maxima_ = head_sums_ + sums + weights;
     factors_ = maxima_ + blocks * shared_;
@@ -255,7 +261,8 @@ class StepRun {
       FlushDenormals flush(true);
       static thread_local Workspace own;
       const int64_t width = keeping_ && whole_heads ? stride_ : block_;
-      float* scratch = own.floats(shared_ * (kLargestHeadDim + width) + block_);
+      const int64_t own_parts = whole_heads ? blocks_ * kLargestHeadDim : 0;
+      float* scratch = own.floats(shared_ * (kLargestHeadDim + width + own_parts) + block_);
       for (int64_t i; (i = ticket.fetch_add(1, std::memory_order_relaxed)) < tickets;) {
         // Row p is attended before row p-1 is decided: its weights are still in cache then, and
         // nobody waits for long.
@@ -323,20 +330,26 @@ class StepRun {
     for (int64_t h = 0; h < shared_; ++h) {
       kernels_.exponentials(weights + h * stride, padded(end - begin), maxima + h, sums + h);
     }
-    float* part = parts_ + task * shared_ * kLargestHeadDim;
-    std::fill_n(part, shared_ * kLargestHeadDim, 0.0f);
+    const int64_t part_size = shared_ * kLargestHeadDim;
+    float* parts = parts_ ? parts_ + index * blocks_ * part_size
+                          : scratch + shared_ * (kLargestHeadDim + (keeping_ ? stride_ : block_));
+    float* part = parts + j * part_size;
+    for (int64_t h = 0; h < shared_; ++h) {
+      std::fill_n(part + h * kLargestHeadDim, 2 * padded((s_.head_dim + 1) / 2), 0.0f);
+    }
     for_runs(position, begin, end, [&](int64_t first, int64_t count) {
       kernels_.accumulate(part, shared_, weights + first - begin, stride,
                           s_.rows(s_.values, row, head, first), count, s_.head_dim);
     });
     if (is_last(blocks_done_[index], static_cast<uint32_t>(blocks_of(r)))) {
-      finish_head(index, row, head, used_[r], kept);
+      finish_head(index, row, head, used_[r], parts, kept);
       std::atomic_ref<uint32_t>(heads_done_[r]).fetch_add(1, std::memory_order_acq_rel);
     }
   }
 
   // From each block's maximum and sum to its factor in the softmax over all of them.
-  void finish_head(int64_t index, int64_t row, int64_t head, int64_t used, const float* weights) {
+  void finish_head(int64_t index, int64_t row, int64_t head, int64_t used, const float* parts,
+                   const float* weights) {
     const int64_t blocks = (used + block_ - 1) / block_;
     const int64_t first = index * blocks_ * shared_;
     for (int64_t h = 0; h < shared_; ++h) {
@@ -351,8 +364,8 @@ class StepRun {
         factors[j * shared_] = std::exp(maxima[j * shared_] - largest) / total;
       }
       kernels_.combine(step_.out.at(row, head * shared_ + h, time_),
-                       parts_ + (first + h) * kLargestHeadDim, shared_ * kLargestHeadDim, factors,
-                       shared_, blocks, s_.head_dim);
+                       parts + h * kLargestHeadDim, shared_ * kLargestHeadDim, factors, shared_,
+                       blocks, s_.head_dim);
     }
     if (!keeping_) return;
     float* sums = head_sums_ + index * stride_;
