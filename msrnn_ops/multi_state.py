@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils import _pytree
 
-from msrnn_ops import backend, reference
+from msrnn_ops import _C, backend, reference
 from msrnn_ops.scan import _library
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -188,6 +188,9 @@ class MultiState:
         self.policy = policy
         self.keys = torch.empty(batch, kv_heads, slots, head_dim, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
+        for x in (self.keys, self.values):
+            if type(x) is Tensor and x.device.type == "cpu" and not _compiling():
+                _C.prefer_huge_pages(x.data_ptr(), x.numel() * x.element_size())
         self.position = whole(batch, groups, slots)
         self.score = torch.zeros(batch, groups, scored, dtype=torch.float32, device=device)
         self.free = whole(batch, groups).zero_()
