@@ -18,7 +18,7 @@ struct Rows {
 
 struct AttentionKernels {
   // Copies `heads` rows of head_dim elements, `step` bytes apart, into the form that `logits`
-  // reads: kLargestHeadDim floats of room a head.
+  // reads; a head's starts every kLargestHeadDim floats.
   void (*load_queries)(const char* from, int64_t step, int64_t heads, int64_t head_dim, void* to);
 
   // logits[h * stride + r] = scale * <query h, row r>.

@@ -59,6 +59,7 @@ struct Widened {
   using Query = float;
   using Vector = Float;
   static constexpr int step = Float::lanes;
+  static constexpr int64_t next_query = kLargestHeadDim;
 
   static MSRNN_FN void copy_query(const E* from, int64_t head_dim, Query* to) {
     for (int64_t d = 0; d < head_dim; d += kWidth) {
@@ -79,6 +80,7 @@ struct PairsOfBFloat16 {
   using Query = BFloat16;
   using Vector = __m512bh;
   static constexpr int step = 32;
+  static constexpr int64_t next_query = 2 * kLargestHeadDim;
 
   static MSRNN_FN void copy_query(const E* from, int64_t head_dim, Query* to) {
     for (int64_t d = 0; d < head_dim; d += step) {
@@ -103,7 +105,7 @@ template <class Dot>
 void load_queries(const char* from, int64_t step, int64_t heads, int64_t head_dim, void* to) {
   using E = typename Dot::E;
   auto* out = static_cast<typename Dot::Query*>(to);
-  for (int64_t h = 0; h < heads; ++h, from += step, out += kLargestHeadDim) {
+  for (int64_t h = 0; h < heads; ++h, from += step, out += Dot::next_query) {
     Dot::copy_query(reinterpret_cast<const E*>(from), head_dim, out);
   }
 }
@@ -162,7 +164,7 @@ MSRNN_FN Float dot_tile(const typename Dot::Query* queries, Rows rows, int64_t h
     }
 #pragma GCC unroll 4
     for (int h = 0; h < heads; ++h) {
-      const auto query = Dot::load_query(queries + h * kLargestHeadDim + d);
+      const auto query = Dot::load_query(queries + h * Dot::next_query + d);
 #pragma GCC unroll 16
       for (int r = 0; r < count; ++r) {
         sum[h * count + r] = Dot::multiply_add(row[r], query, sum[h * count + r]);
@@ -231,7 +233,7 @@ void logits(const void* queries, int64_t heads, Rows rows, int64_t count, int64_
     Rows some{rows.data + r * rows.step, rows.step};
     const int64_t n = least(piece, count - r);
     for (int64_t h = 0; h < heads;) {
-      const auto* q = query + h * kLargestHeadDim;
+      const auto* q = query + h * Dot::next_query;
       float* to = out + h * stride + r;
       if (heads - h >= 4) {
         logits_rows<Dot, 4>(q, some, n, head_dim, factor, to, stride, h == 0);
