@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils import _pytree
 
@@ -711,9 +712,10 @@ def attend_sequence(
     factor = _scale_of("attend_sequence", scale, q.shape[-1])
     if not _served("attend_sequence", q):
         return reference.attend_sequence(q, k, v, policy, valid, factor)
-    return torch.ops.msrnn_ops.attend_sequence(
-        q, k, v, valid, policy.slots, policy.scope == "head", *policy._numbers, factor
-    )
+    arguments = (valid, policy.slots, policy.scope == "head", *policy._numbers, factor)
+    if not _compiling() and torch._C._are_functorch_transforms_active():
+        return _AttendSequence.apply(q, k, v, *arguments)
+    return torch.ops.msrnn_ops.attend_sequence(q, k, v, *arguments)
 
 
 class _AttendSequence(torch.autograd.Function):
@@ -740,16 +742,24 @@ class _AttendSequence(torch.autograd.Function):
 
 
 def _sequence_autograd(*args: Any) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+    needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+    if needed or forward_ad._current_level >= 0:  # forward mode: a clear error, not a silent 0
         return _AttendSequence.apply(*args)
     return _AttendSequence.forward(*args)
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def _in_place_autograd(name: str) -> Any:
     op = getattr(torch.ops.msrnn_ops, name).default
 
     def run(*args: Any) -> Any:
-        _refuse_gradient(name, tuple(x for x in args if isinstance(x, Tensor)))
+        tensors = tuple(x for x in args if isinstance(x, Tensor))
+        _refuse_gradient(name, tensors)
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+            raise RuntimeError(f"{name} changes the state in place and has no forward-mode gradient")
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 

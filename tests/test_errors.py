@@ -94,12 +94,159 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
     "step state": (lambda: ms.min_lstm_step(h0, h0, h0, h0[:1]), ValueError, ["(2, 3)", "(1, 3)"]),
 }
 
+tova = ms.Policy.tova(4)
+
+
+def state(**changes: object) -> ms.MultiState:
+    options = {"batch": 2, "kv_heads": 2, "head_dim": 8}
+    return ms.MultiState(tova, **(options | changes))
+
+
+kept = state()
+for _ in range(3):
+    ms.attend_evict(torch.ones(2, 4, 8), *torch.ones(2, 2, 2, 8), kept)
+q, k = torch.randn(2, 4, 8), torch.randn(2, 2, 8)
+qs, ks = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8)
+loose = state()
+loose.keys = loose.keys.transpose(2, 3).contiguous().transpose(2, 3)
+elsewhere = state(device="meta")
+double = state(dtype=torch.float64)
+scores = torch.zeros(2, 1, 5)
+mask = torch.ones(2, 3, dtype=torch.bool)
+
+CASES |= {
+    "slots": (lambda: ms.Policy.tova(0), ValueError, ["slots >= 1", "0"]),
+    "slots not an int": (lambda: ms.Policy.window(2.5), TypeError, ["slots", "2.5"]),
+    "slots bool": (lambda: ms.Policy.window(True), TypeError, ["slots", "True"]),
+    "sinks": (lambda: ms.Policy.window_sinks(4, -1), ValueError, ["sinks >= 0", "-1"]),
+    "all protected": (lambda: ms.Policy.window_sinks(4, 5), ValueError, ["evict", "5 + 0 > 4"]),
+    "all protected 2": (lambda: ms.Policy.tova(2, sinks=2, protect_last=True), ValueError, ["> 2"]),
+    "recent": (lambda: ms.Policy.h2o(4, recent=5), ValueError, ["0 + 5 > 4"]),
+    "score": (lambda: ms.Policy(4, "age"), ValueError, ["'position'", "'age'"]),
+    "scope": (lambda: ms.Policy.tova(4, scope="token"), ValueError, ["'layer'", "'token'"]),
+    "policy": (
+        lambda: ms.MultiState(512, batch=1, kv_heads=1, head_dim=8),
+        TypeError,
+        ["Policy", "int"],
+    ),
+    "batch size": (lambda: state(batch=-1), ValueError, ["batch >= 0", "-1"]),
+    "kv_heads": (lambda: state(kv_heads=0), ValueError, ["kv_heads >= 1", "0"]),
+    "head_dim 7": (lambda: state(head_dim=7), ValueError, ["multiple of 8", "256", "7"]),
+    "head_dim 264": (lambda: state(head_dim=264), ValueError, ["multiple of 8", "256", "264"]),
+    "state dtype": (lambda: state(dtype=torch.int8), TypeError, ["float32", "int8"]),
+    "state to": (lambda: kept.to(torch.int32), TypeError, ["float32", "int32"]),
+    "q not a tensor": (lambda: ms.attend_evict(1, k, k, kept), TypeError, ["q", "int"]),
+    "q dimensions": (lambda: ms.attend_evict(qs, k, k, kept), ValueError, ["(B, H, Dh)", "3, 8"]),
+    "prompt dimensions": (lambda: ms.attend_prompt(q, k, k, kept), ValueError, ["(B, H, T, Dh)"]),
+    "q dtype": (lambda: ms.attend_evict(q.long(), k, k, kept), TypeError, ["q in", "int64"]),
+    "half mix": (lambda: ms.attend_evict(q.half(), k, k, kept), TypeError, ["float16", "float32"]),
+    "half mix v": (lambda: ms.attend_evict(q, k, k.half(), kept), TypeError, ["v in", "float16"]),
+    "half on full": (
+        lambda: ms.attend_evict(q.half(), k.half(), k.half(), kept),
+        TypeError,
+        ["dtype of the state", "float32", "float16"],
+    ),
+    "v shape": (lambda: ms.attend_evict(q, k, k[:, :1], kept), ValueError, ["v in", "(2, 1, 8)"]),
+    "k length": (lambda: ms.attend_prompt(qs, ks[:, :, 1:], ks[:, :, 1:], kept), ValueError, ["k"]),
+    "heads": (
+        lambda: ms.attend_evict(q[:, :3], k, k, kept),
+        ValueError,
+        ["multiple", "3 and 2"],
+    ),
+    "kv heads of the state": (
+        lambda: ms.attend_evict(q, k[:, :1], k[:, :1], kept),
+        ValueError,
+        ["key-value heads of 2", "got 1"],
+    ),
+    "head_dim of the state": (
+        lambda: ms.attend_evict(*torch.randn(3, 2, 2, 16), kept),
+        ValueError,
+        ["head_dim of 8", "got 16"],
+    ),
+    "head_dim of a sequence": (
+        lambda: ms.attend_sequence(*torch.randn(3, 2, 2, 5, 12), tova),
+        ValueError,
+        ["multiple of 8", "12"],
+    ),
+    "batch": (
+        lambda: ms.attend_evict(q[:1], k[:1], k[:1], kept),
+        ValueError,
+        ["batch of 2", "got 1"],
+    ),
+    "state": (lambda: ms.attend_evict(q, k, k, tova), TypeError, ["MultiState", "Policy"]),
+    "state on another device": (
+        lambda: ms.attend_evict(q, k, k, elsewhere),
+        ValueError,
+        ["device of the state", "meta", "cpu"],
+    ),
+    "state not contiguous": (
+        lambda: ms.attend_evict(q, k, k, loose),
+        ValueError,
+        ["state.keys", "contiguous"],
+    ),
+    "k on another device": (
+        lambda: ms.attend_evict(q, k.to("meta"), k, kept),
+        ValueError,
+        ["k on the device", "meta"],
+    ),
+    "float64 on a kernel": (
+        lambda: ms.attend_evict(q.double(), k.double(), k.double(), double),
+        TypeError,
+        ["float64", "reference"],
+    ),
+    "gradient": (
+        lambda: ms.attend_evict(q.clone().requires_grad_(), k, k, kept),
+        RuntimeError,
+        ["no gradient", "attend_sequence"],
+    ),
+    "gradient of a prompt": (
+        lambda: ms.attend_prompt(qs, ks.clone().requires_grad_(), ks, kept),
+        RuntimeError,
+        ["no gradient", "attend_sequence"],
+    ),
+    "valid dtype": (
+        lambda: ms.attend_prompt(qs, ks, ks, kept, valid=mask.int()),
+        TypeError,
+        ["bool", "int32"],
+    ),
+    "valid shape": (
+        lambda: ms.attend_sequence(qs, ks, ks, tova, valid=mask[:, :2]),
+        ValueError,
+        ["(B, T) = (2, 3)", "(2, 2)"],
+    ),
+    "valid device": (
+        lambda: ms.attend_prompt(qs, ks, ks, kept, valid=mask.to("meta")),
+        ValueError,
+        ["valid", "meta"],
+    ),
+    "sequence policy": (lambda: ms.attend_sequence(qs, ks, ks, 4), TypeError, ["Policy", "int"]),
+    "scores dtype": (lambda: ms.evict(kept, scores.double()), TypeError, ["float32", "float64"]),
+    "scores shape": (
+        lambda: ms.evict(kept, scores[..., 1:]),
+        ValueError,
+        ["(2, 1, 5)", "(2, 1, 4)"],
+    ),
+    "scores device": (lambda: ms.evict(kept, scores.to("meta")), ValueError, ["scores", "meta"]),
+    "reorder dtype": (lambda: kept.reorder(torch.ones(2)), TypeError, ["int64", "float32"]),
+    "reorder not a tensor": (lambda: kept.reorder([0, 1]), TypeError, ["tensor", "list"]),
+    "reorder shape": (lambda: kept.reorder(torch.arange(3)), ValueError, ["(2,)", "(3,)"]),
+    "reorder range": (lambda: kept.reorder(torch.tensor([0, 2])), ValueError, ["[0, 2)", "2"]),
+    "reorder device": (
+        lambda: kept.reorder(torch.tensor([0, 1], device="meta")),
+        ValueError,
+        ["index on cpu", "meta"],
+    ),
+}
+
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_wrong_arguments(case: tuple[Callable[[], object], type[Exception], list[str]]) -> None:
     call, expected, words = case
+    before = [x.clone() for x in kept._tensors()]
     with pytest.raises(expected) as error:
         call()
+    for x, y in zip(kept._tensors(), before, strict=True):  # nothing was written
+        assert torch.equal(x.nan_to_num(), y.nan_to_num())
     assert type(error.value) is expected
     for word in words:
         assert word in str(error.value)

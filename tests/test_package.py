@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import msrnn_ops as ms
-from msrnn_ops import backend, scan, version
+from msrnn_ops import backend, multi_state, scan, version
 
 PACKAGE = Path(ms.__file__).parent
 LIBRARY = next(PACKAGE.glob("_cpu*.so"))
@@ -56,7 +56,7 @@ def test_baseline_code_holds_no_wide_instruction() -> None:
         if not head:
             continue
         names.add(head[1])
-        if re.search(r"msrnn::(avx2|avx512)::|scan_kernels_avx", head[1]):
+        if re.search(r"msrnn::(avx2|avx512|avx512_bf16)::|_kernels_avx", head[1]):
             continue
         match = re.search(r"\t(v[a-z]\S*\s.*|.*%[yz]mm.*)", block)
         if match:
@@ -85,18 +85,29 @@ for shape in ((2, 300, 130), (3, 40, 37), (1, 50, 1100)):
             for a, b in zip((h, *grads), (exact, *exact_grads)):
                 error = ((a.double() - b).norm() / b.norm()).item()
                 assert error <= limit * (8 if name == "log_scan" else 1), (name, dtype, error)
+
+from test_multi_state import HEADS, LARGE, test_large_states, test_prompts, test_steps
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for heads in HEADS.values():
+        test_steps("tova", heads, dtype)
+    for case in LARGE.values():
+        test_large_states(case, dtype)
+    test_prompts("h2o", 6, str(dtype)[6:])
 print("same")
 """
 
 
-@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set(capability: str) -> None:
     has = torch.backends.cpu.get_cpu_capability().lower()
     runs = {"baseline"} | ({"avx2"} if "avx" in has else set())
     runs |= {"avx512"} if "avx512" in has else set()
+    runs |= {"avx512_bf16"} if torch.cpu._is_avx512_bf16_supported() else set()
     if capability not in runs:
         pytest.skip(f"this processor has no {capability}")
-    assert run(sys.executable, "-c", CHECK, MSRNN_CPU_CAPABILITY=capability).strip() == "same"
+    tests = str(Path(__file__).parent)
+    out = run(sys.executable, "-c", CHECK, MSRNN_CPU_CAPABILITY=capability, PYTHONPATH=tests)
+    assert out.strip() == "same"
 
 
 def test_control_register_is_left_as_found() -> None:
@@ -106,8 +117,8 @@ def test_control_register_is_left_as_found() -> None:
 
 
 def test_documentation_examples() -> None:
-    for module in (scan, backend):
-        result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    for module in (scan, multi_state, backend):
+        result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
         assert result.attempted > 0 and result.failed == 0
 
 

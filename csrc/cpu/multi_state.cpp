@@ -93,7 +93,9 @@ struct State {
   int64_t group_of(int64_t head) const { return groups == 1 ? 0 : head; }
   int64_t group(int64_t row, int64_t g) const { return row * groups + g; }
   // Slots that any token has reached: the lowest empty one is filled first.
-  int64_t used(int64_t row) const { return std::min(seen[row] + 1, slots); }
+  int64_t used(int64_t row) const {
+    return seen[row] >= slots ? slots : std::max<int64_t>(seen[row], 0) + 1;
+  }
 };
 
 // (batch, heads, time, head_dim) or, with time = 1, (batch, heads, head_dim); bytes.
