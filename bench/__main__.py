@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PARTS = ("limits", "ops", "layers", "accuracy", "text")
+PARTS = ("limits", "ops", "steps", "layers", "accuracy", "text")
 
 
 def _list(text: str) -> list[str]:
@@ -79,7 +79,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _measures(arguments: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     """Each part as a call that returns its entries of the results."""
-    from bench import layers, limits, peers, scans, text
+    from bench import layers, limits, peers, scans, steps, text
 
     ops = arguments.ops or list(peers.OPS)
     unknown = sorted(set(ops) - set(peers.OPS))
@@ -87,16 +87,20 @@ def _measures(arguments: argparse.Namespace) -> dict[str, Callable[[], dict[str,
         raise SystemExit(f"--ops: expected some of {','.join(peers.OPS)}, got {','.join(unknown)}")
     shapes = arguments.shapes or scans.SHAPES
     seconds, full = arguments.seconds, arguments.full
-    steps = arguments.steps or (text.FULL_STEPS if full else text.STEPS)
+    training = arguments.steps or (text.FULL_STEPS if full else text.STEPS)
     return {
         "limits": lambda: {"limits": limits.run(seconds)},
         "ops": lambda: {
             "ops": scans.run_ops(ops, shapes, seconds, full),
             "memory": scans.run_memory(ops),
         },
+        "steps": lambda: {
+            "steps": steps.run_steps(seconds, full),
+            "decoding": steps.run_loop(seconds),
+        },
         "layers": lambda: {"layers": layers.run(seconds, full)},
         "accuracy": lambda: {"accuracy": scans.run_accuracy(seconds, full)},
-        "text": lambda: {"text": text.run(arguments.text, steps)},
+        "text": lambda: {"text": text.run(arguments.text, training)},
     }
 
 

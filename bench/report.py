@@ -149,6 +149,53 @@ def _accuracy(rows: Sequence[dict[str, Any]]) -> Table:
     return Table(f"min_gru against T, 1×T×{width}", note, columns, cells)
 
 
+def _steps(rows: Sequence[dict[str, Any]]) -> Table:
+    peers = [name for name in rows[0]["competitors"] if name not in ("TOVA", "Window")]
+
+    def ratio(row: dict[str, Any], name: str) -> str:
+        median = row["competitors"][name]["median"]
+        unit, symbol = _unit(median)
+        over = median / row["competitors"]["TOVA"]["median"]
+        return f"{_number(over, 2)}× ({_number(median / unit, 2)} {symbol})"
+
+    cells = []
+    for row in rows:
+        tova, window = (row["competitors"][name]["median"] for name in ("TOVA", "Window"))
+        read = row["read"]["median"]
+        cells.append(
+            [
+                row["dtype"],
+                f"{row['batch']}×{row['slots']:,}",
+                _time(row["competitors"]["TOVA"]),
+                f"{row['traffic'] / tova / 1e9:.1f}",
+                f"{read / tova:.0%}",
+                f"{read / window:.0%}",
+                f"{tova / window:.2f}×",
+                *(ratio(row, name) for name in peers),
+                f"{row['error']:.0e}",
+            ]
+        )
+    note = (
+        "32 query heads, 8 key-value heads, head_dim 128; attend_evict under TOVA. GB/s of keys "
+        "and values; time to read as many bytes over ours (of a cache, where they fit), and over "
+        "Window's; what scoring costs; peers: how many times as long they take. Error of the "
+        "output against float64."
+    )
+    ours = ("", "B×slots", "TOVA", "GB/s", "of reading", "Window, of reading", "TOVA / Window")
+    columns = (*ours, *(f"vs {peer}" for peer in peers), "error")
+    return Table("One decode step", note, columns, cells, labels=2)
+
+
+def _decoding(loop: dict[str, Any]) -> Table:
+    cells = [
+        [name, _number(row["tokens_per_second"]), f"{row['bytes'] / 2**20:,.0f} MiB"]
+        for name, row in loop["contenders"].items()
+    ]
+    title = f"Decoding, the attention of {loop['layers']} layers"
+    note = f"B = 1, bfloat16, heads as above; {loop['slots']:,} slots where the memory is bounded."
+    return Table(title, note, ("", "tokens/s", "memory"), cells)
+
+
 def _layers(row: dict[str, Any]) -> Table:
     layers = row["layers"]
 
@@ -213,6 +260,8 @@ def tables(results: dict[str, Any]) -> list[Table]:
             found.append(_ops_error(rows, "Error of gradients" if backward else "Error of values"))
     if results.get("memory"):
         found.append(_memory(results["memory"]))
+    if "steps" in results:
+        found += [_steps(results["steps"]), _decoding(results["decoding"])]
     if "accuracy" in results:
         found.append(_accuracy(results["accuracy"]))
     found += [_layers(row) for row in results.get("layers", [])]

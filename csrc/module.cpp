@@ -1,5 +1,5 @@
-// msrnn_ops._C: facts about this build and its host. It knows no tensors and no torch: pybind11 and torch's
-// limited Python API exclude each other, so the operators live in libraries of their own.
+// msrnn_ops._C: facts about this build and its host. It knows no tensors and no torch: pybind11 and
+// torch's limited Python API exclude each other, so the operators live in libraries of their own.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,10 +1,10 @@
 // Every operator of the library. Python adds fake, autograd and the public wrapper of each
 // (msrnn_ops/scan.py, msrnn_ops/multi_state.py); cpu/ and cuda/ add the kernels.
 //
-// Scans. Tensors are (B, T, D) of one dtype: float32, float64, bfloat16 or float16, any strides. With
-// cu_seqlens (N+1, int32 or int64; B = 1) the time axis holds N sequences. h0, last, grad_last and
-// grad_h0 are (B, D), or (N, D) with cu_seqlens, in the accumulation dtype: float64 for float64,
-// float32 otherwise. A joint op takes its inputs side by side on the channel axis.
+// Scans. Tensors are (B, T, D) of one dtype: float32, float64, bfloat16 or float16, any strides.
+// With cu_seqlens (N+1, int32 or int64; B = 1) the time axis holds N sequences. h0, last, grad_last
+// and grad_h0 are (B, D), or (N, D) with cu_seqlens, in the accumulation dtype: float64 for
+// float64, float32 otherwise. A joint op takes its inputs side by side on the channel axis.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(msrnn_ops, m) {

@@ -8,9 +8,9 @@ the one that goes is the next free one. Nothing is moved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -251,9 +251,7 @@ class MultiState:
         if type(index) is Tensor and index.device.type == "cpu" and not _compiling():
             wrong = index[(index < 0) | (index >= rows)]
             if len(wrong):
-                raise ValueError(
-                    f"reorder: expected indices in [0, {rows}), got {int(wrong[0])}"
-                )
+                raise ValueError(f"reorder: expected indices in [0, {rows}), got {int(wrong[0])}")
         for x in self._tensors():
             x.copy_(x.index_select(0, index))
 
@@ -391,7 +389,9 @@ def _check_valid(name: str, valid: Tensor, q: Tensor) -> None:
             f"got {tuple(valid.shape)}"
         )
     if valid.device != q.device:
-        raise ValueError(f"{name}: expected valid on the device of q, {q.device}, got {valid.device}")
+        raise ValueError(
+            f"{name}: expected valid on the device of q, {q.device}, got {valid.device}"
+        )
 
 
 def _refuse_gradient(name: str, tensors: tuple[Tensor, ...]) -> None:
@@ -560,9 +560,10 @@ def attend_prompt(
 ) -> Tensor:
     """A prompt: causal attention over the kept states and all its tokens, then one reduction to N.
 
-    Every query sees what was kept and the prompt up to itself. The states that stay are chosen once,
-    by the attention of the prompt's last query (TOVA), of all its queries (H2O), or by position. The
-    state may hold earlier turns. The output is computed by PyTorch's scaled_dot_product_attention.
+    Every query sees what was kept and the prompt up to itself. The states that stay are chosen
+    once, by the attention of the prompt's last query (TOVA), of all its queries (H2O), or by
+    position. The state may hold earlier turns. The output is computed by PyTorch's
+    scaled_dot_product_attention.
 
     Args:
         q: queries, (B, Hq, T, Dh), Hq a multiple of Hkv; in the dtype of the state.
@@ -600,7 +601,7 @@ def attend_prompt(
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of the last queries, (1, H, T, Dh), onto all keys, (1, H, before + T, Dh)."""
+    """Causal attention of the last queries (B, H, T, Dh) onto all keys (B, H, before + T, Dh)."""
     queries, columns = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
     if queries == columns:
@@ -714,7 +715,7 @@ def attend_sequence(
         return reference.attend_sequence(q, k, v, policy, valid, factor)
     arguments = (valid, policy.slots, policy.scope == "head", *policy._numbers, factor)
     if not _compiling() and torch._C._are_functorch_transforms_active():
-        return _AttendSequence.apply(q, k, v, *arguments)
+        return _sequence_function.apply(q, k, v, *arguments)
     return torch.ops.msrnn_ops.attend_sequence(q, k, v, *arguments)
 
 
@@ -741,10 +742,13 @@ class _AttendSequence(torch.autograd.Function):
         return *grads, *(None,) * 7
 
 
+_sequence_function = cast(Any, _AttendSequence)  # its methods are untyped
+
+
 def _sequence_autograd(*args: Any) -> tuple[Tensor, Tensor]:
     needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
     if needed or forward_ad._current_level >= 0:  # forward mode: a clear error, not a silent 0
-        return _AttendSequence.apply(*args)
+        return _sequence_function.apply(*args)
     return _AttendSequence.forward(*args)
 
 
@@ -759,7 +763,9 @@ def _in_place_autograd(name: str) -> Any:
         tensors = tuple(x for x in args if isinstance(x, Tensor))
         _refuse_gradient(name, tensors)
         if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
-            raise RuntimeError(f"{name} changes the state in place and has no forward-mode gradient")
+            raise RuntimeError(
+                f"{name} changes the state in place and has no forward-mode gradient"
+            )
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
@@ -773,7 +779,7 @@ def _sequence_fake(
     return q.new_empty(q.shape), q.new_empty((q.shape[0], groups, q.shape[2]), dtype=torch.int64)
 
 
-_fake = {
+_fake: dict[str, Callable[..., Any]] = {
     "attend_evict": lambda q, *_: q.new_empty(q.shape),
     "attend_scores": lambda q, k, v, keys, values, position, *_: (
         q.new_empty(q.shape),

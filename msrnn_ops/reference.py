@@ -149,21 +149,18 @@ def evict(state: MultiState, scores: Tensor) -> None:
             if position[state.free[b, g]] < 0:
                 continue
             waiting = True
+            value = scores[b, g] if policy.score == "attention" else torch.zeros_like(scores[b, g])
             if policy.score == "accumulated":
                 state.score[b, g] += scores[b, g]
-            value = {
-                "position": torch.zeros_like(scores[b, g]),
-                "attention": scores[b, g],
-                "accumulated": state.score[b, g] if policy.score == "accumulated" else None,
-            }[policy.score].tolist()
-            where = {int(p): slot for slot, p in enumerate(position.tolist()) if p >= 0}
+                value = state.score[b, g]
+            kept = [(int(p), slot) for slot, p in enumerate(position.tolist()) if p >= 0]
             state.last_evicted[b, g] = -1
-            if len(where) > policy.slots:
-                victim = _lowest(policy, {p: value[slot] for p, slot in where.items()}, now)[0]
-                state.last_evicted[b, g] = victim
-                position[where[victim]] = -1
+            if len(kept) > policy.slots:
+                victim = _lowest(policy, {p: float(value[slot]) for p, slot in kept}, now)[0]
+                slot = dict(kept)[victim]
+                state.last_evicted[b, g], position[slot] = victim, -1
                 if policy.score == "accumulated":
-                    state.score[b, g, where[victim]] = 0
+                    state.score[b, g, slot] = 0
             state.free[b, g] = int((position < 0).nonzero()[0])
         if waiting:
             state.seen[b] += 1
@@ -172,7 +169,12 @@ def evict(state: MultiState, scores: Tensor) -> None:
 def _lowest(policy: Policy, scores: dict[int, float], now: int) -> list[int]:
     """The unprotected positions in the order in which they go."""
     free = [p for p in scores if p >= policy.sinks and p <= now - policy.recent]
-    return sorted(free, key=lambda p: (scores[p] == scores[p], scores[p], p))
+
+    def order(p: int) -> tuple[bool, float, int]:
+        number = scores[p] == scores[p]
+        return number, scores[p] if number else 0.0, p
+
+    return sorted(free, key=order)
 
 
 def attend_evict(q: Tensor, k: Tensor, v: Tensor, state: MultiState, scale: float) -> Tensor:
@@ -247,7 +249,10 @@ def _reduce(
         if p not in dropped:
             slot = int((state.position[b, g] < 0).nonzero()[0])
             state.position[b, g, slot] = p
-            state.keys[b, heads, slot], state.values[b, heads, slot] = k[b, heads, t], v[b, heads, t]
+            state.keys[b, heads, slot], state.values[b, heads, slot] = (
+                k[b, heads, t],
+                v[b, heads, t],
+            )
     if policy.score == "accumulated":
         for slot, p in enumerate(state.position[b, g].tolist()):
             state.score[b, g, slot] = score[p] if p >= 0 else 0

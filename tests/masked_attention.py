@@ -64,9 +64,7 @@ class Row:
             self.visible[g, list(gone)] = False
             self.total[g, list(gone)] = 0
 
-    def step(
-        self, q: Tensor, k: Tensor, v: Tensor, kept: list[list[int]] | None = None
-    ) -> Tensor:
+    def step(self, q: Tensor, k: Tensor, v: Tensor, kept: list[list[int]] | None = None) -> Tensor:
         out, mean = self.attend(q, k, v)
         self.reduce(mean, kept)
         return out

@@ -184,7 +184,9 @@ def test_a_long_prompt_accumulates_in_parts(dtype: torch.dtype) -> None:
             assert kept == row.kept() and row.near_ties <= 1
         by_position = state.position[0, 0].argsort()[1:]
         total = row.total[0, row.kept()[0]] * heads[0]  # the state sums over query heads
-        torch.testing.assert_close(state.score[0, 0, by_position].double(), total, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            state.score[0, 0, by_position].double(), total, rtol=1e-5, atol=0
+        )
 
 
 @every_policy
@@ -255,9 +257,7 @@ def test_sequence_gradients_of_16_bit_and_views(dtype: torch.dtype) -> None:
     weight = torch.randn(1, time, 4, 32).transpose(1, 2)
     grads = torch.autograd.grad(out, (q, k, v), weight.to(dtype))
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    exact = torch.autograd.grad(
-        masked_attention(*wide, expiry), wide, weight.to(dtype).double()
-    )
+    exact = torch.autograd.grad(masked_attention(*wide, expiry), wide, weight.to(dtype).double())
     for got, truth in zip(grads, exact, strict=True):
         assert got.dtype == dtype and got.shape == truth.shape
         assert (got.double() - truth).norm() <= TOLERANCE[dtype] * 2 * truth.norm()
@@ -486,9 +486,7 @@ LARGE = {
 }
 
 
-def random_state(
-    policy: ms.Policy, batch: int, heads: Heads, dtype: torch.dtype
-) -> ms.MultiState:
+def random_state(policy: ms.Policy, batch: int, heads: Heads, dtype: torch.dtype) -> ms.MultiState:
     """A full state, its positions in random slots."""
     state = make(policy, batch, heads, dtype)
     groups, slots = state.position.shape[1:]
@@ -508,7 +506,7 @@ def random_state(
 def test_large_states(case: tuple[int, Heads, int], dtype: torch.dtype) -> None:
     """Several blocks of slots, every width of head_dim, many heads a key-value head."""
     batch, heads, slots = case
-    query_heads, kv_heads, head_dim = heads
+    _, kv_heads, head_dim = heads
     for policy in (ms.Policy.tova(slots), ms.Policy.tova(slots, scope="head")):
         state = random_state(policy, batch, heads, dtype)
         q, k, v = draw(batch, heads, dtype)

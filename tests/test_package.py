@@ -118,7 +118,9 @@ def test_control_register_is_left_as_found() -> None:
 
 def test_documentation_examples() -> None:
     for module in (scan, multi_state, backend):
-        result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+        result = doctest.testmod(
+            module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+        )
         assert result.attempted > 0 and result.failed == 0
 
 

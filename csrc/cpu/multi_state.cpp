@@ -305,8 +305,8 @@ class StepRun {
 
     const int64_t* position = s_.position + i * s_.slots;
     // Weights of the head: shared between threads, this thread's own, or of this block alone.
-    float* kept = weights_ ? weights_ + index * shared_ * stride_
-                           : scratch + shared_ * kLargestHeadDim;
+    float* kept =
+        weights_ ? weights_ + index * shared_ * stride_ : scratch + shared_ * kLargestHeadDim;
     float* weights = keeping_ ? kept + begin : kept;
     const int64_t stride = keeping_ ? stride_ : block_;
     kernels_.load_queries(step_.q.at(row, head * shared_, time_), step_.q.head, shared_,
@@ -365,17 +365,15 @@ class StepRun {
       for (int64_t j = 0; j < blocks; ++j) {
         factors[j * shared_] = std::exp(maxima[j * shared_] - largest) / total;
       }
-      kernels_.combine(step_.out.at(row, head * shared_ + h, time_),
-                       parts + h * kLargestHeadDim, shared_ * kLargestHeadDim, factors, shared_,
-                       blocks, s_.head_dim);
+      kernels_.combine(step_.out.at(row, head * shared_ + h, time_), parts + h * kLargestHeadDim,
+                       shared_ * kLargestHeadDim, factors, shared_, blocks, s_.head_dim);
     }
     if (!keeping_) return;
     float* sums = head_sums_ + index * stride_;
     std::fill_n(sums, blocks * block_, 0.0f);
     for (int64_t j = 0; j < blocks; ++j) {
-      kernels_.add_weighted(sums + j * block_, factors_ + first + j * shared_,
-                            weights + j * block_, stride_, shared_,
-                            padded(std::min(block_, used - j * block_)));
+      kernels_.add_weighted(sums + j * block_, factors_ + first + j * shared_, weights + j * block_,
+                            stride_, shared_, padded(std::min(block_, used - j * block_)));
     }
   }
 
@@ -425,7 +423,7 @@ class StepRun {
   const bool keeping_;  // the weights are wanted after their block
   int64_t block_, blocks_, stride_, bytes_ = 0;
   float *parts_, *head_sums_, *weights_;
-  float *maxima_, *factors_;  // of each block and query head; factors: first its sum
+  float *maxima_, *factors_;   // of each block and query head; factors: first its sum
   std::vector<int64_t> used_;  // slots of each row
   std::vector<uint32_t> blocks_done_, heads_done_, decided_;
   std::vector<Summary> summaries_;
@@ -463,13 +461,12 @@ class PromptRow {
     for (int64_t g = 0; g < s_.groups; ++g) {
       int64_t* position = position_.data() + g * columns_;
       std::copy_n(s_.position + s_.group(row_, g) * s_.slots, s_.slots, position);
-      most = std::max<int64_t>(most, std::count_if(position, position + s_.slots,
-                                                   [](int64_t p) { return p >= 0; }));
+      most = std::max<int64_t>(
+          most, std::count_if(position, position + s_.slots, [](int64_t p) { return p >= 0; }));
       for (int64_t i = 0; i < count; ++i) position[s_.slots + times_[i]] = s_.seen[row_] + i;
     }
     const bool every_query = p_.policy.score == ScoreKind::accumulated;
-    const bool last_query =
-        p_.policy.score == ScoreKind::attention && most + count > s_.slots - 1;
+    const bool last_query = p_.policy.score == ScoreKind::attention && most + count > s_.slots - 1;
     if (every_query || last_query) score(every_query);
     for (int64_t g = 0; g < s_.groups; ++g) keep(g);
     s_.seen[row_] += count;
@@ -527,9 +524,8 @@ class PromptRow {
     auto attend = [&](Rows rows, int64_t column, int64_t n) {
       kernels_.logits(queries, heads, rows, n, s_.head_dim, p_.scale, logits + column, stride);
     };
-    for_runs(position, 0, s_.slots, [&](int64_t slot, int64_t n) {
-      attend(s_.rows(s_.keys, row_, head, slot), slot, n);
-    });
+    for_runs(position, 0, s_.slots,
+             [&](int64_t slot, int64_t n) { attend(s_.rows(s_.keys, row_, head, slot), slot, n); });
     for_runs(position, s_.slots, seen, [&](int64_t column, int64_t n) {
       attend({p_.k.at(row_, head, column - s_.slots), p_.k.time}, column, n);
     });
@@ -673,8 +669,8 @@ void walk_back(const SequenceBackward& c, const int64_t* expiry, int64_t row, in
       for_runs(column.data(), 0, slots, [&](int64_t slot, int64_t n) {
         kernels.logits(queries.data(), c.shared, {keys.data() + slot * row_bytes, row_bytes}, n,
                        c.head_dim, c.scale, weights.data() + slot, stride);
-        kernels.logits(grad_rows.data(), c.shared, {values.data() + slot * row_bytes, row_bytes},
-                       n, c.head_dim, 1.0f, grad_weights.data() + slot, stride);
+        kernels.logits(grad_rows.data(), c.shared, {values.data() + slot * row_bytes, row_bytes}, n,
+                       c.head_dim, 1.0f, grad_weights.data() + slot, stride);
       });
       for (int64_t h = 0; h < c.shared; ++h) {
         float *p = weights.data() + h * stride, *g = grad_weights.data() + h * stride;
@@ -739,14 +735,14 @@ void check_heads(const Tensor& q, const Tensor& k, const Tensor& v, int64_t dime
 
 void check_contiguous(const Tensor& x, std::initializer_list<int64_t> sizes, ScalarType type) {
   STD_TORCH_CHECK(x.dim() == static_cast<int64_t>(sizes.size()) && x.is_contiguous() &&
-                      x.scalar_type() == type && std::equal(sizes.begin(), sizes.end(),
-                                                            x.sizes().begin()),
+                      x.scalar_type() == type &&
+                      std::equal(sizes.begin(), sizes.end(), x.sizes().begin()),
                   "expected a contiguous state of one shape");
 }
 
 // The positions of a state without its keys and values.
-State marks_of(const Tensor& position, const Tensor& score, const Tensor& free,
-               const Tensor& seen, const Tensor& last_evicted, ScoreKind kind) {
+State marks_of(const Tensor& position, const Tensor& score, const Tensor& free, const Tensor& seen,
+               const Tensor& last_evicted, ScoreKind kind) {
   STD_TORCH_CHECK(position.dim() == 3 && position.size(2) >= 2,
                   "expected positions of shape (B, 1 or Hkv, slots + 1)");
   State s{};
@@ -798,27 +794,33 @@ const bool* mask_of(const OptionalTensor& valid, const Tensor& q) {
   return static_cast<const bool*>(valid->data_ptr());
 }
 
-Tensor attend_evict(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-                    const Tensor& keys, const Tensor& values, const Tensor& position,
-                    const Tensor& score, const Tensor& free, const Tensor& seen,
-                    const Tensor& last_evicted, int64_t kind, int64_t sinks, int64_t recent,
-                    double scale) {
+Tensor attend_evict(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& keys,
+                    const Tensor& values, const Tensor& position, const Tensor& score,
+                    const Tensor& free, const Tensor& seen, const Tensor& last_evicted,
+                    int64_t kind, int64_t sinks, int64_t recent, double scale) {
   check_heads(q_in, k_in, v_in, 3);
   const Policy policy = policy_of(kind, sinks, recent);
   const Tensor q = packed(q_in), k = packed(k_in), v = packed(v_in);
   Tensor out = torch::stable::new_empty(q, q.sizes());
   const State marks = marks_of(position, score, free, seen, last_evicted, policy.score);
-  const Step step{state_of(k, keys, values, marks), policy,      static_cast<float>(scale), true,
-                  q.size(1),                        heads_of(q), heads_of(k),               heads_of(v),
-                  heads_of(out),                    nullptr};
+  const Step step{state_of(k, keys, values, marks),
+                  policy,
+                  static_cast<float>(scale),
+                  true,
+                  q.size(1),
+                  heads_of(q),
+                  heads_of(k),
+                  heads_of(v),
+                  heads_of(out),
+                  nullptr};
   if (step.state.batch > 0) StepRun(step, all_rows(step.state.batch), 0).run();
   return out;
 }
 
-std::tuple<Tensor, Tensor> attend_scores(const Tensor& q_in, const Tensor& k_in,
-                                         const Tensor& v_in, const Tensor& keys,
-                                         const Tensor& values, const Tensor& position,
-                                         const Tensor& free, const Tensor& seen, double scale) {
+std::tuple<Tensor, Tensor> attend_scores(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+                                         const Tensor& keys, const Tensor& values,
+                                         const Tensor& position, const Tensor& free,
+                                         const Tensor& seen, double scale) {
   check_heads(q_in, k_in, v_in, 3);
   const Tensor q = packed(q_in), k = packed(k_in), v = packed(v_in);
   Tensor out = torch::stable::new_empty(q, q.sizes());
@@ -854,18 +856,17 @@ void evict(const Tensor& scores, const Tensor& position, const Tensor& score, co
       const int64_t slot = std::clamp<int64_t>(s.free[i], 0, s.slots - 1);
       if (s.position[i * s.slots + slot] < 0) continue;
       waiting = true;
-      evict_one(s, row, g,
-                summarize(s, policy, row, g, 0, s.used(row), sums + i * s.slots));
+      evict_one(s, row, g, summarize(s, policy, row, g, 0, s.used(row), sums + i * s.slots));
     }
     if (waiting) ++s.seen[row];
   }
 }
 
-void store_prompt(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-                  OptionalTensor valid, const Tensor& keys, const Tensor& values,
-                  const Tensor& position, const Tensor& score, const Tensor& free,
-                  const Tensor& seen, const Tensor& last_evicted, int64_t kind, int64_t sinks,
-                  int64_t recent, double scale) {
+void store_prompt(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, OptionalTensor valid,
+                  const Tensor& keys, const Tensor& values, const Tensor& position,
+                  const Tensor& score, const Tensor& free, const Tensor& seen,
+                  const Tensor& last_evicted, int64_t kind, int64_t sinks, int64_t recent,
+                  double scale) {
   check_heads(q_in, k_in, v_in, 4);
   const Policy policy = policy_of(kind, sinks, recent);
   const Tensor q = packed(q_in), k = packed(k_in), v = packed(v_in);
@@ -883,9 +884,9 @@ void store_prompt(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
 }
 
 std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q_in, const Tensor& k_in,
-                                           const Tensor& v_in, OptionalTensor valid,
-                                           int64_t kept, bool per_head, int64_t kind,
-                                           int64_t sinks, int64_t recent, double scale) {
+                                           const Tensor& v_in, OptionalTensor valid, int64_t kept,
+                                           bool per_head, int64_t kind, int64_t sinks,
+                                           int64_t recent, double scale) {
   check_heads(q_in, k_in, v_in, 4);
   STD_TORCH_CHECK(kept >= 1, "expected at least one slot");
   const Policy policy = policy_of(kind, sinks, recent);
@@ -918,8 +919,10 @@ std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q_in, const Tensor& k_i
                     slots,
                     head_dim,
                     dtype_of(k)};
-  const Step step{state, policy, static_cast<float>(scale), true, q.size(1), heads_of(q),
-                  heads_of(k), heads_of(v), heads_of(out), nullptr};
+  const Step step{state,       policy,      static_cast<float>(scale),
+                  true,        q.size(1),   heads_of(q),
+                  heads_of(k), heads_of(v), heads_of(out),
+                  nullptr};
   const bool* mask = mask_of(valid, q);
   std::vector<std::vector<int64_t>> times(batch);  // of each row's positions
   std::vector<int64_t> rows;
@@ -945,9 +948,11 @@ std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q_in, const Tensor& k_i
   return {out, expiry};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attend_sequence_backward(
-    const Tensor& grad_out_in, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-    const Tensor& expiry, OptionalTensor valid, double scale) {
+std::tuple<Tensor, Tensor, Tensor> attend_sequence_backward(const Tensor& grad_out_in,
+                                                            const Tensor& q_in, const Tensor& k_in,
+                                                            const Tensor& v_in,
+                                                            const Tensor& expiry,
+                                                            OptionalTensor valid, double scale) {
   check_heads(q_in, k_in, v_in, 4);
   const Tensor q = packed(q_in), k = packed(k_in), v = packed(v_in);
   check_heads(grad_out_in, k, v, 4);
@@ -963,12 +968,18 @@ std::tuple<Tensor, Tensor, Tensor> attend_sequence_backward(
   Tensor grad_k = torch::stable::new_zeros(k, k.sizes());
   Tensor grad_v = torch::stable::new_zeros(v, v.sizes());
   const auto* gone = static_cast<const int64_t*>(expiry.data_ptr());
-  SequenceBackward call{dtype_of(q),        static_cast<float>(scale),
-                        time,               q.size(3),
-                        q.size(1) / kv_heads, heads_of(q),
-                        heads_of(k),        heads_of(v),
-                        heads_of(grad_out), heads_of(grad_q),
-                        heads_of(grad_k),   heads_of(grad_v),
+  SequenceBackward call{dtype_of(q),
+                        static_cast<float>(scale),
+                        time,
+                        q.size(3),
+                        q.size(1) / kv_heads,
+                        heads_of(q),
+                        heads_of(k),
+                        heads_of(v),
+                        heads_of(grad_out),
+                        heads_of(grad_q),
+                        heads_of(grad_k),
+                        heads_of(grad_v),
                         nullptr};
   torch::stable::parallel_for(0, batch * kv_heads, 1, [&](int64_t i, int64_t end) {
     for (; i < end; ++i) {

@@ -3,7 +3,9 @@
 #if defined(__x86_64__)
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(                                                               \
+    __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
@@ -15,7 +17,9 @@
 
 namespace msrnn {
 
-AttentionKernels attention_kernels_avx512_bf16(DType dtype) { return avx512_bf16::attention_kernels(dtype); }
+AttentionKernels attention_kernels_avx512_bf16(DType dtype) {
+  return avx512_bf16::attention_kernels(dtype);
+}
 
 }  // namespace msrnn
 

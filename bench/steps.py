@@ -1,0 +1,210 @@
+"""The part ``steps``: one decode step of multi-state attention, and a decode loop of 32 layers."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import msrnn_ops as ms
+from bench.limits import reader
+from bench.measure import interleaved, largest_error
+
+Call = Callable[[], Tensor]
+
+QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+_SLOTS = (512, 2048, 8192)
+_FULL_SLOTS = (*_SLOTS, 65536)
+_BATCHES = (1, 4)
+_LAYERS, _LOOP_SLOTS, _LOOP_TOKENS = 32, 2048, 8192
+TOVA, WINDOW = "TOVA", "Window"
+OFFICIAL, IN_PLACE, ATTENTION = "official TOVA steps", "in-place PyTorch", "attention alone"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Random tokens of one shape; ``next()`` walks around them."""
+
+    drawn: list[tuple[Tensor, Tensor, Tensor]]
+
+    @staticmethod
+    def draw(batch: int, dtype: torch.dtype) -> Tokens:
+        heads = (QUERY_HEADS, KV_HEADS, KV_HEADS)
+        return Tokens(
+            [
+                tuple(torch.randn(batch, h, HEAD_DIM).to(dtype) for h in heads)  # type: ignore[misc]
+                for _ in range(8)
+            ]
+        )
+
+    def next(self) -> tuple[Tensor, Tensor, Tensor]:
+        self.drawn.append(self.drawn.pop(0))
+        return self.drawn[-1]
+
+
+def full_state(policy: ms.Policy, batch: int, dtype: torch.dtype) -> ms.MultiState:
+    """A state that has seen as many tokens as it has slots."""
+    state = ms.MultiState(policy, batch=batch, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype=dtype)
+    slots = policy.slots
+    state.keys.normal_()
+    state.values.normal_()
+    state.position[..., :slots] = torch.arange(slots)
+    state.free.fill_(slots)
+    state.seen.fill_(slots)
+    return state
+
+
+def ours(state: ms.MultiState, tokens: Tokens) -> Call:
+    return lambda: ms.attend_evict(*tokens.next(), state)
+
+
+def official(keys: Tensor, values: Tensor, tokens: Tokens) -> Call:
+    """The published procedure: concatenate, eager weights, mean, top-k, sort, gather."""
+    slots, shared = keys.shape[2], QUERY_HEADS // KV_HEADS
+    kept = [keys, values]
+
+    def step() -> Tensor:
+        q, k, v = tokens.next()
+        k, v = (torch.cat([x, y[:, :, None]], 2) for x, y in zip(kept, (k, v), strict=True))
+        wide_k, wide_v = (x.repeat_interleave(shared, 1) for x in (k, v))
+        logits = q[:, :, None] @ wide_k.transpose(2, 3) * HEAD_DIM**-0.5
+        weights = logits.softmax(-1, dtype=torch.float32)
+        out = (weights.to(q.dtype) @ wide_v)[:, :, 0]
+        index = weights[:, :, -1].mean(1).topk(slots, -1).indices.sort().values
+        index = index[:, None, :, None].expand(-1, KV_HEADS, -1, HEAD_DIM)
+        kept[:] = k.gather(2, index), v.gather(2, index)
+        return out
+
+    return step
+
+
+def in_place(keys: Tensor, values: Tensor, tokens: Tokens) -> Call:
+    """Grouped matmul, argmin and one overwritten slot: what a careful PyTorch user writes."""
+    batch = keys.shape[0]
+    keys, values = (torch.cat([x, x[:, :, :1]], 2) for x in (keys, values))
+    free, rows = torch.full((batch,), keys.shape[2] - 1), torch.arange(batch)
+
+    def step() -> Tensor:
+        nonlocal free
+        q, k, v = tokens.next()
+        keys[rows, :, free], values[rows, :, free] = k, v
+        grouped = q.unflatten(1, (KV_HEADS, -1))
+        logits = (grouped @ keys.transpose(2, 3)).float() * HEAD_DIM**-0.5
+        weights = logits.softmax(-1)
+        out = (weights.to(q.dtype) @ values).flatten(1, 2)
+        free = weights.flatten(1, 2).mean(1).argmin(-1)
+        return out
+
+    return step
+
+
+def attention_alone(keys: Tensor, values: Tensor, tokens: Tokens) -> Call:
+    def step() -> Tensor:
+        q = tokens.next()[0][:, :, None]
+        return scaled_dot_product_attention(q, keys, values, enable_gqa=True)[:, :, 0]
+
+    return step
+
+
+def _error(policy: ms.Policy, batch: int, dtype: torch.dtype) -> float:
+    """Of our output against float64, over the largest true value."""
+    state, tokens = full_state(policy, batch, dtype), Tokens.draw(batch, dtype)
+    keys, values = state.keys.double(), state.values.double()
+    q, k, v = tokens.next()
+    keys[:, :, -1], values[:, :, -1] = k, v
+    tokens.drawn.insert(0, tokens.drawn.pop())  # the same token again
+    grouped = q.double().unflatten(1, (KV_HEADS, -1))
+    weights = (grouped @ keys.transpose(2, 3) * HEAD_DIM**-0.5).softmax(-1)
+    return largest_error([ours(state, tokens)()], [(weights @ values).flatten(1, 2)])
+
+
+@torch.no_grad()
+def _run_step(slots: int, batch: int, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
+    torch.manual_seed(0)
+    tokens = Tokens.draw(batch, dtype)
+    tova = full_state(ms.Policy.tova(slots), batch, dtype)
+    window = full_state(ms.Policy.window(slots), batch, dtype)
+    keys, values = (x[:, :, :slots].clone() for x in (tova.keys, tova.values))
+    traffic = 2 * keys.numel() * keys.element_size()
+    calls: dict[str, Callable[[], object]] = {
+        TOVA: ours(tova, tokens),
+        WINDOW: ours(window, tokens),
+        IN_PLACE: in_place(keys, values, tokens),
+        ATTENTION: attention_alone(keys, values, tokens),
+        OFFICIAL: official(keys, values, tokens),
+        "read": reader(traffic),
+    }
+    for call in calls.values():
+        call()
+    timings = interleaved(calls, seconds)
+    return {
+        "slots": slots,
+        "batch": batch,
+        "dtype": str(dtype).removeprefix("torch."),
+        "traffic": traffic,
+        "error": _error(ms.Policy.tova(slots), batch, dtype),
+        "read": timings.pop("read"),
+        "competitors": timings,
+    }
+
+
+def run_steps(seconds: float, full: bool) -> list[dict[str, Any]]:
+    cases = list(
+        itertools.product(
+            (torch.float32, torch.bfloat16), _FULL_SLOTS if full else _SLOTS, _BATCHES
+        )
+    )
+    return [
+        _run_step(slots, batch, dtype, seconds) for dtype, slots, batch in track(cases, "steps   ")
+    ]
+
+
+@torch.no_grad()
+def run_loop(seconds: float) -> dict[str, Any]:
+    """Tokens a second of 32 layers' attention, B = 1, bfloat16, and the memory that they keep."""
+    dtype, tokens = torch.bfloat16, Tokens.draw(1, torch.bfloat16)
+    policy = ms.Policy.tova(_LOOP_SLOTS)
+
+    def cache(length: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(1, KV_HEADS, length, HEAD_DIM, dtype=dtype)
+        return x, x.clone()
+
+    def of_states() -> tuple[list[Call], int]:
+        states = [full_state(policy, 1, dtype) for _ in range(_LAYERS)]
+        return [ours(state, tokens) for state in states], sum(state.nbytes for state in states)
+
+    def of_caches(make: Callable[..., Call], length: int) -> tuple[list[Call], int]:
+        caches = [cache(length) for _ in range(_LAYERS)]
+        size = sum(x.numel() * x.element_size() for pair in caches for x in pair)
+        return [make(*pair, tokens) for pair in caches], size
+
+    contenders: dict[str, Callable[[], tuple[list[Call], int]]] = {
+        "msrnn_ops, TOVA": of_states,
+        IN_PLACE: lambda: of_caches(in_place, _LOOP_SLOTS),
+        OFFICIAL: lambda: of_caches(official, _LOOP_SLOTS),
+        f"full cache of {_LOOP_TOKENS:,} tokens, attention alone": lambda: of_caches(
+            attention_alone, _LOOP_TOKENS
+        ),
+    }
+    rows = {}
+    for name, prepare in track(contenders.items(), "decoding", total=len(contenders)):
+        layers, size = prepare()
+        for layer in layers:
+            layer()
+        count, start = 0, time.perf_counter()
+        while count < 2 or time.perf_counter() - start < 5 * seconds:
+            for layer in layers:
+                layer()
+            count += 1
+        rows[name] = {
+            "tokens_per_second": count / (time.perf_counter() - start),
+            "bytes": size,
+        }
+    return {"layers": _LAYERS, "slots": _LOOP_SLOTS, "contenders": rows}
