@@ -73,9 +73,7 @@ class Policy:
 
     def __post_init__(self) -> None:
         for name in ("slots", "sinks", "recent"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"Policy: expected {name} to be an int, got {value!r}")
+            _check_int("Policy", name, getattr(self, name))
         if self.slots < 1:
             raise ValueError(f"Policy: expected slots >= 1, got {self.slots}")
         for name in ("sinks", "recent"):
@@ -98,7 +96,7 @@ class Policy:
         cls, slots: int, scope: str = "layer", sinks: int = 0, protect_last: bool = False
     ) -> Policy:
         """The state with the least attention from the current query; possibly the newest."""
-        return cls(slots, "attention", sinks, int(protect_last), scope)
+        return cls(slots, "attention", sinks, 1 if protect_last else 0, scope)
 
     @classmethod
     def window(cls, slots: int) -> Policy:
@@ -113,6 +111,7 @@ class Policy:
     @classmethod
     def h2o(cls, slots: int, recent: int | None = None, scope: str = "layer") -> Policy:
         """The state with the least attention in all its time, but for the most recent ones."""
+        _check_int("Policy", "slots", slots)
         return cls(slots, "accumulated", 0, slots // 2 if recent is None else recent, scope)
 
     @property
@@ -143,6 +142,7 @@ class MultiState:
             with the highest score); -1: none.
 
     The ops change these tensors in place and never replace them, which is what CUDA graphs need.
+    They are for reading: a position, ``free`` or ``seen`` changed by hand breaks the row.
 
     Raises:
         TypeError, ValueError: a wrong policy, number or dtype.
@@ -171,14 +171,13 @@ class MultiState:
     ) -> None:
         if not isinstance(policy, Policy):
             raise TypeError(f"MultiState: expected a Policy, got {type(policy).__name__}")
-        for name, value, least in (("batch", batch, 0), ("kv_heads", kv_heads, 1)):
+        sizes = (("batch", batch, 0), ("kv_heads", kv_heads, 1), ("head_dim", head_dim, 1))
+        for name, value, least in sizes:
+            _check_int("MultiState", name, value)
             if value < least:
                 raise ValueError(f"MultiState: expected {name} >= {least}, got {value}")
         _check_head_dim("MultiState", head_dim)
-        if dtype not in _DTYPES:
-            raise TypeError(
-                f"MultiState: expected float32, bfloat16, float16 or float64, got {dtype}"
-            )
+        _check_kept_dtype(dtype)
         groups = 1 if policy.scope == "layer" else kv_heads
         slots = policy.slots + 1
         scored = slots if policy.score == "accumulated" else 0
@@ -217,7 +216,8 @@ class MultiState:
     def kept_positions(self) -> Tensor:
         """Positions of the kept states, (B, G, N) int64, ascending, then -1."""
         empty = torch.iinfo(torch.int64).max
-        kept = self.position.masked_fill(self.position < 0, empty).sort(-1).values
+        position = self.position.scatter(-1, self.free[..., None], -1)  # a token may wait there
+        kept = position.masked_fill(position < 0, empty).sort(-1).values
         return kept.masked_fill(kept == empty, -1)[..., : self.policy.slots]
 
     def reset(self) -> None:
@@ -279,6 +279,11 @@ class MultiState:
         )
 
 
+def _check_int(name: str, label: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name}: expected {label} to be an int, got {value!r}")
+
+
 def _check_kept_dtype(dtype: torch.dtype) -> None:
     if dtype not in _DTYPES:
         raise TypeError(f"MultiState: expected float32, bfloat16, float16 or float64, got {dtype}")
@@ -297,9 +302,16 @@ _pytree.register_pytree_node(
     lambda state: (list(state._tensors()), state.policy),
     _restore,
     serialized_type_name="msrnn_ops.MultiState",
+    flatten_with_keys_fn=lambda state: (
+        [(_pytree.GetAttrKey(name), getattr(state, name)) for name in state._TENSORS],
+        state.policy,
+    ),
     to_dumpable_context=lambda policy: policy.__dict__,
     from_dumpable_context=lambda fields: Policy(**fields),
 )
+
+
+torch.serialization.add_safe_globals([MultiState, Policy])
 
 
 def _compiling() -> bool:
@@ -358,6 +370,11 @@ def _check_state(name: str, state: MultiState, k: Tensor | None) -> None:
             raise ValueError(
                 f"{name}: expected state.{label} to be contiguous, got strides {x.stride()}"
             )
+        if x.device != state.device:
+            raise ValueError(
+                f"{name}: expected state.{label} on the device of its keys, {state.device}, "
+                f"got {x.device}"
+            )
     if k is None:
         return
     batch, heads, _, head_dim = state.keys.shape
@@ -403,7 +420,11 @@ def _refuse_gradient(name: str, tensors: tuple[Tensor, ...]) -> None:
 
 
 def _scale_of(name: str, scale: float | None, head_dim: int) -> float:
-    return float(head_dim) ** -0.5 if scale is None else float(scale)
+    if scale is None:
+        return float(head_dim) ** -0.5
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"{name}: expected scale to be a number, got {scale!r}")
+    return float(scale)
 
 
 def _served(name: str, x: Tensor) -> bool:
@@ -430,7 +451,8 @@ def attend_evict(
     over the N kept states and the current token. Where more than N are there, the policy drops the
     one with the lowest score; in TOVA, :math:`\mathrm{mean}_h \, p_{hs}`, that may be the current
     one. Softmax, scores and comparison are float32, summed in a fixed order: results are bitwise
-    the same in every run and for any number of threads. Rows are independent.
+    the same in every run and for any number of threads. Rows are independent. Weights below 1e-38
+    count as 0; a NaN score counts as the lowest.
 
     Args:
         q: queries, (B, Hq, Dh), Hq a multiple of Hkv, head h attends to key-value head
@@ -464,7 +486,8 @@ def attend_evict(
     _refuse_gradient("attend_evict", (q, k, v))
     factor = _scale_of("attend_evict", scale, q.shape[-1])
     if not _served("attend_evict", q):
-        return reference.attend_evict(q, k, v, state, factor)
+        with torch.autocast(q.device.type, enabled=False):
+            return reference.attend_evict(q, k, v, state, factor)
     return torch.ops.msrnn_ops.attend_evict(
         q, k, v, *state._tensors(), *state.policy._numbers, factor
     )
@@ -503,7 +526,8 @@ def attend_scores(
     _refuse_gradient("attend_scores", (q, k, v))
     factor = _scale_of("attend_scores", scale, q.shape[-1])
     if not _served("attend_scores", q):
-        return reference.attend_scores(q, k, v, state, factor)
+        with torch.autocast(q.device.type, enabled=False):
+            return reference.attend_scores(q, k, v, state, factor)
     kept = (state.keys, state.values, state.position, state.free, state.seen)
     return torch.ops.msrnn_ops.attend_scores(q, k, v, *kept, factor)
 
@@ -531,9 +555,10 @@ def evict(state: MultiState, scores: Tensor) -> None:
     tensor([[0]])
     """
     _check_state("evict", state, None)
-    if not isinstance(scores, Tensor) or scores.dtype != torch.float32:
+    wanted = torch.float64 if state.dtype == torch.float64 else torch.float32
+    if not isinstance(scores, Tensor) or scores.dtype != wanted:
         got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
-        raise TypeError(f"evict: expected scores to be a float32 tensor, got {got}")
+        raise TypeError(f"evict: expected scores to be a {wanted} tensor, got {got}")
     if scores.shape != state.position.shape:
         raise ValueError(
             f"evict: expected scores of shape {tuple(state.position.shape)}, "
@@ -562,8 +587,9 @@ def attend_prompt(
 
     Every query sees what was kept and the prompt up to itself. The states that stay are chosen
     once, by the attention of the prompt's last query (TOVA), of all its queries (H2O), or by
-    position. The state may hold earlier turns. The output is computed by PyTorch's
-    scaled_dot_product_attention.
+    position. The state may hold earlier turns; a token that waits for :func:`evict` is replaced.
+    The output is computed by PyTorch's scaled_dot_product_attention, whose NaNs may reach rows that
+    do not see them.
 
     Args:
         q: queries, (B, Hq, T, Dh), Hq a multiple of Hkv; in the dtype of the state.
@@ -594,7 +620,8 @@ def attend_prompt(
     _refuse_gradient("attend_prompt", (q, k, v))
     factor = _scale_of("attend_prompt", scale, q.shape[-1])
     if not _served("attend_prompt", q):
-        return reference.attend_prompt(q, k, v, state, valid, factor)
+        with torch.autocast(q.device.type, enabled=False):
+            return reference.attend_prompt(q, k, v, state, valid, factor)
     return torch.ops.msrnn_ops.attend_prompt(
         q, k, v, valid, *state._tensors(), *state.policy._numbers, factor
     )
@@ -656,8 +683,10 @@ def _prompt_output(
 
 
 def _attend_prompt(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, *rest: Any) -> Tensor:
-    keys, values, position, scale = *rest[:3], rest[-1]
-    out = _prompt_output(q, k, v, valid, keys, values, position, scale)
+    keys, values, position, _, free, *_ = rest
+    position = position.scatter(-1, free[..., None], -1)  # a token that waits is replaced
+    with torch.autocast(q.device.type, enabled=False):
+        out = _prompt_output(q, k, v, valid, keys, values, position, rest[-1])
     valid = None if valid is None else valid.contiguous()
     torch.ops.msrnn_ops.store_prompt(q, k, v, valid, *rest)
     return out
@@ -712,7 +741,8 @@ def attend_sequence(
         valid = valid.contiguous()
     factor = _scale_of("attend_sequence", scale, q.shape[-1])
     if not _served("attend_sequence", q):
-        return reference.attend_sequence(q, k, v, policy, valid, factor)
+        with torch.autocast(q.device.type, enabled=False):
+            return reference.attend_sequence(q, k, v, policy, valid, factor)
     arguments = (valid, policy.slots, policy.scope == "head", *policy._numbers, factor)
     if not _compiling() and torch._C._are_functorch_transforms_active():
         return _sequence_function.apply(q, k, v, *arguments)
@@ -759,6 +789,8 @@ def _has_tangent(x: Tensor) -> bool:
 def _in_place_autograd(name: str) -> Any:
     op = getattr(torch.ops.msrnn_ops, name).default
 
+    written = [i for i, x in enumerate(op._schema.arguments) if x.alias_info is not None]
+
     def run(*args: Any) -> Any:
         tensors = tuple(x for x in args if isinstance(x, Tensor))
         _refuse_gradient(name, tensors)
@@ -766,6 +798,9 @@ def _in_place_autograd(name: str) -> Any:
             raise RuntimeError(
                 f"{name} changes the state in place and has no forward-mode gradient"
             )
+        for i in written:  # so that a backward pass that saved one says so
+            if not args[i].is_inference():
+                torch.autograd.graph.increment_version(args[i])
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 

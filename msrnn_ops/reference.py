@@ -131,7 +131,8 @@ def attend_scores(
     keys = torch.where(occupied, _widened(state.keys), 0)
     values = torch.where(occupied, _widened(state.values), 0)
     logits = _groups(_widened(q), kv_heads) @ keys.transpose(2, 3) * scale
-    weights = logits.masked_fill(~occupied.transpose(2, 3), -torch.inf).softmax(-1)
+    empty = ~occupied.transpose(2, 3)
+    weights = logits.masked_fill(empty, -torch.inf).softmax(-1).masked_fill(empty, 0)
     scores = weights.sum(2)  # over the query heads of each key-value head
     if groups == 1:
         scores = scores.sum(1, keepdim=True)
@@ -191,8 +192,11 @@ def attend_prompt(
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     for b in range(q.shape[0]):
         times = list(range(q.shape[2])) if valid is None else valid[b].nonzero()[:, 0].tolist()
+        state.last_evicted[b] = -1
         if not times:
             continue
+        # A token that waits for `evict` is replaced.
+        state.position[b].scatter_(-1, state.free[b][:, None], -1)
         seen = int(state.seen[b])
         now = seen + len(times) - 1
         # Positions and rows of what is kept, for each group; the prompt's own tokens follow.

@@ -110,6 +110,8 @@ qs, ks = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8)
 loose = state()
 loose.keys = loose.keys.transpose(2, 3).contiguous().transpose(2, 3)
 elsewhere = state(device="meta")
+torn = state()
+torn.free = torn.free.to("meta")
 double = state(dtype=torch.float64)
 scores = torch.zeros(2, 1, 5)
 mask = torch.ones(2, 3, dtype=torch.bool)
@@ -203,6 +205,14 @@ CASES |= {
         lambda: ms.attend_prompt(qs, ks.clone().requires_grad_(), ks, kept),
         RuntimeError,
         ["no gradient", "attend_sequence"],
+    ),
+    "scale": (lambda: ms.attend_evict(q, k, k, kept, scale="1"), TypeError, ["scale", "'1'"]),
+    "batch not an int": (lambda: state(batch="2"), TypeError, ["batch", "'2'"]),
+    "h2o slots": (lambda: ms.Policy.h2o("4"), TypeError, ["slots", "'4'"]),
+    "a part on another device": (
+        lambda: ms.attend_evict(q, k, k, torn),
+        ValueError,
+        ["state.free", "cpu", "meta"],
     ),
     "valid dtype": (
         lambda: ms.attend_prompt(qs, ks, ks, kept, valid=mask.int()),

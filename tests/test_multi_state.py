@@ -379,6 +379,113 @@ def test_nan_counts_as_the_lowest_and_stays_in_its_row() -> None:
     assert state.last_evicted.item() == 1
 
 
+def test_nan_with_a_payload() -> None:
+    """Every NaN is one, whatever its bits."""
+    payload = torch.tensor(0x7FC00001, dtype=torch.int32).view(torch.float32)
+    heads = (2, 1, 8)
+    state = make(ms.Policy.tova(9), 1, heads, torch.float32)
+    for t in range(9):
+        q, k, v = draw(1, heads, torch.float32)
+        if t == 3:
+            k[..., 5] = payload
+        out = ms.attend_evict(q, k, v, state)
+        assert out.isnan().all() == (t >= 3)
+    assert ms.min_gru(payload.expand(1, 2, 3), torch.ones(1, 2, 3)).isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["kernel", "reference"])
+def test_a_nan_query_of_a_prompt_reaches_what_it_sees(backend: str) -> None:
+    heads = (2, 1, 8)
+    state = make(ms.Policy.h2o(6, recent=1), 1, heads, torch.float32)
+    q, k, v = draw(1, heads, torch.float32, 12)
+    q[:, :, 2] = torch.nan
+    if backend == "kernel":
+        ms.attend_prompt(q, k, v, state)
+    else:
+        with reference():
+            ms.attend_prompt(q, k, v, state)
+    # Keys 0, 1 and 2 are NaN, so lowest; then three of the others go.
+    assert not {0, 1, 2} & set(kept_lists(state, 0)[0]) and state.score.isfinite().all()
+    # A step whose query is NaN, and clean ones after it.
+    state = make(ms.Policy.h2o(3, recent=1), 1, heads, torch.float32)
+    evicted = []
+    for t in range(6):
+        q, k, v = draw(1, heads, torch.float32)
+        if backend == "kernel":
+            ms.attend_evict(q * (torch.nan if t == 0 else 1), k, v, state)
+        else:
+            with reference():
+                ms.attend_evict(q * (torch.nan if t == 0 else 1), k, v, state)
+        evicted.append(state.last_evicted.item())
+    assert evicted[:4] == [-1, -1, -1, 0] and state.score.isfinite().all()
+
+
+@every_policy
+@pytest.mark.parametrize("backend", ["kernel", "reference"])
+def test_a_prompt_replaces_a_token_that_waits(name: str, backend: str) -> None:
+    heads = (4, 2, 8)
+    a, b = (make(policies(5)[name], 2, heads, torch.float32) for _ in range(2))
+
+    def run() -> None:
+        for _ in range(9):
+            token = draw(2, heads, torch.float32)
+            ms.attend_evict(*token, a)
+            ms.attend_evict(*token, b)
+        ms.attend_scores(*draw(2, heads, torch.float32), b)
+        assert torch.equal(a.kept_positions(), b.kept_positions())
+        prompt = draw(2, heads, torch.float32, 3)
+        close(ms.attend_prompt(*prompt, a), ms.attend_prompt(*prompt, b).double())
+        assert torch.equal(a.kept_positions(), b.kept_positions())
+        assert torch.equal(a.free, b.free) and torch.equal(a.score, b.score)
+        nothing = torch.zeros(2, 3, dtype=torch.bool)
+        ms.attend_prompt(*prompt, a, valid=nothing)
+        assert (a.last_evicted == -1).all() and torch.equal(a.position, b.position)
+
+    if backend == "kernel":
+        run()
+    else:
+        with reference():
+            run()
+
+
+@pytest.mark.parametrize("backend", ["kernel", "reference"])
+def test_autocast_changes_nothing(backend: str) -> None:
+    heads = (4, 2, 8)
+    prompt, token = draw(1, heads, torch.float32, 9), draw(1, heads, torch.float32)
+
+    def run() -> list[Tensor]:
+        state = make(ms.Policy.tova(4), 1, heads, torch.float32)
+        outs = [ms.attend_prompt(*prompt, state), ms.attend_prompt(*prompt, state)]
+        outs += [ms.attend_evict(*token, state), *ms.attend_scores(*token, state)]
+        return [*outs, ms.attend_sequence(*prompt, state.policy)[0]]
+
+    def both() -> None:
+        expected = run()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = run()
+        for x, y in zip(got, expected, strict=True):
+            assert x.dtype == torch.float32 and torch.equal(x, y)
+
+    if backend == "kernel":
+        both()
+    else:
+        with reference():
+            both()
+
+
+def test_reference_halves_in_float64() -> None:
+    heads = (4, 2, 8)
+    whole, halves = (make(ms.Policy.h2o(4), 1, heads, torch.float64) for _ in range(2))
+    with reference():
+        for _ in range(9):
+            token = draw(1, heads, torch.float64)
+            out = ms.attend_evict(*token, whole)
+            again, scores = ms.attend_scores(*token, halves)
+            ms.evict(halves, scores)
+            assert torch.equal(out, again)
+    same_state(whole, halves)
+
+
 def test_infinite_logits() -> None:
     """A logit of -inf is a weight of 0; a block of nothing else does not turn the others to NaN."""
     heads = (1, 1, 8)

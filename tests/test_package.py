@@ -86,7 +86,8 @@ for shape in ((2, 300, 130), (3, 40, 37), (1, 50, 1100)):
                 error = ((a.double() - b).norm() / b.norm()).item()
                 assert error <= limit * (8 if name == "log_scan" else 1), (name, dtype, error)
 
-from test_multi_state import HEADS, LARGE, test_large_states, test_prompts, test_steps
+from test_multi_state import *
+test_nan_with_a_payload()
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for heads in HEADS.values():
         test_steps("tova", heads, dtype)

@@ -398,7 +398,7 @@ def test_multi_state_is_a_tree_and_can_be_copied() -> None:
         torch.utils._pytree.tree_unflatten([x.clone() for x in leaves], tree),
         copy.deepcopy(state),
         pickle.loads(pickle.dumps(state)),
-        torch.load(buffer, weights_only=False),
+        torch.load(buffer),
         state.to("cpu"),
     ]
     token = torch.randn(3, 2, 1, 8)
@@ -407,6 +407,35 @@ def test_multi_state_is_a_tree_and_can_be_copied() -> None:
         assert other.policy == state.policy
         assert torch.equal(ms.attend_evict(*token, other), expected)
         assert torch.equal(other.kept_positions(), state.kept_positions())
+
+
+def test_changes_in_place_are_seen_by_autograd() -> None:
+    state = ms.MultiState(ms.Policy.tova(3), batch=1, kv_heads=1, head_dim=8)
+    state.keys.zero_()
+    weight = torch.ones(8, requires_grad=True)
+    loss = (state.keys * weight).sum()
+    ms.attend_evict(*torch.randn(3, 1, 1, 8), state)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        inside = ms.MultiState(ms.Policy.tova(3), batch=1, kv_heads=1, head_dim=8)
+        ms.attend_evict(*torch.randn(3, 1, 1, 8), inside)
+
+
+def test_export_with_a_state() -> None:
+    class Step(torch.nn.Module):
+        def forward(self, x: Tensor, state: ms.MultiState) -> Tensor:
+            return ms.attend_evict(x, x, x, state)
+
+    one, other = (
+        ms.MultiState(ms.Policy.tova(3), batch=1, kv_heads=2, head_dim=8) for _ in range(2)
+    )
+    x = torch.randn(1, 2, 8)
+    program = torch.export.export(Step(), (x, one))
+    for _ in range(5):
+        x = torch.randn(1, 2, 8)
+        torch.testing.assert_close(program.module()(x, one), ms.attend_evict(x, x, x, other))
+    assert torch.equal(one.kept_positions(), other.kept_positions())
 
 
 def test_multi_state_to_reset_repr_nbytes() -> None:
@@ -447,3 +476,9 @@ def test_direct_calls_of_multi_state_ops_stay_in_bounds() -> None:
         assert OPS.attend_evict(*arguments).shape == (2, 4, 16)
     arguments[5] = torch.full((2, 2, 7), 3)
     assert OPS.attend_evict(*arguments).shape == (2, 4, 16)
+    broken = ms.MultiState(ms.Policy.window_sinks(40, 39), batch=1, kv_heads=1, head_dim=8)
+    broken.position[:] = torch.arange(41) % 39  # more protected states than slots
+    ms.attend_prompt(*torch.randn(3, 1, 1, 39, 8), broken)
+    headless = (torch.ones(2, 0, 5, 16), *calls["store_prompt"][1:])
+    with pytest.raises(RuntimeError, match="multiple"):
+        OPS.store_prompt(*headless)

@@ -45,7 +45,7 @@ constexpr int64_t kTickets = 4;
 constexpr int64_t kPromptParts = 8;
 constexpr int64_t kPromptLogits = 16;
 
-constexpr int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
+constexpr int64_t padded(int64_t count, int64_t to = 16) { return (count + to - 1) / to * to; }
 
 AttentionKernels kernels_for(DType dtype) {
 #if defined(__x86_64__)
@@ -64,6 +64,7 @@ class Workspace {
     if (count > size_) {
       ::operator delete(data_, kLine);
       data_ = nullptr;
+      size_ = 0;
       data_ = ::operator new(count * sizeof(float), kLine);
       size_ = count;
     }
@@ -337,7 +338,7 @@ class StepRun {
                           : scratch + shared_ * (kLargestHeadDim + (keeping_ ? stride_ : block_));
     float* part = parts + j * part_size;
     for (int64_t h = 0; h < shared_; ++h) {
-      std::fill_n(part + h * kLargestHeadDim, 2 * padded((s_.head_dim + 1) / 2), 0.0f);
+      std::fill_n(part + h * kLargestHeadDim, padded(s_.head_dim, 32), 0.0f);
     }
     for_runs(position, begin, end, [&](int64_t first, int64_t count) {
       kernels_.accumulate(part, shared_, weights + first - begin, stride,
@@ -454,6 +455,7 @@ class PromptRow {
   }
 
   void run() {
+    for (int64_t g = 0; g < s_.groups; ++g) s_.last_evicted[s_.group(row_, g)] = -1;
     if (times_.empty()) return;
     const auto count = static_cast<int64_t>(times_.size());
     position_.assign(s_.groups * columns_, -1);
@@ -461,6 +463,7 @@ class PromptRow {
     for (int64_t g = 0; g < s_.groups; ++g) {
       int64_t* position = position_.data() + g * columns_;
       std::copy_n(s_.position + s_.group(row_, g) * s_.slots, s_.slots, position);
+      position[std::clamp<int64_t>(s_.free[s_.group(row_, g)], 0, s_.slots - 1)] = -1;  // replaced
       most = std::max<int64_t>(
           most, std::count_if(position, position + s_.slots, [](int64_t p) { return p >= 0; }));
       for (int64_t i = 0; i < count; ++i) position[s_.slots + times_[i]] = s_.seen[row_] + i;
@@ -535,6 +538,12 @@ class PromptRow {
       float maximum, sum;
       kernels_.exponentials(row, padded(seen), &maximum, &sum);
       factors[h] = 1 / sum;
+      if (sum == sum) continue;
+      // NaN goes to the columns that this query sees, and not by way of 0 * NaN to later ones.
+      const int64_t own = s_.slots + times_[first + h / shared_] + 1;
+      std::fill(sums, sums + own, sum);
+      std::fill(row, row + padded(seen), 0.0f);
+      factors[h] = 0;
     }
     kernels_.add_weighted(sums, factors, logits, stride, heads, padded(seen));
   }
@@ -558,7 +567,6 @@ class PromptRow {
     }
     const int64_t dropped = std::min<int64_t>(std::max<int64_t>(total - (s_.slots - 1), 0),
                                               static_cast<int64_t>(candidates.size()));
-    s_.last_evicted[group] = -1;
     if (dropped > 0) {
       const auto last = candidates.begin() + dropped - 1;
       std::nth_element(candidates.begin(), last, candidates.end(), goes_before);
@@ -576,8 +584,8 @@ class PromptRow {
     };
     for (const int64_t t : times_) {
       const int64_t column = s_.slots + t;
-      if (position[column] < 0) continue;
-      store(g, next_empty(), t);
+      if (position[column] < 0 || next_empty() == s_.slots) continue;
+      store(g, slot, t);
       s_.position[offset + slot] = position[column];
       if (s_.score) s_.score[offset + slot] = scores[column];
     }
@@ -726,7 +734,7 @@ void check_heads(const Tensor& q, const Tensor& k, const Tensor& v, int64_t dime
     STD_TORCH_CHECK(k.size(d) == v.size(d), "expected k and v of one shape");
     STD_TORCH_CHECK(d == 1 || k.size(d) == q.size(d), "expected q, k and v of one shape");
   }
-  STD_TORCH_CHECK(k.size(1) > 0 && q.size(1) % k.size(1) == 0,
+  STD_TORCH_CHECK(k.size(1) > 0 && q.size(1) > 0 && q.size(1) % k.size(1) == 0,
                   "expected a multiple of the key-value heads as query heads");
   const int64_t head_dim = q.size(dimensions - 1);
   STD_TORCH_CHECK(head_dim > 0 && head_dim % 8 == 0 && head_dim <= kLargestHeadDim,

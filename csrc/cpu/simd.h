@@ -313,7 +313,8 @@ MSRNN_FN Float exponential(Float x) {
   p = fma(p, r, Float(0.5f));
   p = fma(p * r, r, r) + Float(1.0f);
   IntLanes exponent = (IntLanes)((UintLanes)bits(shifted) << 23);
-  return drop(underflow, from_bits((IntLanes)((UintLanes)bits(p) + (UintLanes)exponent)));
+  Float result = from_bits((IntLanes)((UintLanes)bits(p) + (UintLanes)exponent));
+  return select(x.v == x.v, drop(underflow, result), x);  // the sum of bits may not keep a NaN
 }
 
 using Pair = Float;  // sixteen registers hold the constants and one vector
