@@ -132,7 +132,7 @@ constexpr float kMinusInfinity = -__builtin_inff();
 
 // What a block, or a row, knows of its states.
 struct Summary {
-  Candidate victim{0, 0, -1};
+  Candidate victim{__builtin_inff(), 0, -1};
   int64_t occupied = 0;
   int64_t first_empty = -1;
 
@@ -146,7 +146,7 @@ struct Summary {
 // Slots [begin, end) of a row and group, whose current attention is sums[slot - begin].
 Summary summarize(const State& s, const Policy& policy, int64_t row, int64_t g, int64_t begin,
                   int64_t end, const float* sums) {
-  const int64_t offset = s.group(row, g) * s.slots;
+  const int64_t offset = s.group(row, g) * s.slots, now = s.seen[row];
   Summary found;
   for (int64_t slot = begin; slot < end; ++slot) {
     const int64_t position = s.position[offset + slot];
@@ -160,7 +160,7 @@ Summary summarize(const State& s, const Policy& policy, int64_t row, int64_t g, 
     if (policy.score == ScoreKind::accumulated) {
       score = s.score[offset + slot] += sums[slot - begin];
     }
-    if (is_protected(policy, position, s.seen[row])) continue;
+    if (score > found.victim.score || is_protected(policy, position, now)) continue;
     const Candidate candidate{score, position, slot};
     if (goes_before(candidate, found.victim)) found.victim = candidate;
   }
@@ -211,7 +211,8 @@ class StepRun {
         time_(time),
         shared_(step.query_heads / s_.kv_heads),
         kernels_(kernels_for(s_.dtype)),
-        keeping_(step.scores || (step.evicting && step.policy.score != ScoreKind::position)) {
+        keeping_(step.scores || (step.evicting && step.policy.score != ScoreKind::position)),
+        ones_(s_.kv_heads, 1.0f) {
     const int64_t wanted = std::max<int64_t>(1, (s_.slots + kBlockSlots / 2) / kBlockSlots);
     block_ = padded((s_.slots + wanted - 1) / wanted);
     int64_t most = 0;
@@ -387,10 +388,8 @@ class StepRun {
     for (int64_t g = 0; g < s_.groups; ++g) {
       if (keeping_) {
         const float* from = head_sums_ + (r * s_.kv_heads + g * heads) * stride_ + begin;
-        std::copy_n(from, end - begin, sums);
-        for (int64_t h = 1; h < heads; ++h) {
-          for (int64_t i = 0; i < end - begin; ++i) sums[i] += from[h * stride_ + i];
-        }
+        std::fill_n(sums, padded(end - begin), 0.0f);
+        kernels_.add_weighted(sums, ones_.data(), from, stride_, heads, padded(end - begin));
       }
       if (step_.scores) {
         const int64_t offset = s_.group(row, g) * s_.slots;
@@ -424,7 +423,8 @@ class StepRun {
   const bool keeping_;  // the weights are wanted after their block
   int64_t block_, blocks_, stride_, bytes_ = 0;
   float *parts_, *head_sums_, *weights_;
-  float *maxima_, *factors_;   // of each block and query head; factors: first its sum
+  float *maxima_, *factors_;  // of each block and query head; factors: first its sum
+  const std::vector<float> ones_;
   std::vector<int64_t> used_;  // slots of each row
   std::vector<uint32_t> blocks_done_, heads_done_, decided_;
   std::vector<Summary> summaries_;
