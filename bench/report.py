@@ -153,6 +153,8 @@ def _steps(rows: Sequence[dict[str, Any]]) -> Table:
     peers = [name for name in rows[0]["competitors"] if name not in ("TOVA", "Window")]
 
     def ratio(row: dict[str, Any], name: str) -> str:
+        if name not in row["competitors"]:
+            return ""
         median = row["competitors"][name]["median"]
         unit, symbol = _unit(median)
         over = median / row["competitors"]["TOVA"]["median"]

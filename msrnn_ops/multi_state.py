@@ -411,12 +411,47 @@ def _check_valid(name: str, valid: Tensor, q: Tensor) -> None:
         )
 
 
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
 def _refuse_gradient(name: str, tensors: tuple[Tensor, ...]) -> None:
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise RuntimeError(
             f"{name} changes the state in place and has no gradient: call it under torch.no_grad() "
             "or detach its inputs; msrnn_ops.attend_sequence is the differentiable form"
         )
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+        raise RuntimeError(f"{name} changes the state in place and has no forward-mode gradient")
+
+
+def _in_place_autograd(name: str) -> Callable[..., Any]:
+    op = getattr(torch.ops.msrnn_ops, name).default
+    written = [i for i, x in enumerate(op._schema.arguments) if x.alias_info is not None]
+
+    def run(*args: Any) -> Any:
+        _refuse_gradient(name, tuple(x for x in args if isinstance(x, Tensor)))
+        # So that a backward pass that has saved one of them says so.
+        changed = [args[i] for i in written if not args[i].is_inference()]
+        torch.autograd.graph.increment_version(changed)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    _library.impl(name, run, "Autograd")
+    return run
+
+
+_in_place = {
+    name: _in_place_autograd(name)
+    for name in ("attend_evict", "attend_scores", "evict", "attend_prompt", "store_prompt")
+}
+
+
+def _run(name: str, *args: Any) -> Any:
+    """Calls an op that changes a state; in eager mode without a way through the dispatcher."""
+    if _compiling() or torch._C._are_functorch_transforms_active():
+        return getattr(torch.ops.msrnn_ops, name)(*args)
+    return _in_place[name](*args)
 
 
 def _scale_of(name: str, scale: float | None, head_dim: int) -> float:
@@ -483,14 +518,11 @@ def attend_evict(
     """
     _check_tokens("attend_evict", q, k, v, time=False)
     _check_state("attend_evict", state, k)
-    _refuse_gradient("attend_evict", (q, k, v))
     factor = _scale_of("attend_evict", scale, q.shape[-1])
     if not _served("attend_evict", q):
         with torch.autocast(q.device.type, enabled=False):
             return reference.attend_evict(q, k, v, state, factor)
-    return torch.ops.msrnn_ops.attend_evict(
-        q, k, v, *state._tensors(), *state.policy._numbers, factor
-    )
+    return _run("attend_evict", q, k, v, *state._tensors(), *state.policy._numbers, factor)
 
 
 def attend_scores(
@@ -523,13 +555,12 @@ def attend_scores(
     """
     _check_tokens("attend_scores", q, k, v, time=False)
     _check_state("attend_scores", state, k)
-    _refuse_gradient("attend_scores", (q, k, v))
     factor = _scale_of("attend_scores", scale, q.shape[-1])
     if not _served("attend_scores", q):
         with torch.autocast(q.device.type, enabled=False):
             return reference.attend_scores(q, k, v, state, factor)
     kept = (state.keys, state.values, state.position, state.free, state.seen)
-    return torch.ops.msrnn_ops.attend_scores(q, k, v, *kept, factor)
+    return _run("attend_scores", q, k, v, *kept, factor)
 
 
 def evict(state: MultiState, scores: Tensor) -> None:
@@ -566,12 +597,11 @@ def evict(state: MultiState, scores: Tensor) -> None:
         )
     if scores.device != state.device:
         raise ValueError(f"evict: expected scores on {state.device}, got {scores.device}")
-    _refuse_gradient("evict", (scores,))
     if backend.chosen() == "reference":
         return reference.evict(state, scores)
     backend.require_device("evict", scores.device)
     marks = (state.position, state.score, state.free, state.seen, state.last_evicted)
-    torch.ops.msrnn_ops.evict(scores.contiguous(), *marks, *state.policy._numbers)
+    _run("evict", scores.contiguous(), *marks, *state.policy._numbers)
 
 
 def attend_prompt(
@@ -617,14 +647,12 @@ def attend_prompt(
     _check_state("attend_prompt", state, k)
     if valid is not None:
         _check_valid("attend_prompt", valid, q)
-    _refuse_gradient("attend_prompt", (q, k, v))
     factor = _scale_of("attend_prompt", scale, q.shape[-1])
     if not _served("attend_prompt", q):
         with torch.autocast(q.device.type, enabled=False):
             return reference.attend_prompt(q, k, v, state, valid, factor)
-    return torch.ops.msrnn_ops.attend_prompt(
-        q, k, v, valid, *state._tensors(), *state.policy._numbers, factor
-    )
+    numbers = (*state.policy._numbers, factor)
+    return _run("attend_prompt", q, k, v, valid, *state._tensors(), *numbers)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -782,31 +810,6 @@ def _sequence_autograd(*args: Any) -> tuple[Tensor, Tensor]:
     return _AttendSequence.forward(*args)
 
 
-def _has_tangent(x: Tensor) -> bool:
-    return forward_ad.unpack_dual(x).tangent is not None
-
-
-def _in_place_autograd(name: str) -> Any:
-    op = getattr(torch.ops.msrnn_ops, name).default
-
-    written = [i for i, x in enumerate(op._schema.arguments) if x.alias_info is not None]
-
-    def run(*args: Any) -> Any:
-        tensors = tuple(x for x in args if isinstance(x, Tensor))
-        _refuse_gradient(name, tensors)
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
-            raise RuntimeError(
-                f"{name} changes the state in place and has no forward-mode gradient"
-            )
-        for i in written:  # so that a backward pass that saved one says so
-            if not args[i].is_inference():
-                torch.autograd.graph.increment_version(args[i])
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    return run
-
-
 def _sequence_fake(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, slots: int, per_head: bool, *_: Any
 ) -> tuple[Tensor, Tensor]:
@@ -832,7 +835,5 @@ _fake: dict[str, Callable[..., Any]] = {
 }
 for _name, _function in _fake.items():
     torch.library.register_fake(f"msrnn_ops::{_name}", _function)
-for _name in ("attend_evict", "attend_scores", "evict", "attend_prompt", "store_prompt"):
-    _library.impl(_name, _in_place_autograd(_name), "Autograd")
 _library.impl("attend_sequence", _sequence_autograd, "Autograd")
 _library.impl("attend_prompt", _attend_prompt, "CPU")

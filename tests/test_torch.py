@@ -370,6 +370,16 @@ def test_compiled_decoding(policy: ms.Policy) -> None:
     assert torch.equal(one.seen, other.seen) and torch.equal(one.last_evicted, other.last_evicted)
 
 
+def test_compiled_steps_refuse_gradients() -> None:
+    torch._dynamo.reset()
+    state = ms.MultiState(ms.Policy.tova(3), batch=1, kv_heads=1, head_dim=8)
+    q, k, v = torch.randn(3, 1, 1, 8)
+    step = torch.compile(lambda q: ms.attend_evict(q * 1.0, k, v, state))
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        step(q.requires_grad_())
+    assert not state.seen.any()
+
+
 def test_compiled_attend_sequence() -> None:
     torch._dynamo.reset()
 
