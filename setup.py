@@ -20,7 +20,7 @@ FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
 CPU_SOURCES = [
     *("scan", "scan_baseline", "scan_avx2", "scan_avx512"),
     *("multi_state", "multi_state_baseline", "multi_state_avx2", "multi_state_avx512"),
-    "multi_state_avx512_bf16",
+    *("multi_state_avx512_bf16", "multi_state_prompt", "multi_state_backward"),
 ]
 SANITIZE = os.environ.get("MSRNN_SANITIZE")  # e.g. address,undefined
 

@@ -37,13 +37,10 @@ class Tokens:
 
     @staticmethod
     def draw(batch: int, dtype: torch.dtype) -> Tokens:
-        heads = (QUERY_HEADS, KV_HEADS, KV_HEADS)
-        return Tokens(
-            [
-                tuple(torch.randn(batch, h, HEAD_DIM).to(dtype) for h in heads)  # type: ignore[misc]
-                for _ in range(8)
-            ]
-        )
+        def random(heads: int) -> Tensor:
+            return torch.randn(batch, heads, HEAD_DIM).to(dtype)
+
+        return Tokens([(random(QUERY_HEADS), random(KV_HEADS), random(KV_HEADS)) for _ in range(8)])
 
     def next(self) -> tuple[Tensor, Tensor, Tensor]:
         self.drawn.append(self.drawn.pop(0))

@@ -16,6 +16,9 @@ namespace msrnn {
 
 enum class DType : int32_t { float32, float64, bfloat16, float16 };
 
+// A whole number of the widest vectors.
+MSRNN_SCALAR int64_t padded(int64_t count, int64_t to = 16) { return (count + to - 1) / to * to; }
+
 struct BFloat16 {
   uint16_t bits;
 };

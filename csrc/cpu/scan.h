@@ -66,7 +66,6 @@ struct Tile {
 };
 
 // Scalars of scratch memory that a tile needs, for up to 16 lanes.
-MSRNN_SCALAR int64_t padded(int64_t channels) { return (channels + 15) / 16 * 16; }
 MSRNN_SCALAR int64_t scratch_scalars(const Tile& t) {
   return (6 + (t.wait ? 5 * t.rows : 0)) * padded(t.channel_end - t.channel_begin);
 }
