@@ -1,16 +1,24 @@
-"""Builds msrnn_ops: one host-only pybind11 module and the CPU operators.
+"""Builds msrnn_ops: one host-only pybind11 module, the CPU operators and the CUDA operators.
 
 The operators use LibTorch's stable ABI at target 2.11, so one build runs on torch 2.11 and later.
+
+The CUDA operators are built where torch has CUDA and nvcc is found; FORCE_CUDA=1 builds them with
+any torch and fails without nvcc, MSRNN_SKIP_CUDA=1 leaves them out. TORCH_CUDA_ARCH_LIST names the
+GPUs ("8.0;9.0+PTX"); by default every one from 7.5 to 12.0 that nvcc knows. No GPU is needed.
 """
 
 import os
 import re
 import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import torch
 from pybind11.setup_helpers import Pybind11Extension
-from setuptools import setup
+from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
@@ -22,7 +30,48 @@ CPU_SOURCES = [
     *("multi_state", "multi_state_baseline", "multi_state_avx2", "multi_state_avx512"),
     *("multi_state_avx512_bf16", "multi_state_prompt", "multi_state_backward"),
 ]
+STABLE_ABI = [
+    ("TORCH_TARGET_VERSION", "0x020b000000000000"),
+    ("Py_LIMITED_API", "0x030A0000"),
+]
+KERNELS = [f"scan_{dtype}" for dtype in ("float32", "float64", "bfloat16", "float16")]
 SANITIZE = os.environ.get("MSRNN_SANITIZE")  # e.g. address,undefined
+
+
+def wants_cuda() -> bool:
+    if os.environ.get("MSRNN_SKIP_CUDA") == "1":
+        return False
+    if os.environ.get("FORCE_CUDA") == "1":
+        if nvcc() is None:
+            sys.exit("msrnn_ops: FORCE_CUDA=1 but nvcc was not found; set CUDA_HOME or PATH")
+        return True
+    return torch.version.cuda is not None and nvcc() is not None
+
+
+def nvcc() -> str | None:
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
+        if home and (found := shutil.which("nvcc", path=str(Path(home, "bin")))):
+            return found
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def output_of(*command: str) -> str:
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return run.stdout + run.stderr
+
+
+def cuda_version() -> str:
+    return re.search(r"release (\d+\.\d+)", output_of(nvcc(), "--version"))[1]
+
+
+def cuda_archs() -> list[str]:
+    """Compute capabilities as "90", those that also keep PTX as "90+PTX"."""
+    known = set(re.findall(r"compute_(\d+)", output_of(nvcc(), "--list-gpu-arch")))
+    wanted = re.split(r"[ ;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    if wanted != [""]:
+        return [name.replace(".", "") for name in wanted]
+    archs = [name for name in ("75", "80", "86", "89", "90", "100", "120") if name in known]
+    return [*archs[:-1], f"{archs[-1]}+PTX"]
 
 
 class Build(BuildExtension):
@@ -30,7 +79,65 @@ class Build(BuildExtension):
         compiler = self.compiler.compiler_cxx[0]
         if shutil.which(compiler) is None:
             sys.exit(f"msrnn_ops: no C++ compiler ({compiler!r} not found); install g++ or set CXX")
+        for extension in self.extensions:
+            if extension.name == "msrnn_ops._cuda":
+                extension.extra_objects = self.compile_kernels()
         super().build_extensions()
+
+    def compile_kernels(self) -> list[str]:
+        """The kernels know no torch, so nvcc reads them alone, in parallel."""
+        folder = Path(self.build_temp, "cuda").absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.*"))
+        stamp = folder / "archs"
+        if not stamp.exists() or stamp.read_text() != str(cuda_archs()):
+            newest = float("inf")
+        jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+        with ThreadPoolExecutor(jobs) as pool:
+            objects = list(
+                pool.map(partial(compile_kernel, folder, newest, jobs), ["scan", *KERNELS])
+            )
+        stamp.write_text(str(cuda_archs()))
+        return objects
+
+
+def compile_kernel(folder: Path, newest: float, jobs: int, name: str) -> str:
+    target = folder / f"{name}.o"
+    if target.exists() and target.stat().st_mtime > newest:
+        return str(target)
+    codes = []
+    for arch in cuda_archs():
+        number, ptx = arch.removesuffix("+PTX"), arch.endswith("+PTX")
+        code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
+        codes.append(f"-gencode=arch=compute_{number.rstrip('af')},code={code}")
+    command = [nvcc(), "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *codes]
+    threads = max(1, jobs // (len(KERNELS) + 1))
+    command += ["--threads", str(threads), "-c", f"csrc/cuda/{name}.cu", "-o", str(target)]
+    print(" ".join(command), flush=True)
+    subprocess.run(command, check=True, cwd=ROOT)
+    return str(target)
+
+
+def cuda_extension() -> Extension:
+    # Where nvcc itself would look for the runtime, which is linked in: no version to agree on.
+    dry = output_of(nvcc(), "-dryrun", "-x", "cu", "/dev/null", "-o", "/dev/null")
+    libraries = re.findall(r'-L([^"\s]+)', re.search(r"LIBRARIES=(.*)", dry)[1])
+    return CppExtension(
+        "msrnn_ops._cuda",
+        ["csrc/cuda/scan.cpp"],
+        define_macros=[
+            *STABLE_ABI,
+            ("USE_CUDA", None),
+            *([] if torch.version.cuda else [("MSRNN_TORCH_WITHOUT_CUDA", None)]),
+        ],
+        extra_compile_args=FLAGS,
+        library_dirs=libraries,
+        libraries=[
+            *(["torch_cuda"] if torch.version.cuda else []),
+            *("cudart_static", "dl", "rt", "pthread"),
+        ],
+        py_limited_api=True,
+    )
 
 
 # Checks by call and none of the stack: with both inline the kernels take minutes to compile.
@@ -42,6 +149,7 @@ sanitize = [
     "-O1",
 ]
 sanitize = sanitize if SANITIZE else []
+cuda = wants_cuda()
 setup(
     version=VERSION,
     ext_modules=[
@@ -51,6 +159,8 @@ setup(
             define_macros=[
                 ("MSRNN_VERSION", f'"{VERSION}"'),
                 ("MSRNN_TORCH_TARGET", f'"{TORCH_TARGET}"'),
+                ("MSRNN_CUDA", f'"{cuda_version() if cuda else ""}"'),
+                ("MSRNN_CUDA_ARCHS", f'"{" ".join(cuda_archs()) if cuda else ""}"'),
             ],
             extra_compile_args=FLAGS,
         ),
@@ -60,14 +170,12 @@ setup(
                 "csrc/ops.cpp",
                 *(f"csrc/cpu/{name}.cpp" for name in CPU_SOURCES),
             ],
-            define_macros=[
-                ("TORCH_TARGET_VERSION", "0x020b000000000000"),
-                ("Py_LIMITED_API", "0x030A0000"),
-            ],
+            define_macros=STABLE_ABI,
             extra_compile_args=FLAGS + sanitize,
             extra_link_args=sanitize,
             py_limited_api=True,
         ),
+        *([cuda_extension()] if cuda else []),
     ],
     cmdclass={"build_ext": Build.with_options(use_ninja=True, no_python_abi_suffix=True)},
 )

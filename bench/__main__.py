@@ -8,11 +8,15 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-PARTS = ("limits", "ops", "steps", "layers", "accuracy", "text")
+PARTS = {
+    "cpu": ("limits", "ops", "steps", "layers", "accuracy", "text"),
+    "cuda": ("limits", "ops", "layers", "small"),
+}
+Measure = Callable[[], Iterable[dict[str, Any]]]
 
 
 def _list(text: str) -> list[str]:
@@ -29,7 +33,9 @@ def _shapes(text: str) -> list[tuple[int, ...]]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     add = parser.add_argument
-    add("--only", type=_list, metavar="PARTS", help=f"some of {','.join(PARTS)}")
+    add("--device", choices=tuple(PARTS), default="cpu", help="to measure (%(default)s)")
+    parts = "; ".join(f"{device}: {','.join(names)}" for device, names in PARTS.items())
+    add("--only", type=_list, metavar="PARTS", help=f"some of the device's parts; {parts}")
     add("--ops", type=_list, metavar="OPS", help="some of the ops: min_gru,min_lstm,...")
     add("--shapes", type=_shapes, metavar="SHAPES", help="BxTxD of the ops: 8x512x256,...")
     add("--seconds", type=float, default=0.2, help="per competitor and shape (%(default)s)")
@@ -38,11 +44,13 @@ def _arguments() -> argparse.Namespace:
     add("--steps", type=int, help="training steps of the language model")
     add("--full", action="store_true", help="every peer on every op and shape, about 30 minutes")
     add("--output", type=Path, default=Path("bench/results"), help="folder (%(default)s)")
-    add("--name", default="cpu", help="of the files in it (%(default)s)")
+    add("--name", help="of the files in it (the device's)")
     arguments = parser.parse_args()
+    arguments.name = arguments.name or arguments.device
     for part in arguments.only or ():
-        if part not in PARTS:
-            parser.error(f"--only: expected some of {','.join(PARTS)}, got {part!r}")
+        if part not in PARTS[arguments.device]:
+            expected = ",".join(PARTS[arguments.device])
+            parser.error(f"--only: expected some of {expected}, got {part!r}")
     return arguments
 
 
@@ -61,69 +69,97 @@ def _command() -> str:
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
     from bench import machine
 
-    return {
+    results: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "command": _command(),
         "machine": machine.machine(),
         "versions": machine.versions(),
-        "settings": {
-            "seconds": arguments.seconds,
-            "full": arguments.full,
-            "freed_memory": "Freed memory is reused, for every competitor alike (MALLOC_*)",
-        },
+        "settings": {"seconds": arguments.seconds, "full": arguments.full},
         "seconds_taken": {},
     }
+    if arguments.device == "cuda":
+        from bench import cuda_measure
+
+        results["machine"]["gpu"] = cuda_measure.facts(torch.device("cuda"))
+    else:
+        results["settings"]["freed_memory"] = (
+            "Freed memory is reused, for every competitor alike (MALLOC_*)"
+        )
+    return results
 
 
-def _measures(arguments: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Each part as a call that returns its entries of the results."""
-    from bench import layers, limits, peers, scans, steps, text
+def _ops(arguments: argparse.Namespace) -> list[str]:
+    from bench import peers
 
     ops = arguments.ops or list(peers.OPS)
     unknown = sorted(set(ops) - set(peers.OPS))
     if unknown:
         raise SystemExit(f"--ops: expected some of {','.join(peers.OPS)}, got {','.join(unknown)}")
+    return ops
+
+
+def _measures(arguments: argparse.Namespace) -> dict[str, Measure]:
+    """Each part as a call that returns its entries of the results, whenever they have grown."""
+    ops, seconds, full = _ops(arguments), arguments.seconds, arguments.full
+    if arguments.device == "cuda":
+        import torch
+
+        from bench import cuda
+
+        return cuda.measures(torch.device("cuda"), ops, arguments.shapes, seconds, full)
+
+    from bench import layers, limits, scans, steps, text
+
     shapes = arguments.shapes or scans.SHAPES
-    seconds, full = arguments.seconds, arguments.full
     training = arguments.steps or (text.FULL_STEPS if full else text.STEPS)
     return {
-        "limits": lambda: {"limits": limits.run(seconds)},
-        "ops": lambda: {
-            "ops": scans.run_ops(ops, shapes, seconds, full),
-            "memory": scans.run_memory(ops),
-        },
-        "steps": lambda: {
-            "steps": steps.run_steps(seconds, full),
-            "decoding": steps.run_loop(seconds),
-        },
-        "layers": lambda: {"layers": layers.run(seconds, full)},
-        "accuracy": lambda: {"accuracy": scans.run_accuracy(seconds, full)},
-        "text": lambda: {"text": text.run(arguments.text, training)},
+        "limits": lambda: [{"limits": limits.run(seconds)}],
+        "ops": lambda: [
+            {
+                "ops": scans.run_ops(ops, shapes, seconds, full),
+                "memory": scans.run_memory(ops),
+            }
+        ],
+        "steps": lambda: [
+            {
+                "steps": steps.run_steps(seconds, full),
+                "decoding": steps.run_loop(seconds),
+            }
+        ],
+        "layers": lambda: [{"layers": layers.run(seconds, full)}],
+        "accuracy": lambda: [{"accuracy": scans.run_accuracy(seconds, full)}],
+        "text": lambda: [{"text": text.run(arguments.text, training)}],
     }
 
 
 def main() -> None:
     arguments = _arguments()
-    _reuse_freed_memory()
+    if arguments.device == "cpu":
+        _reuse_freed_memory()
 
     import torch
     from rich.console import Console
 
     from bench import plot, report
 
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("python -m bench: --device cuda needs a GPU, and torch sees none here")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"{arguments.name}.json"
     results = _settings(arguments)
     for part, measure in _measures(arguments).items():
-        if part in (arguments.only or PARTS):
+        if part in (arguments.only or PARTS[arguments.device]):
             start = time.perf_counter()
-            results |= measure()
-            results["seconds_taken"][part] = time.perf_counter() - start
-            path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+            for entries in measure():
+                results |= entries
+                results["seconds_taken"][part] = time.perf_counter() - start
+                path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
     console = Console(width=None if sys.stdout.isatty() else 120)
     report.show(results, console)
     if "accuracy" in results:

@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,45 +17,11 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from bench import cuda_report
+from bench.table import Table, dimensions, duration, number, op_label, unit_of
+
 _OURS = "msrnn_ops"
 _PEERS = ("Heinsen", "Heinsen compiled", "associative scan compiled", "reference loop")
-
-
-@dataclass(frozen=True)
-class Table:
-    title: str
-    note: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    labels: int = 1  # leading columns that are words
-
-
-def _number(x: float, significant: int = 3) -> str:
-    """A decimal of so many significant digits; whole numbers stay whole."""
-    digits = max(significant - 1 - math.floor(math.log10(abs(x))), 0) if x else 0
-    return f"{x:,.{digits}f}"
-
-
-def _unit(seconds: float) -> tuple[float, str]:
-    return (1e-6, "µs") if seconds < 1e-3 else (1e-3, "ms") if seconds < 1 else (1.0, "s")
-
-
-def _time(timing: dict[str, float]) -> str:
-    """Median ± half the interquartile range."""
-    unit, name = _unit(timing["median"])
-    half = (timing["high"] - timing["low"]) / 2
-    figures = _number(timing["median"] / unit)
-    decimals = len(figures.partition(".")[2])
-    return f"{figures} ± {half / unit:.{decimals}f} {name}"
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return "×".join(map(str, shape))
-
-
-def _op(row: dict[str, Any]) -> str:
-    suffix = " bf16" if row["dtype"] == "bfloat16" else ""
-    return f"{row['op']}{suffix}"
 
 
 def _against(row: dict[str, Any], peer: str) -> str:
@@ -68,9 +32,9 @@ def _against(row: dict[str, Any], peer: str) -> str:
     if "time" not in result:
         return "failed"
     median = result["time"]["median"]
-    unit, name = _unit(median)
+    unit, name = unit_of(median)
     ratio = median / row["competitors"][_OURS]["time"]["median"]
-    return f"{_number(ratio, 2)}× ({_number(median / unit, 2)} {name})"
+    return f"{number(ratio, 2)}× ({number(median / unit, 2)} {name})"
 
 
 def _present(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -83,9 +47,9 @@ def _ops_speed(rows: Sequence[dict[str, Any]], title: str) -> Table:
     for row in rows:
         ours = row["competitors"][_OURS]["time"]
         rate, share = row["traffic"] / ours["median"], row["copy"]["median"] / ours["median"]
-        figures = [_time(ours), f"{rate / 1e9:.1f}", f"{share:.0%}"]
+        figures = [duration(ours), f"{rate / 1e9:.1f}", f"{share:.0%}"]
         against = [_against(row, peer) for peer in peers]
-        cells.append([_op(row), _shape(row["shape"]), *figures, *against])
+        cells.append([op_label(row), dimensions(row["shape"]), *figures, *against])
     note = (
         "Median ± half the interquartile range. GB/s of the least traffic; its share of a "
         "streaming copy of as many bytes (tensors in cache can exceed it). Peers: how many times "
@@ -101,14 +65,18 @@ def _ops_error(rows: Sequence[dict[str, Any]], title: str) -> Table:
     for row in rows:
         errors = [row["competitors"].get(name, {}).get("error") for name in names]
         shown = ["" if error is None else f"{error:.1e}" for error in errors]
-        cells.append([_op(row), _shape(row["shape"]), *shown])
+        cells.append([op_label(row), dimensions(row["shape"]), *shown])
     note = "Largest error against float64 over the largest true value; the worst tensor counts."
     return Table(title, note, ("op", "B×T×D", *names), cells, labels=2)
 
 
 def _limits(limits: dict[str, Any]) -> Table:
     rows = [
-        [f"{row['traffic'] >> 20} MiB", _time(row["time"]), f"{row['bytes_per_second'] / 1e9:.1f}"]
+        [
+            f"{row['traffic'] >> 20} MiB",
+            duration(row["time"]),
+            f"{row['bytes_per_second'] / 1e9:.1f}",
+        ]
         for row in limits["copies"]
     ]
     note = f"Half of the bytes read, half written. Method: {limits['method']}."
@@ -120,7 +88,7 @@ def _memory(rows: Sequence[dict[str, Any]]) -> Table:
         [row["op"], row["competitor"], "n/a" if row["tensors"] is None else f"{row['tensors']:.2f}"]
         for row in rows
     ]
-    title = f"Peak memory of forward and backward at {_shape(rows[0]['shape'])}"
+    title = f"Peak memory of forward and backward at {dimensions(rows[0]['shape'])}"
     note = "In tensors of B·T·D float32, besides the inputs and the gradient of the output."
     return Table(title, note, ("op", "", "tensors"), cells, labels=2)
 
@@ -131,7 +99,7 @@ def _accuracy(rows: Sequence[dict[str, Any]]) -> Table:
             name,
             f"{row['gate_mean']}",
             f"{row['shape'][1]:,}",
-            _time(result["time"]),
+            duration(result["time"]),
             f"{result['error_h']:.1e}",
             f"{result['error_gate']:.1e}",
         ]
@@ -156,9 +124,9 @@ def _steps(rows: Sequence[dict[str, Any]]) -> Table:
         if name not in row["competitors"]:
             return ""
         median = row["competitors"][name]["median"]
-        unit, symbol = _unit(median)
+        unit, symbol = unit_of(median)
         over = median / row["competitors"]["TOVA"]["median"]
-        return f"{_number(over, 2)}× ({_number(median / unit, 2)} {symbol})"
+        return f"{number(over, 2)}× ({number(median / unit, 2)} {symbol})"
 
     cells = []
     for row in rows:
@@ -168,7 +136,7 @@ def _steps(rows: Sequence[dict[str, Any]]) -> Table:
             [
                 row["dtype"],
                 f"{row['batch']}×{row['slots']:,}",
-                _time(row["competitors"]["TOVA"]),
+                duration(row["competitors"]["TOVA"]),
                 f"{row['traffic'] / tova / 1e9:.1f}",
                 f"{read / tova:.0%}",
                 f"{read / window:.0%}",
@@ -190,7 +158,7 @@ def _steps(rows: Sequence[dict[str, Any]]) -> Table:
 
 def _decoding(loop: dict[str, Any]) -> Table:
     cells = [
-        [name, _number(row["tokens_per_second"]), f"{row['bytes'] / 2**20:,.0f} MiB"]
+        [name, number(row["tokens_per_second"]), f"{row['bytes'] / 2**20:,.0f} MiB"]
         for name, row in loop["contenders"].items()
     ]
     title = f"Decoding, the attention of {loop['layers']} layers"
@@ -202,17 +170,17 @@ def _layers(row: dict[str, Any]) -> Table:
     layers = row["layers"]
 
     def over(name: str, other: str) -> str:
-        return f"{_number(layers[name]['median'] / layers[other]['median'])}×"
+        return f"{number(layers[name]['median'] / layers[other]['median'])}×"
 
     cells = []
     for name in layers:
         lstm = "LSTM" in name or "3 D" in name
         projection, ours = f"projection to {3 if lstm else 2} D", f"min{'LSTM' if lstm else 'GRU'}"
         joint = over(name, f"{ours}, joint")
-        cells.append([name, _time(layers[name]), over(name, projection), joint])
+        cells.append([name, duration(layers[name]), over(name, projection), joint])
     note = "Gradients of the parameters and of the layer's input."
     columns = ("layer", "time", "over its projection", "over the joint form")
-    return Table(f"Layers, forward and backward, {_shape(row['shape'])}", note, columns, cells)
+    return Table(f"Layers, forward and backward, {dimensions(row['shape'])}", note, columns, cells)
 
 
 def _text(text: dict[str, Any]) -> Table:
@@ -252,6 +220,8 @@ def _text(text: dict[str, Any]) -> Table:
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
+    if "gpu" in results["machine"]:
+        return cuda_report.tables(results)
     found = []
     if "limits" in results:
         found.append(_limits(results["limits"]))
@@ -273,6 +243,8 @@ def tables(results: dict[str, Any]) -> list[Table]:
 
 
 def heading(results: dict[str, Any]) -> str:
+    if "gpu" in results["machine"]:
+        return cuda_report.heading(results)
     machine, versions = results["machine"], results["versions"]
     return (
         f"{machine['processor']}, {machine['threads']} threads on {machine['cores']} cores, "

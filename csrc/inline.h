@@ -1,8 +1,8 @@
-// Functions that host and device share.
+// Functions that the CPU and the GPU share: a compiler makes them for its own side.
 #pragma once
 
 #ifdef __CUDACC__
-#define MSRNN_FN __host__ __device__ __forceinline__
+#define MSRNN_FN __device__ __forceinline__
 #else
 #define MSRNN_FN inline __attribute__((always_inline))
 #endif

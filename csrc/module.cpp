@@ -8,8 +8,12 @@
 #endif
 
 #include <cstdint>
+#include <iterator>
+#include <sstream>
 #include <string>
 #include <vector>
+
+#include "cuda/scan.h"
 
 namespace py = pybind11;
 
@@ -28,14 +32,33 @@ py::dict build_info() {
   info["version"] = MSRNN_VERSION;
   info["compiler"] = kCompiler;
   info["torch_target"] = MSRNN_TORCH_TARGET;
-  info["cuda"] = py::none();
-  info["cuda_archs"] = std::vector<std::string>{};
+  const std::string cuda = MSRNN_CUDA;
+  info["cuda"] = cuda.empty() ? py::object(py::none()) : py::object(py::str(cuda));
+  std::istringstream archs(MSRNN_CUDA_ARCHS);
+  using Word = std::istream_iterator<std::string>;
+  info["cuda_archs"] = std::vector<std::string>(Word(archs), Word());
 #if defined(__x86_64__)
   info["cpu"] = std::vector<std::string>{"baseline", "avx2", "avx512", "avx512_bf16"};
 #else
   info["cpu"] = std::vector<std::string>{"baseline"};
 #endif
   return info;
+}
+
+py::dict scan_plan(bool backward, int64_t element_size, int64_t rows, int64_t time,
+                   int64_t channels) {
+  const msrnn::ScanPlan p = msrnn::scan_plan(backward, element_size, rows, time, channels);
+  const int64_t scalar = element_size == 8 ? 8 : 4;
+  py::dict plan;
+  plan["path"] = p.look_back ? "look_back" : "walk";
+  plan["threads"] = p.lanes * p.rows;
+  plan["tile_steps"] = p.tile_steps;
+  plan["tile_channels"] = p.tile_channels;
+  plan["chains"] = p.chains;
+  plan["tiles"] = p.tiles;
+  plan["group"] = p.group;
+  plan["workspace"] = p.look_back ? msrnn::lay_out(p, scalar, nullptr, nullptr).bytes : 0;
+  return plan;
 }
 
 // Asks for huge pages under memory that is still to be touched: a large state is read 5 to 10 %
@@ -55,6 +78,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "Version, compiler, targeted torch ABI, CUDA version (None: not built), CUDA "
         "architectures and CPU instruction sets of this build.");
+  m.def("scan_plan", &scan_plan, py::arg("backward"), py::arg("element_size"), py::arg("rows"),
+        py::arg("time"), py::arg("channels"),
+        "How the CUDA scans cut up a call: a pure function of its shape and dtype. With cu_seqlens "
+        "rows is 1. workspace is in bytes.");
   m.def("prefer_huge_pages", &prefer_huge_pages, py::arg("address"), py::arg("bytes"),
         "Advice to back untouched memory by huge pages.");
 }

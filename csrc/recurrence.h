@@ -14,6 +14,10 @@
 //    step and the plain form is exact enough; there the complement h + (a-1)h would cancel.
 //
 // Measured against float64, gates around -8, T = 262144: 2e-7; the plain walk is off by 1e-5.
+//
+// Backends that cut time into short runs (CUDA) use a third form, `Span`: what a run of steps does
+// to any state that enters it. There the steps are plain, since few of them follow each other, and
+// both a and 1-a of the whole run are kept, so that the long chain from run to run can `advance`.
 #pragma once
 
 #include "inline.h"
@@ -26,6 +30,7 @@ struct Gates {
   typename V::Mask slow;  // where a > 1/2
   V decay;                // a - 1 where slow, a elsewhere
   V weight, value;        // b = weight * value
+  V kept, lost;           // a and 1 - a, each as exact as the gate allows; in log-space log a, -
 };
 
 // The state between two steps: value + rest, |rest| a rounding error of value.
@@ -35,7 +40,8 @@ struct Carry {
   V rest;
 };
 
-// sigma(-|x|), sigma(|x|) from one exponential, both to full relative precision.
+// sigma(-|x|), sigma(|x|) from one exponential, both to full relative precision. `complement` picks
+// 1 - small from two ways to have it.
 template <class V>
 struct Logistic {
   V small, large;
@@ -44,8 +50,9 @@ struct Logistic {
 template <class V>
 MSRNN_FN Logistic<V> logistic(V x) {
   V e = exponential(minus_abs(x));
-  V large = reciprocal(V(1) + e);
-  return {e * large, large};
+  V r = reciprocal(V(1) + e);
+  V small = e * r;
+  return {small, complement(small, r)};
 }
 
 // phi of the paper and its derivative: g(x) = x + 1/2 for x >= 0, sigma(x) otherwise.
@@ -68,8 +75,83 @@ MSRNN_FN Activated<V> activate(V x) {
   }
 }
 
+// A step reduced to two numbers: h -> kept h + added; in log-space, their logarithms.
+template <class V>
+struct Step {
+  V kept, added;
+};
+
 // h_t = a h_{t-1} + b, and the product of a's that applies an incoming carry to a tile.
 struct Linear {
+  template <class V>
+  struct State {
+    V value;
+  };
+  // What a run of steps does to the state h that enters it: state + kept h, with kept = 1 - lost.
+  template <class V>
+  struct Span {
+    State<V> state;
+    V kept, lost;
+  };
+
+  template <class V>
+  static MSRNN_FN State<V> enter(V h) {
+    return {h};
+  }
+  template <class V>
+  static MSRNN_FN V value_of(State<V> s) {
+    return s.value;
+  }
+  template <class V>
+  static MSRNN_FN Span<V> no_steps() {
+    return {{V(0)}, V(1), V(0)};
+  }
+  template <class V>
+  static MSRNN_FN Step<V> reduce(Gates<V> g) {
+    return {g.kept, g.weight * g.value};
+  }
+  template <class V>
+  static MSRNN_FN State<V> walk(State<V> s, Step<V> x) {
+    return {fma(x.kept, s.value, x.added)};
+  }
+  // A product of decays must be 0 or infinite only if one of them is: 0 * inf and inf * 0 would be
+  // NaN where a walk through the steps has a number. A gate's decay, in [0, 1], counts as never
+  // quite 0; other products are looked at by the caller (clamp_product).
+  template <bool gated, class V>
+  static MSRNN_FN V product(V a, V b) {
+    if constexpr (gated) {
+      return at_least_tiny(a * b);
+    } else {
+      return a * b;
+    }
+  }
+  template <bool gated, class V>
+  static MSRNN_FN Span<V> extend(Span<V> x, Step<V> y, V lost) {
+    return {walk(x.state, y), product<gated>(x.kept, y.kept), fma(lost, V(1) - x.lost, x.lost)};
+  }
+  template <class V>
+  static MSRNN_FN State<V> apply(Span<V> x, State<V> before) {
+    V h = before.value;
+    if constexpr (V::brief) return {fma(x.kept, h, x.state.value)};
+    auto slow = within_half_and_finite(x.lost, h);
+    return {select(slow, fma(-x.lost, h, h) + x.state.value, fma(x.kept, h, x.state.value))};
+  }
+  template <bool gated, class V>
+  static MSRNN_FN Span<V> then(Span<V> x, Span<V> y) {
+    return {apply(y, x.state), product<gated>(x.kept, y.kept), fma(y.lost, V(1) - x.lost, x.lost)};
+  }
+  // An infinite decay multiplies the zero that a run starts from: NaN, not what a walk has.
+  template <class V>
+  static MSRNN_FN bool usable_span(Span<V> x) {
+    return !is_infinite(x.kept);
+  }
+  // The whole run as one step, for `advance`.
+  template <class V>
+  static MSRNN_FN Gates<V> as_step(Span<V> x) {
+    auto slow = within_half(x.lost);
+    return {slow, select(slow, -x.lost, x.kept), V(1), x.state.value, x.kept, x.lost};
+  }
+
   template <class V>
   static MSRNN_FN Carry<V> start() {
     return {V(0), V(0)};
@@ -81,8 +163,7 @@ struct Linear {
 
   template <class V>
   static MSRNN_FN Carry<V> plain(Carry<V> c, Gates<V> g) {
-    V a = select(g.slow, V(1) + g.decay, g.decay);
-    return {fma(g.weight, g.value, a * c.value), V(0)};
+    return {fma(g.weight, g.value, select(g.slow, V(1) + g.decay, g.decay) * c.value), V(0)};
   }
 
   template <class V>
@@ -127,6 +208,67 @@ struct Linear {
 
 // log h_t = logaddexp(log a + log h_{t-1}, log b). Here `decay` is log a and `value` log b.
 struct LogSpace {
+  // log h = largest + log(sum), sum >= 1: a step costs one exponential and no logarithm.
+  template <class V>
+  struct State {
+    V largest, sum;
+  };
+  template <class V>
+  struct Span {
+    State<V> state;
+    V kept;  // the sum of log a
+  };
+
+  template <class V>
+  static MSRNN_FN State<V> enter(V log_h) {
+    return {log_h, V(1)};
+  }
+  template <class V>
+  static MSRNN_FN V value_of(State<V> s) {
+    return s.largest + logarithm(s.sum);
+  }
+  template <class V>
+  static MSRNN_FN Span<V> no_steps() {
+    return {{V::minus_infinity(), V(1)}, V(0)};
+  }
+  // The sum of two states. Equal infinities count as distance 0, so that log 0 + log 0 = log 0.
+  template <class V>
+  static MSRNN_FN State<V> join(State<V> x, State<V> y) {
+    V distance = select(equal(x.largest, y.largest), V(0), x.largest - y.largest);
+    V e = exponential(minus_abs(distance));
+    auto left = at_least_zero(distance);
+    return {select(left, x.largest, y.largest),
+            fma(select(left, y.sum, x.sum), e, select(left, x.sum, y.sum))};
+  }
+  template <class V>
+  static MSRNN_FN Step<V> reduce(Gates<V> g) {
+    return {g.decay, g.value};
+  }
+  template <class V>
+  static MSRNN_FN State<V> walk(State<V> s, Step<V> x) {
+    return join(State<V>{s.largest + x.kept, s.sum}, State<V>{x.added, V(1)});
+  }
+  template <bool gated, class V>
+  static MSRNN_FN Span<V> extend(Span<V> x, Step<V> y, V) {
+    return {walk(x.state, y), x.kept + y.kept};
+  }
+  template <class V>
+  static MSRNN_FN State<V> apply(Span<V> x, State<V> before) {
+    return join(State<V>{before.largest + x.kept, before.sum}, x.state);
+  }
+  template <bool gated, class V>
+  static MSRNN_FN Span<V> then(Span<V> x, Span<V> y) {
+    return {apply(y, x.state), x.kept + y.kept};
+  }
+  template <class V>
+  static MSRNN_FN bool usable_span(Span<V> x) {
+    return !(is_infinite(x.kept) && at_least_zero(x.kept));
+  }
+  template <class V>
+  static MSRNN_FN Gates<V> as_step(Span<V> x) {
+    return {never(x.kept), x.kept, V(1), value_of(x.state), x.kept, V(0)};
+  }
+
   template <class V>
   static MSRNN_FN Carry<V> start() {
     return {V::minus_infinity(), V(0)};
@@ -173,18 +315,28 @@ struct LogSpace {
   }
 };
 
+// The carry after a run of steps, compensated; plainly where an infinity makes that NaN.
+template <class Space, class V>
+MSRNN_FN Carry<V> carry_through(Carry<V> c, typename Space::template Span<V> x) {
+  Gates<V> g = Space::as_step(x);
+  Carry<V> after = Space::advance(c, g);
+  return is_finite(after.value) ? after : Space::plain(c, g);
+}
+
 // Backward. With the adjoint s_t = grad_t + a_{t+1} s_{t+1}, the gradient of input i is
 // s_t * factor_i(x_t, h_{t-1}): `adjoint` returns the decay and fills the factors. It reads the
-// first `saved` inputs.
+// first `saved` inputs. `gated`: decays of Linear space lie in [0, 1]. `cheap`: gates() costs so
+// little that it may as well be called twice.
 
 struct LinearScan {
   using Space = Linear;
   static constexpr int inputs = 2, saved = 1;
+  static constexpr bool gated = false, cheap = true;
 
   template <class V>
   static MSRNN_FN Gates<V> gates(const V (&x)[2]) {
     auto slow = above_half(x[0]);  // then a - 1 is exact (Sterbenz) up to a = 2
-    return {slow, select(slow, x[0] - V(1), x[0]), V(1), x[1]};
+    return {slow, select(slow, x[0] - V(1), x[0]), V(1), x[1], x[0], V(1) - x[0]};
   }
   template <class V>
   static MSRNN_FN Gates<V> adjoint(const V (&x)[1], V before, V (&factor)[2]) {
@@ -197,16 +349,19 @@ struct LinearScan {
 struct DecayScan {
   using Space = Linear;
   static constexpr int inputs = 2, saved = 1;
+  static constexpr bool gated = false, cheap = false;
 
   template <class V>
   static MSRNN_FN Gates<V> gates(const V (&x)[2]) {
-    auto slow = within_log2(x[0]);
-    return {slow, select(slow, expm1_within_log2(x[0]), exp_any(x[0])), V(1), x[1]};
+    auto slow = is_gentle(x[0]);
+    V gone = expm1_gentle(x[0]), a = exp_any(x[0]);
+    return {slow, select(slow, gone, a),        V(1),
+            x[1], select(slow, V(1) + gone, a), select(slow, -gone, V(1) - a)};
   }
   template <class V>
   static MSRNN_FN Gates<V> adjoint(const V (&x)[1], V before, V (&factor)[2]) {
     Gates<V> g = gates<V>({x[0], V(0)});
-    factor[0] = select(g.slow, V(1) + g.decay, g.decay) * before;
+    factor[0] = g.kept * before;
     factor[1] = V(1);
     return g;
   }
@@ -215,10 +370,11 @@ struct DecayScan {
 struct LogScan {
   using Space = LogSpace;
   static constexpr int inputs = 2, saved = 2;
+  static constexpr bool gated = true, cheap = false;
 
   template <class V>
   static MSRNN_FN Gates<V> gates(const V (&x)[2]) {
-    return {never(x[0]), x[0], V(1), x[1]};
+    return {never(x[0]), x[0], V(1), x[1], x[0], V(0)};
   }
   // p = exp(log a + log h_{t-1} - log h_t) and q = exp(log b - log h_t) sum to 1.
   template <class V>
@@ -230,7 +386,7 @@ struct LogScan {
     auto slow = at_least_zero(distance);
     factor[0] = drop(dead, select(slow, w.large, w.small));
     factor[1] = drop(dead, select(slow, w.small, w.large));
-    return {slow, drop(dead, select(slow, -w.small, w.small)), V(0), V(0)};
+    return {slow, drop(dead, select(slow, -w.small, w.small)), V(0), V(0), factor[0], factor[1]};
   }
 };
 
@@ -239,13 +395,19 @@ template <bool identity>
 struct MinGru {
   using Space = Linear;
   static constexpr int inputs = 2, saved = 2;
+  static constexpr bool gated = true, cheap = false;
 
   template <class V>
   static MSRNN_FN Gates<V> gates(const V (&x)[2]) {
     Logistic<V> w = logistic(x[0]);
     auto slow = is_negative(x[0]);
     V z = select(slow, w.small, w.large);
-    return {slow, copy_sign(w.small, x[0]), z, activate<identity>(x[1]).value};
+    return {slow,
+            copy_sign(w.small, x[0]),
+            z,
+            activate<identity>(x[1]).value,
+            select(slow, w.large, w.small),
+            z};
   }
   template <class V>
   static MSRNN_FN Gates<V> adjoint(const V (&x)[2], V before, V (&factor)[2]) {
@@ -253,8 +415,9 @@ struct MinGru {
     auto slow = is_negative(x[0]);
     Activated<V> candidate = activate<identity>(x[1]);
     factor[0] = w.small * w.large * (candidate.value - before);
-    factor[1] = select(slow, w.small, w.large) * candidate.slope;
-    return {slow, copy_sign(w.small, x[0]), V(0), V(0)};
+    V z = select(slow, w.small, w.large);
+    factor[1] = z * candidate.slope;
+    return {slow, copy_sign(w.small, x[0]), V(0), V(0), select(slow, w.large, w.small), z};
   }
 };
 
@@ -267,6 +430,7 @@ template <bool identity>
 struct MinLstm {
   using Space = Linear;
   static constexpr int inputs = 3, saved = 3;
+  static constexpr bool gated = true, cheap = false;
 
   template <class V>
   struct Weights {
@@ -287,7 +451,7 @@ struct MinLstm {
     V sum_lesser = V(1) + x;
     V sum_other = select(positive, V(1), x) + scaled;
     V r = reciprocal(sum_lesser + sum_other);
-    V small = sum_other * r, large = sum_lesser * r;
+    V small = sum_other * r, large = complement(small, sum_lesser * r);
     return {slow, small, large, small * (select(positive, x, V(1)) * r), large * (scaled * r)};
   }
 
@@ -295,7 +459,12 @@ struct MinLstm {
   static MSRNN_FN Gates<V> gates(const V (&x)[3]) {
     Weights<V> w = weigh(x[0], x[1]);
     V z = select(w.slow, w.small, w.large);
-    return {w.slow, select(w.slow, -w.small, w.small), z, activate<identity>(x[2]).value};
+    return {w.slow,
+            select(w.slow, -w.small, w.small),
+            z,
+            activate<identity>(x[2]).value,
+            select(w.slow, w.large, w.small),
+            z};
   }
   template <class V>
   static MSRNN_FN Gates<V> adjoint(const V (&x)[3], V before, V (&factor)[3]) {
@@ -304,8 +473,10 @@ struct MinLstm {
     V difference = before - candidate.value;
     factor[0] = select(w.slow, w.greater_off, w.lesser_off) * difference;
     factor[1] = -(select(w.slow, w.lesser_off, w.greater_off) * difference);
-    factor[2] = select(w.slow, w.small, w.large) * candidate.slope;
-    return {w.slow, select(w.slow, -w.small, w.small), V(0), V(0)};
+    V z = select(w.slow, w.small, w.large);
+    factor[2] = z * candidate.slope;
+    return {w.slow, select(w.slow, -w.small, w.small), V(0),
+            V(0),   select(w.slow, w.large, w.small),  z};
   }
 };
 

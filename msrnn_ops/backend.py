@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 
 import torch
+
+from msrnn_ops import _C
 
 _NAMES = ("cuda", "triton", "cpu", "reference")
 
@@ -22,11 +26,35 @@ def backends() -> dict[str, str]:
     'ok'
     """
     return {
-        "cuda": "not built: this version has no CUDA kernels",
+        "cuda": _cuda(),
         "triton": "not built: this version has no Triton kernels",
         "cpu": "ok",
         "reference": "ok",
     }
+
+
+def load_libraries() -> None:
+    """Registers the operators: the CPU's, and those for CUDA where they were built."""
+    folder = Path(__file__).parent
+    libraries = list(folder.glob("_cpu*.so"))
+    if not libraries:
+        raise ImportError(
+            "msrnn_ops has not been built here: run `pip install -e . --no-build-isolation` in the "
+            "source tree, or start Python outside of it to use an installed package"
+        )
+    for library in (*libraries, *folder.glob("_cuda*.so")):
+        torch.ops.load_library(library)
+
+
+@cache
+def _cuda() -> str:
+    if _C.build_info()["cuda"] is None:
+        return "not built: install where torch has CUDA and nvcc is found, or with FORCE_CUDA=1"
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    return "ok"
 
 
 def chosen() -> str | None:
@@ -71,11 +99,16 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen = before
 
 
-def require_device(op: str, device: torch.device) -> None:
-    """Raise unless a kernel serves this device (meta and fake tensors need none)."""
+def require_device(op: str, device: torch.device, *served: str) -> None:
+    """Raise unless a kernel serves this device (meta and fake tensors need none).
+
+    ``served`` are the devices besides the CPU for which this version has kernels of the op.
+    """
     if device.type in ("cpu", "meta"):
         return
-    reason = backends().get(device.type, "no such kernels")
+    reason = backends()[device.type] if device.type in served else "no such kernels"
+    if reason == "ok":
+        return
     raise ValueError(
         f"{op}: expected tensors on cpu, got {device} ({reason}); "
         "msrnn_ops.use_backend('reference') computes on any device with plain PyTorch"

@@ -20,7 +20,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -29,13 +28,7 @@ from torch.autograd import forward_ad
 
 from msrnn_ops import backend, reference
 
-_libraries = list(Path(__file__).parent.glob("_cpu*.so"))
-if not _libraries:
-    raise ImportError(
-        "msrnn_ops has not been built here: run `pip install -e . --no-build-isolation` in the "
-        "source tree, or start Python outside of it to use an installed package"
-    )
-torch.ops.load_library(_libraries[0])
+backend.load_libraries()
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ACTIVATIONS = ("g", "identity")
@@ -472,7 +465,7 @@ def _run(
         )
     else:
         if x.device.type != "cpu":
-            backend.require_device(op.name, x.device)
+            backend.require_device(op.name, x.device, "cuda")
         h, last = _calls[op.name](*inputs, h0, cu_seqlens, reverse, *flags)
     return (h, last) if return_state else h
 

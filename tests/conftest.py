@@ -15,6 +15,11 @@ from torch import Tensor
 
 import msrnn_ops as ms
 
+if "MSRNN_TEST_KERNELS" in os.environ:  # the CUDA kernels, emulated, in place of the CPU's
+    torch.ops.load_library(os.environ["MSRNN_TEST_KERNELS"])
+if "MSRNN_TEST_DEVICE" in os.environ:
+    torch.set_default_device(os.environ["MSRNN_TEST_DEVICE"])
+
 EXAMPLES = int(os.environ.get("MSRNN_TEST_EXAMPLES", 60))
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=EXAMPLES)
 hypothesis.settings.load_profile("ci")

@@ -4,7 +4,8 @@
 #include <cstdint>
 
 // Here, ahead of the target of any instruction set: nothing of theirs may be compiled for one.
-#if defined(__x86_64__)
+#if defined(__CUDACC__)
+#elif defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>

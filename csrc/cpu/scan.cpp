@@ -9,7 +9,7 @@
 #include <new>
 #include <vector>
 
-#include "../common.h"
+#include "../scan_ops.h"
 #include "runtime.h"
 
 namespace msrnn {
@@ -54,35 +54,6 @@ void prepare_output(const Tensor& x, int64_t bytes) {
     for (; i < end; ++i) *reinterpret_cast<volatile char*>(first + i * kHugePage) = 0;
   });
 #endif
-}
-
-struct Shape {
-  int64_t rows, time, channels;
-};
-
-Shape check_inputs(std::initializer_list<const Tensor*> tensors) {
-  const Tensor& first = **tensors.begin();
-  for (const Tensor* x : tensors) {
-    STD_TORCH_CHECK(x->dim() == 3, "expected tensors of shape (B, T, D)");
-    STD_TORCH_CHECK(x->scalar_type() == first.scalar_type(), "expected tensors of one dtype");
-    for (int64_t d = 0; d < 3; ++d) {
-      STD_TORCH_CHECK(x->size(d) == first.size(d), "expected tensors of one shape");
-    }
-  }
-  return {first.size(0), first.size(1), first.size(2)};
-}
-
-void check_state(const OptionalTensor& x, int64_t segments, int64_t channels, ScalarType type) {
-  if (!x) return;
-  STD_TORCH_CHECK(x->dim() == 2 && x->size(0) == segments && x->size(1) == channels,
-                  "expected a state of shape (sequences, D)");
-  STD_TORCH_CHECK(x->scalar_type() == type, "expected a state in the accumulation dtype");
-}
-
-const void* state_data(OptionalTensor& x) {
-  if (!x) return nullptr;
-  if (!x->is_contiguous()) x = torch::stable::contiguous(*x);
-  return x->data_ptr();
 }
 
 // Rows of a batch, or the sequences that cu_seqlens delimits, forced into [0, T].
@@ -214,36 +185,9 @@ void run(const Scan& scan, TileFunction kernel, const Plan& plan) {
 
 bool is_packed(const View& v, DType dtype) { return !v.data || v.channel == size_of(dtype); }
 
-bool is_constant(const Tensor& x) {
-  return x.stride(0) == 0 && x.stride(1) == 0 && x.stride(2) == 0;
-}
-
 // Whether every vector of the outputs is aligned for non-temporal stores.
 bool can_stream(const View& v) {
   return (reinterpret_cast<uintptr_t>(v.data) | v.row | v.time) % 64 == 0;
-}
-
-struct Inputs {
-  Shape shape;
-  DType dtype;
-  View view[3] = {};
-  int count;
-};
-
-Inputs separate(std::initializer_list<const Tensor*> tensors) {
-  Inputs in{check_inputs(tensors), dtype_of(**tensors.begin()), {}, 0};
-  for (const Tensor* x : tensors) in.view[in.count++] = view_of(*x);
-  return in;
-}
-
-Inputs joint(const Tensor& projection, int parts) {
-  Inputs in{check_inputs({&projection}), dtype_of(projection), {}, parts};
-  STD_TORCH_CHECK(in.shape.channels % parts == 0, "expected a last size divisible by ", parts);
-  in.shape.channels /= parts;
-  for (int i = 0; i < parts; ++i) {
-    in.view[i] = slice_channels(view_of(projection), i, in.shape.channels);
-  }
-  return in;
 }
 
 Scan describe(ScanOp op, const Inputs& in, const std::vector<Segment>& segments, bool reverse) {
@@ -261,195 +205,66 @@ Scan describe(ScanOp op, const Inputs& in, const std::vector<Segment>& segments,
   return s;
 }
 
-std::tuple<Tensor, Tensor> forward(ScanOp op, const Inputs& in, const Tensor& like,
-                                   OptionalTensor h0, const OptionalTensor& cu_seqlens,
-                                   bool reverse) {
-  const auto [rows, time, channels] = in.shape;
-  const std::vector<Segment> segments = segments_of(in.shape, cu_seqlens);
-  const auto count = static_cast<int64_t>(segments.size());
-  const ScalarType carry = accumulation_type(in.dtype);
-  check_state(h0, count, channels, carry);
+struct Cpu {
+  static std::tuple<Tensor, Tensor> forward(ScanOp op, const Inputs& in, const Tensor& like,
+                                            OptionalTensor h0, const OptionalTensor& cu_seqlens,
+                                            bool reverse) {
+    const auto [rows, time, channels] = in.shape;
+    const std::vector<Segment> segments = segments_of(in.shape, cu_seqlens);
+    const auto count = static_cast<int64_t>(segments.size());
+    const ScalarType carry = accumulation_type(in.dtype);
+    check_state(h0, count, channels, carry);
 
-  Tensor h = torch::stable::new_empty(like, {rows, time, channels});
-  Tensor last = torch::stable::new_empty(like, {count, channels}, carry);
-  const int64_t bytes = rows * time * channels * size_of(in.dtype);
-  prepare_output(h, bytes);
+    Tensor h = torch::stable::new_empty(like, {rows, time, channels});
+    Tensor last = torch::stable::new_empty(like, {count, channels}, carry);
+    const int64_t bytes = rows * time * channels * size_of(in.dtype);
+    prepare_output(h, bytes);
 
-  Scan s = describe(op, in, segments, reverse);
-  s.state = view_of(h);
-  s.stream = bytes >= kStreamBytes && can_stream(s.state);
-  run(s, kernels_for(in.dtype).forward,
-      make_plan(segments, channels, in.dtype, state_data(h0), last.data_ptr()));
-  return {h, last};
-}
+    Scan s = describe(op, in, segments, reverse);
+    s.state = view_of(h);
+    s.stream = bytes >= kStreamBytes && can_stream(s.state);
+    run(s, kernels_for(in.dtype).forward,
+        make_plan(segments, channels, in.dtype, state_data(h0), last.data_ptr()));
+    return {h, last};
+  }
 
-// Fills the gradients of the inputs, which view `gradients`, and returns that of h0.
-Tensor backward(ScanOp op, const Inputs& in, const Inputs& gradients, const Tensor& h,
-                OptionalTensor grad_h, OptionalTensor grad_last, OptionalTensor h0,
-                const OptionalTensor& cu_seqlens, bool reverse) {
-  const auto [rows, time, channels] = in.shape;
-  const std::vector<Segment> segments = segments_of(in.shape, cu_seqlens);
-  const auto count = static_cast<int64_t>(segments.size());
-  const ScalarType carry = accumulation_type(in.dtype);
-  check_state(h0, count, channels, carry);
-  check_state(grad_last, count, channels, carry);
-  const Inputs states = separate({&h});
-  STD_TORCH_CHECK(states.shape.rows == rows && states.shape.time == time &&
-                      states.shape.channels == channels && states.dtype == in.dtype,
-                  "expected h in the shape and dtype of the inputs");
-
-  Tensor grad_h0 = torch::stable::new_empty(h, {count, channels}, carry);
-  Scan s = describe(op, in, segments, reverse);
-  s.state = states.view[0];
-  s.packed = s.packed && is_packed(s.state, s.dtype);
-  if (grad_h) {
-    check_inputs({&h, &*grad_h});
-    if (is_constant(*grad_h) && rows * time * channels) {  // as of .sum().backward(): one row of it
-      Tensor row = torch::stable::narrow(*grad_h, 0, 0, 1);
-      row = torch::stable::narrow(row, 1, 0, 1);
-      grad_h = torch::stable::contiguous(row);
-    }
-    s.grad_state = view_of(*grad_h);
-    if (grad_h->size(0) < rows) s.grad_state.row = 0;
-    if (grad_h->size(1) < time) s.grad_state.time = 0;
+  // Fills the gradients of the inputs, which view `gradients`, and returns that of h0.
+  static Tensor backward(ScanOp op, const Inputs& in, const Inputs& gradients, const Tensor& h,
+                         OptionalTensor grad_h, OptionalTensor grad_last, OptionalTensor h0,
+                         const OptionalTensor& cu_seqlens, bool reverse) {
+    const auto [rows, time, channels] = in.shape;
+    const std::vector<Segment> segments = segments_of(in.shape, cu_seqlens);
+    const auto count = static_cast<int64_t>(segments.size());
+    const ScalarType carry = accumulation_type(in.dtype);
+    check_state(h0, count, channels, carry);
+    check_state(grad_last, count, channels, carry);
+    const View states = view_of_states(h, in);
+    Tensor grad_h0 = torch::stable::new_empty(h, {count, channels}, carry);
+    Scan s = describe(op, in, segments, reverse);
+    s.state = states;
+    s.packed = s.packed && is_packed(s.state, s.dtype);
+    s.grad_state = view_of_gradient(grad_h, h);
     s.packed = s.packed && is_packed(s.grad_state, s.dtype);
+    s.stream = rows * time * channels * size_of(in.dtype) >= kStreamBytes;
+    for (int i = 0; i < gradients.count; ++i) {
+      s.grad_input[i] = gradients.view[i];
+      s.stream = s.stream && can_stream(s.grad_input[i]);
+    }
+    s.h0 = state_data(h0);
+    run(s, kernels_for(in.dtype).backward,
+        make_plan(segments, channels, in.dtype, state_data(grad_last), grad_h0.data_ptr()));
+    return grad_h0;
   }
-  s.stream = rows * time * channels * size_of(in.dtype) >= kStreamBytes;
-  for (int i = 0; i < gradients.count; ++i) {
-    s.grad_input[i] = gradients.view[i];
-    s.stream = s.stream && can_stream(s.grad_input[i]);
+
+  static Tensor new_like(const Tensor& x) {
+    Tensor out = torch::stable::new_empty(x, x.sizes());
+    prepare_output(out, out.numel() * size_of(dtype_of(out)));
+    return out;
   }
-  s.h0 = state_data(h0);
-  run(s, kernels_for(in.dtype).backward,
-      make_plan(segments, channels, in.dtype, state_data(grad_last), grad_h0.data_ptr()));
-  return grad_h0;
-}
-
-Tensor new_like(const Tensor& x) {
-  Tensor out = torch::stable::new_empty(x, x.sizes());
-  prepare_output(out, out.numel() * size_of(dtype_of(out)));
-  return out;
-}
-
-template <ScanOp op>
-std::tuple<Tensor, Tensor> forward2(const Tensor& x0, const Tensor& x1, OptionalTensor h0,
-                                    OptionalTensor cu_seqlens, bool reverse) {
-  return forward(op, separate({&x0, &x1}), x0, h0, cu_seqlens, reverse);
-}
-
-// linear_scan and decay_scan need only their first input again.
-template <ScanOp op>
-std::tuple<Tensor, Tensor, Tensor> backward_of_decay(OptionalTensor grad_h,
-                                                     OptionalTensor grad_last, const Tensor& a,
-                                                     const Tensor& h, OptionalTensor h0,
-                                                     OptionalTensor cu_seqlens, bool reverse) {
-  Tensor grad_a = new_like(a), grad_b = new_like(a);
-  Tensor grad_h0 = backward(op, separate({&a}), separate({&grad_a, &grad_b}), h, grad_h, grad_last,
-                            h0, cu_seqlens, reverse);
-  return {grad_a, grad_b, grad_h0};
-}
-
-std::tuple<Tensor, Tensor, Tensor> backward2(ScanOp op, OptionalTensor grad_h,
-                                             OptionalTensor grad_last, const Tensor& x0,
-                                             const Tensor& x1, const Tensor& h, OptionalTensor h0,
-                                             OptionalTensor cu_seqlens, bool reverse) {
-  Tensor grad0 = new_like(x0), grad1 = new_like(x1);
-  Tensor grad_h0 = backward(op, separate({&x0, &x1}), separate({&grad0, &grad1}), h, grad_h,
-                            grad_last, h0, cu_seqlens, reverse);
-  return {grad0, grad1, grad_h0};
-}
-
-std::tuple<Tensor, Tensor, Tensor> log_scan_backward(OptionalTensor grad_h,
-                                                     OptionalTensor grad_last, const Tensor& log_a,
-                                                     const Tensor& log_b, const Tensor& log_h,
-                                                     OptionalTensor log_h0,
-                                                     OptionalTensor cu_seqlens, bool reverse) {
-  return backward2(ScanOp::log_scan, grad_h, grad_last, log_a, log_b, log_h, log_h0, cu_seqlens,
-                   reverse);
-}
-
-ScanOp gru(bool identity) { return identity ? ScanOp::min_gru_identity : ScanOp::min_gru_g; }
-ScanOp lstm(bool identity) { return identity ? ScanOp::min_lstm_identity : ScanOp::min_lstm_g; }
-
-std::tuple<Tensor, Tensor> min_gru(const Tensor& gate, const Tensor& candidate, OptionalTensor h0,
-                                   OptionalTensor cu_seqlens, bool reverse, bool identity) {
-  return forward(gru(identity), separate({&gate, &candidate}), gate, h0, cu_seqlens, reverse);
-}
-
-std::tuple<Tensor, Tensor, Tensor> min_gru_backward(OptionalTensor grad_h, OptionalTensor grad_last,
-                                                    const Tensor& gate, const Tensor& candidate,
-                                                    const Tensor& h, OptionalTensor h0,
-                                                    OptionalTensor cu_seqlens, bool reverse,
-                                                    bool identity) {
-  return backward2(gru(identity), grad_h, grad_last, gate, candidate, h, h0, cu_seqlens, reverse);
-}
-
-std::tuple<Tensor, Tensor> min_lstm(const Tensor& forget, const Tensor& input,
-                                    const Tensor& candidate, OptionalTensor h0,
-                                    OptionalTensor cu_seqlens, bool reverse, bool identity) {
-  return forward(lstm(identity), separate({&forget, &input, &candidate}), forget, h0, cu_seqlens,
-                 reverse);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> min_lstm_backward(
-    OptionalTensor grad_h, OptionalTensor grad_last, const Tensor& forget, const Tensor& input,
-    const Tensor& candidate, const Tensor& h, OptionalTensor h0, OptionalTensor cu_seqlens,
-    bool reverse, bool identity) {
-  Tensor grad_forget = new_like(forget), grad_input = new_like(input);
-  Tensor grad_candidate = new_like(candidate);
-  Tensor grad_h0 = backward(lstm(identity), separate({&forget, &input, &candidate}),
-                            separate({&grad_forget, &grad_input, &grad_candidate}), h, grad_h,
-                            grad_last, h0, cu_seqlens, reverse);
-  return {grad_forget, grad_input, grad_candidate, grad_h0};
-}
-
-std::tuple<Tensor, Tensor> min_gru_joint(const Tensor& projection, OptionalTensor h0,
-                                         OptionalTensor cu_seqlens, bool reverse, bool identity) {
-  return forward(gru(identity), joint(projection, 2), projection, h0, cu_seqlens, reverse);
-}
-
-std::tuple<Tensor, Tensor> min_lstm_joint(const Tensor& projection, OptionalTensor h0,
-                                          OptionalTensor cu_seqlens, bool reverse, bool identity) {
-  return forward(lstm(identity), joint(projection, 3), projection, h0, cu_seqlens, reverse);
-}
-
-std::tuple<Tensor, Tensor> min_gru_joint_backward(OptionalTensor grad_h, OptionalTensor grad_last,
-                                                  const Tensor& projection, const Tensor& h,
-                                                  OptionalTensor h0, OptionalTensor cu_seqlens,
-                                                  bool reverse, bool identity) {
-  Tensor grad = new_like(projection);
-  Tensor grad_h0 = backward(gru(identity), joint(projection, 2), joint(grad, 2), h, grad_h,
-                            grad_last, h0, cu_seqlens, reverse);
-  return {grad, grad_h0};
-}
-
-std::tuple<Tensor, Tensor> min_lstm_joint_backward(OptionalTensor grad_h, OptionalTensor grad_last,
-                                                   const Tensor& projection, const Tensor& h,
-                                                   OptionalTensor h0, OptionalTensor cu_seqlens,
-                                                   bool reverse, bool identity) {
-  Tensor grad = new_like(projection);
-  Tensor grad_h0 = backward(lstm(identity), joint(projection, 3), joint(grad, 3), h, grad_h,
-                            grad_last, h0, cu_seqlens, reverse);
-  return {grad, grad_h0};
-}
+};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(msrnn_ops, CPU, m) {
-  m.impl("linear_scan", TORCH_BOX(&forward2<ScanOp::linear_scan>));
-  m.impl("linear_scan_backward", TORCH_BOX(&backward_of_decay<ScanOp::linear_scan>));
-  m.impl("decay_scan", TORCH_BOX(&forward2<ScanOp::decay_scan>));
-  m.impl("decay_scan_backward", TORCH_BOX(&backward_of_decay<ScanOp::decay_scan>));
-  m.impl("log_scan", TORCH_BOX(&forward2<ScanOp::log_scan>));
-  m.impl("log_scan_backward", TORCH_BOX(&log_scan_backward));
-  m.impl("min_gru", TORCH_BOX(&min_gru));
-  m.impl("min_gru_backward", TORCH_BOX(&min_gru_backward));
-  m.impl("min_gru_joint", TORCH_BOX(&min_gru_joint));
-  m.impl("min_gru_joint_backward", TORCH_BOX(&min_gru_joint_backward));
-  m.impl("min_lstm", TORCH_BOX(&min_lstm));
-  m.impl("min_lstm_backward", TORCH_BOX(&min_lstm_backward));
-  m.impl("min_lstm_joint", TORCH_BOX(&min_lstm_joint));
-  m.impl("min_lstm_joint_backward", TORCH_BOX(&min_lstm_joint_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(msrnn_ops, CPU, m) { register_scans<Cpu>(m); }
 
 }  // namespace msrnn

@@ -3,25 +3,10 @@
 
 #include <sched.h>
 
+#include "../scan.h"
 #include "numbers.h"
 
 namespace msrnn {
-
-enum class ScanOp : int32_t {
-  linear_scan,
-  decay_scan,
-  log_scan,
-  min_gru_g,
-  min_gru_identity,
-  min_lstm_g,
-  min_lstm_identity,
-};
-
-// A tensor indexed (row, time, channel). Strides in bytes. data == nullptr: absent.
-struct View {
-  char* data;
-  int64_t row, time, channel;
-};
 
 // One independent sequence: a row of a batch, or one of several packed along time.
 struct Segment {

@@ -405,12 +405,17 @@ MSRNN_FN typename V::Mask above_half(V x) {
   return greater(x, V(0.5f));
 }
 template <class V>
-MSRNN_FN typename V::Mask within_log2(V x) {
+MSRNN_FN typename V::Mask is_gentle(V x) {
   return greater(V(kLog2), abs(x));
 }
 template <class V>
 MSRNN_FN typename V::Mask both_minus_infinity(V a, V b) {
   return both(equal(a, V::minus_infinity()), equal(b, V::minus_infinity()));
+}
+
+template <class V>
+MSRNN_FN V complement(V, V computed) {
+  return computed;
 }
 
 template <class V>
@@ -428,9 +433,9 @@ MSRNN_FN V exp_difference(V a, V b) {
   return fma(e, keep(is_finite(lost), lost), e);
 }
 
-// exp(x) - 1 for |x| < log 2, by its Taylor polynomial: relative error 2e-8.
+// exp(x) - 1 for a gentle x, |x| < log 2, by its Taylor polynomial: relative error 2e-8.
 template <class V>
-MSRNN_FN V expm1_within_log2(V x) {
+MSRNN_FN V expm1_gentle(V x) {
   V p = V(2.7557319e-6f);
   p = fma(p, x, V(2.4801587e-5f));
   p = fma(p, x, V(1.9841270e-4f));
@@ -488,7 +493,7 @@ MSRNN_FN bool never(Double) { return false; }
 MSRNN_FN bool is_finite(Double x) { return x.v - x.v == 0; }
 MSRNN_FN bool all_finite(Double x) { return is_finite(x); }
 MSRNN_FN bool above_half(Double x) { return x.v > 0.5; }
-MSRNN_FN bool within_log2(Double x) { return __builtin_fabs(x.v) < 0.6931471805599453; }
+MSRNN_FN bool is_gentle(Double x) { return __builtin_fabs(x.v) < 0.6931471805599453; }
 MSRNN_FN bool both_minus_infinity(Double a, Double b) {
   return a.v == -__builtin_inf() && b.v == -__builtin_inf();
 }
@@ -501,7 +506,7 @@ MSRNN_FN Double reciprocal(Double x) { return Double(1 / x.v); }
 MSRNN_FN Double exponential(Double x) { return Double(__builtin_exp(x.v)); }
 MSRNN_FN Double exp_any(Double x) { return Double(__builtin_exp(x.v)); }
 MSRNN_FN Double exp_difference(Double a, Double b) { return Double(__builtin_exp(a.v - b.v)); }
-MSRNN_FN Double expm1_within_log2(Double x) { return Double(__builtin_expm1(x.v)); }
+MSRNN_FN Double expm1_gentle(Double x) { return Double(__builtin_expm1(x.v)); }
 MSRNN_FN Double log1p_unit(Double x) { return Double(__builtin_log1p(x.v)); }
 
 }  // namespace MSRNN_ISA

@@ -1,0 +1,124 @@
+"""Tables of the results of ``python -m bench --device cuda``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bench.table import Table, dimensions, duration, number, op_label, unit_of
+
+_OURS = "msrnn_ops"
+
+
+def _time(result: dict[str, Any]) -> str:
+    return duration(result["time"]) if "time" in result else result["failed"]
+
+
+def _times_as_long(results: dict[str, Any], peer: str, ours: str) -> str:
+    """How many times as long a peer takes, and its time."""
+    if "time" not in results[peer] or "time" not in results[ours]:
+        return _time(results[peer])
+    median = results[peer]["time"]["median"]
+    unit, name = unit_of(median)
+    ratio = number(median / results[ours]["time"]["median"], 2)
+    return f"{ratio}× ({number(median / unit, 2)} {name})"
+
+
+def _limits(limits: dict[str, Any]) -> Table:
+    rows = [
+        [f"{row['traffic'] >> 20} MiB"]
+        + [f"{row['bytes_per_second'][name] / 1e9:,.0f}" for name in ("copy", "add")]
+        for row in limits["copies"]
+    ]
+    launch = limits["empty_kernel"]["median"] * 1e6
+    note = (
+        "GB/s of bytes read and written, of memory, not the L2. An empty kernel in a graph takes "
+        f"{launch:.2f} µs."
+    )
+    return Table("Moving memory", note, ("traffic", "copy", "add, 2 reads and 1 write"), rows)
+
+
+def _ops(rows: Sequence[dict[str, Any]], which: str) -> Table:
+    cells = []
+    for row in rows:
+        ours, figures = row["competitors"][_OURS], [""] * 4
+        if "time" in ours:
+            median, copy = ours["time"]["median"], row["copy"]["median"]
+            figures = [f"{row['traffic'] / median / 1e9:,.0f}", f"{copy / median:.0%}"]
+            figures += [f"{ours['tensors']:.2f}", f"{ours['error']:.0e}"]
+        cells.append([op_label(row), dimensions(row["shape"]), _time(ours), *figures])
+    note = (
+        "Median ± half the interquartile range, the L2 emptied before each repetition. GB/s of the "
+        "least traffic; time of a copy of as many bytes over ours; peak memory in tensors of "
+        "B·T·D; largest error against float64 over the largest true value."
+    )
+    columns = ("op", "B×T×D", _OURS, "GB/s", "of copy", "tensors", "error")
+    return Table(which[0].upper() + which[1:], note, columns, cells, labels=2)
+
+
+def _peers(rows: Sequence[dict[str, Any]]) -> Table:
+    cells = []
+    for row in rows:
+        for name, result in row["competitors"].items():
+            if name == _OURS:
+                continue
+            times = _times_as_long(row["competitors"], name, _OURS)
+            words = [op_label(row), dimensions(row["shape"]), row["pass"], name]
+            figures = ["", ""]
+            if "time" in result:
+                figures = [f"{result['tensors']:.1f}", f"{result['error']:.0e}"]
+            cells.append([*words, times, *figures])
+    note = (
+        "How many times as long they take (more than 1×: we are faster), and their time; memory "
+        "and error as above. What failed is named by its exception."
+    )
+    columns = ("op", "B×T×D", "", "peer", "times as long", "tensors", "error")
+    return Table("Peers", note, columns, cells, labels=4)
+
+
+def _layers(rows: Sequence[dict[str, Any]]) -> Table:
+    pairs = (("minGRU", "nn.GRU"), ("minLSTM", "nn.LSTM"))
+    cells = []
+    for row in rows:
+        layers = row["layers"]
+        times = [(_time(layers[a]), _times_as_long(layers, b, a)) for a, b in pairs]
+        words = [row["dtype"], dimensions(row["shape"]), row["pass"]]
+        cells.append([*words, *times[0], *times[1]])
+    note = (
+        "A projection and its scan; gradients of the parameters and of the layer's input. "
+        "cuDNN's layers: how many times as long they take. Products may use TF32."
+    )
+    columns = ("", "B×T×D", "", *(name for a, b in pairs for name in (a, f"vs {b}")))
+    return Table("Layers", note, columns, cells, labels=3)
+
+
+def _small(rows: Sequence[dict[str, Any]]) -> Table:
+    cells = [
+        [name, row["dtype"], dimensions(row["shape"]), _time(result)]
+        for row in rows
+        for name, result in row["calls"].items()
+    ]
+    note = "Device time per forward call, one after the other in a graph; the L2 is warm."
+    return Table("Small calls", note, ("", "", "shape", "time"), cells, labels=3)
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    found = [_limits(results["limits"])] if "limits" in results else []
+    rows = results.get("ops", [])
+    for which in dict.fromkeys(row["pass"] for row in rows):
+        found.append(_ops([row for row in rows if row["pass"] == which], which))
+    if any(len(row["competitors"]) > 1 for row in rows):
+        found.append(_peers(rows))
+    found += [_layers(results["layers"])] if "layers" in results else []
+    found += [_small(results["small"])] if "small" in results else []
+    return found
+
+
+def heading(results: dict[str, Any]) -> str:
+    gpu = results["machine"]["gpu"]
+    return (
+        f"{gpu['name']}, {gpu['multiprocessors']} multiprocessors, L2 of "
+        f"{gpu['l2'] / 2**20:.0f} MiB, {gpu['memory'] / 2**30:.0f} GiB; torch {gpu['torch']}, "
+        f"CUDA {gpu['cuda']}, driver {gpu.get('driver_version', 'unknown')}; {results['date']}; "
+        f"`{results['command']}`, {sum(results['seconds_taken'].values()):.0f} s."
+    )

@@ -1,0 +1,931 @@
+// The scan kernel: every recurrence, forward and backward, on both paths.
+//
+// Level by level:
+//   thread   4 neighbouring steps of 16 bytes of channels: gates in registers, then two walks. The
+//            first starts from zero and gives the thread's span: what its steps do to a state that
+//            enters them (recurrence.h). The second starts from the state that does enter.
+//   warp     spans of its rows composed by shuffles, in log2(rows) fixed steps.
+//   block    a tile, 256 steps x 64 bytes of channels (128 steps backward, whose tiles load twice
+//            the bytes). One thread a channel folds the spans of the warps in order and gets the
+//            carry: the state that enters the tile.
+//   chain    the tiles of a batch row and a block of channels, in order. With enough chains
+//            a block walks each of them and keeps the carry ("walk"). Otherwise blocks take tiles
+//            by ticket, time-major across chains, and hand carries on through memory ("look-back").
+//
+// Look-back. Tiles form aligned groups. A tile publishes its span, waits for the spans of the tiles
+// before it in its group and for the carry of the group before, and folds these in order; the last
+// tile of a group publishes the group's carry. So the order of every addition is fixed by shape:
+// results are the same bits for any schedule, any GPU and any run. The price, against folding up to
+// whatever has been finished: a tile reads on average half a group of spans, 8 x 12 bytes a channel
+// and 256 steps, 6 % of the bytes of a bfloat16 minGRU and from L2, and a chain advances by one
+// group (4096 steps) per exchange instead of by as much as there is. Tickets make it safe: a block
+// waits for lower tickets only, and whoever holds the lowest unfinished ticket waits for nobody. A
+// block computes its tickets in order, so holding the next ones early, to load ahead, is safe too.
+// Flags belong to one call: the host clears 4 bytes a tile in the stream before the launch (one
+// memset, about 2 us, also in a captured graph), which buys freedom from any state between calls.
+//
+// Sequences packed by cu_seqlens stay one chain: a step that starts a sequence enters the
+// sequence's own state and marks its span as fresh, and whatever came before a fresh span is
+// dropped (not multiplied by 0: an infinity would become NaN). The start of a batch row is such a
+// step too, so nothing is special about the first tile.
+//
+// Accuracy: a thread's 4 steps are plain; spans carry both a and 1-a, and the carry from tile to
+// tile is compensated, so that gates around -8 over 262144 steps stay within 1e-6.
+//
+// Memory. Each element is read and written once, 16 bytes at a time: 3 tensors of B*T*D for minGRU
+// forward and 6 backward, 4 and 8 for minLSTM. Loads go to shared memory by cp.async, where a
+// thread reads only what it loaded itself: shared memory serves as its asynchronous registers,
+// without a barrier. Each slot is refilled for the next tile as soon as it is read, so a block has
+// a whole tile (32 KB for minGRU) in flight while it composes, waits and stores. TMA would load the
+// same bytes with fewer instructions (2 of about 45 an element are loads) but needs a barrier
+// between the engine and its readers, and a descriptor per tensor from the host: not used.
+//
+// Arithmetic an element, for bfloat16 on sm_90 (bench/roofline.py counts it from the SASS;
+// budget.json has it): minGRU forward 4 special functions where memory leaves time for 5.8,
+// backward 6 of 11.7. An H200 copies 4.3 TB/s with 132 multiprocessors at 1.98 GHz: 6 bytes take
+// 0.365 cycles of one, or 47 instructions at 128 and 5.8 special functions at 16 a cycle.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "memory.h"
+#include "scan.h"
+
+namespace msrnn {
+namespace gpu {
+
+// The sequences as a tile walks over them. Walking position w counts from the start of the walk.
+struct Walk {
+  const ScanCall& call;
+  bool descending;  // in time
+
+  MSRNN_FN int time(int w) const { return descending ? static_cast<int>(call.time) - 1 - w : w; }
+
+  // Where sequence n starts in time, n <= sequences; in bounds whatever cu_seqlens holds.
+  MSRNN_FN int start(int n) const {
+    const int64_t t = call.long_ends ? static_cast<const int64_t*>(call.cu_seqlens)[n]
+                                     : static_cast<const int32_t*>(call.cu_seqlens)[n];
+    return static_cast<int>(t < 0 ? 0 : t > call.time ? call.time : t);
+  }
+  // The packed sequence that holds time t: the last to start at or before it; -1 where none does.
+  MSRNN_FN int find(int t) const {
+    int low = -1, high = static_cast<int>(call.sequences);
+#pragma unroll 1
+    while (low + 1 < high) {
+      const int middle = low + (high - low) / 2;
+      (start(middle) <= t ? low : high) = middle;
+    }
+    return low;
+  }
+  // The same, walking on from sequence n of an earlier position.
+  MSRNN_FN int find_from(int n, int t) const {
+    if (descending) {
+#pragma unroll 1
+      while (n >= 0 && t < start(n)) --n;
+    } else {
+#pragma unroll 1
+      while (n + 1 < call.sequences && t >= start(n + 1)) ++n;
+    }
+    return n;
+  }
+};
+
+// Which of a thread's steps (bits) start and end a sequence, and the sequence of the first of them.
+struct Marks {
+  uint32_t starts, ends;
+  int sequence;
+};
+
+MSRNN_FN Marks marks(const Walk& walk, int batch, int first, int count) {
+  Marks m{0, 0, batch};
+  if (!walk.call.cu_seqlens) {
+    const int last = static_cast<int>(walk.call.time) - 1 - first;
+    m.starts = first == 0 && count > 0;
+    m.ends = last >= 0 && last < count ? 1u << last : 0;
+    return m;
+  }
+  int n = m.sequence = count > 0 ? walk.find(walk.time(first)) : 0;
+#pragma unroll 1
+  for (int s = 0; s < count; ++s) {
+    const int t = walk.time(first + s);
+    n = walk.find_from(n, t);
+    if (n < 0) continue;
+    const bool opens = t == walk.start(n), closes = t + 1 == walk.start(n + 1);
+    if (walk.descending ? closes : opens) m.starts |= 1u << s;
+    if (walk.descending ? opens : closes) m.ends |= 1u << s;
+  }
+  return m;
+}
+
+// A tile: of which chain, where in it, and where that lies. chain < 0: none.
+struct Tile {
+  int chain, index;
+  int batch, channel;  // row of the tensors; first channel
+};
+
+// One block at work. Op is of recurrence.h; T is what tensors hold.
+template <class Op, class T, bool backward>
+struct ScanBlock {
+  using Memory = Stored<T>;
+  using V = typename Memory::V;
+  using S = typename V::Scalar;
+  using Space = std::conditional_t<backward, Linear, typename Op::Space>;
+  using State = typename Space::template State<V>;
+  using Span = typename Space::template Span<V>;
+  static constexpr bool kLogarithmic = std::is_same_v<typename Op::Space, LogSpace>;
+  // Whether a decay may be infinite, so that a span may be of no use.
+  static constexpr bool kUnbounded = !Op::gated || (kLogarithmic && !backward);
+  // Whether products of decays are looked at: they may vanish or overflow.
+  static constexpr bool kClamped = std::is_same_v<Space, Linear> && !Op::gated;
+  // Whether steps are read again for the second walk, or else kept in registers, which frees their
+  // slots for the next tile.
+  static constexpr bool kReadTwice = backward || Op::cheap;
+  // Of 16-bit data, 64 registers of them, which is a few too many: half of the first step then
+  // waits in its own slots, and the next tile's first step is loaded late.
+  static constexpr bool kParked = !kReadTwice && sizeof(T) == 2;
+  static constexpr int kVector = Memory::count;
+  static constexpr int kInputs = backward ? Op::saved : Op::inputs;
+  static constexpr int kSources = backward ? kInputs + 2 : kInputs;  // backward: h before, grad
+  static constexpr int kWords = sizeof(Span) / sizeof(S);
+  static constexpr int kParts = 8;  // of a tile's rows: as many threads a channel
+  static constexpr int kRowChunks = kVector * sizeof(S) / 16;
+
+  static ScanShared lay_out_shared(const ScanPlan& p) {
+    const int threads = p.lanes * p.rows, warps = threads / 32, channels = p.lanes * kVector;
+    int32_t at = 0;
+    const auto take = [&](size_t size, int count) {
+      const int32_t here = at;
+      at += static_cast<int32_t>(size) * count;
+      return here;
+    };
+    ScanShared m{};
+    take(sizeof(Chunk), kSources * kScanSteps * threads);  // the slots
+    m.rows = take(sizeof(Span), threads * kVector);
+    m.parts = take(sizeof(Span), kParts * channels);
+    m.window = take(sizeof(Span), p.look_back ? kScanWindow * channels : 0);
+    m.carry = take(sizeof(Carry<V>), p.look_back ? 0 : channels);
+    m.entering_tile = take(sizeof(State), channels);
+    m.tiles = take(sizeof(Tile), 4);
+    m.warp_starts = take(4, threads / 32);
+    m.part_starts = take(4, 2 * kParts);
+    m.unusable = take(4, threads / 32);
+    m.bytes = at;
+    return m;
+  }
+
+  const ScanCall& call;
+  const Walk walk;
+
+  MSRNN_FN explicit ScanBlock(const ScanCall& c) : call(c), walk{c, c.reverse != backward} {}
+
+  template <class X>
+  static MSRNN_FN X* in_shared(int offset) {
+    return reinterpret_cast<X*>(dynamic_shared() + offset);
+  }
+  // Waiting for their step: [source][step][thread].
+  MSRNN_FN Chunk& slot(int source, int step) const {
+    return in_shared<Chunk>(0)[(source * kScanSteps + step) * threads() + threadIdx.x];
+  }
+  // [word][row][channel]: the span of a row, then the state that enters it.
+  MSRNN_FN S* row_words(int row) const { return in_shared<S>(call.shared.rows) + row * channels(); }
+  MSRNN_FN int plane() const { return call.plan.rows * channels(); }
+  // [part][word][channel]: the span of some neighbouring rows, then of all parts before.
+  MSRNN_FN S* part_words(int part) const {
+    return in_shared<S>(call.shared.parts) + part * kWords * channels();
+  }
+  // This thread's piece of the first plane. While it walks, it is free to hold numbers on their way
+  // one at a time.
+  MSRNN_FN S* staged() const { return row_words(row()) + lane() * kVector; }
+  // [channel]: the state that enters the tile.
+  MSRNN_FN State* entering_tile() const { return in_shared<State>(call.shared.entering_tile); }
+  // [channel]: on a walk, the carry into the next tile.
+  MSRNN_FN Carry<V>* carry() const { return in_shared<Carry<V>>(call.shared.carry); }
+  // [kScanWindow]: of this thread's channel, in look-back, the spans of tiles before.
+  MSRNN_FN Span& window(int k) const {
+    return in_shared<Span>(call.shared.window)[k * channels() + threadIdx.x];
+  }
+  // [4]: the last tile, which some warp may still be at, the one at work, the next and the one
+  // after it, as thread 0 drew them. They stay here since registers are short.
+  MSRNN_FN Tile& tile(int turn) const { return in_shared<Tile>(call.shared.tiles)[turn & 3]; }
+  // [warp]: bits of the threads whose steps start a sequence. [part]: whether its span starts one,
+  // and whether one of the parts before it does.
+  MSRNN_FN uint32_t* warp_starts() const { return in_shared<uint32_t>(call.shared.warp_starts); }
+  MSRNN_FN uint32_t* part_starts() const { return in_shared<uint32_t>(call.shared.part_starts); }
+  MSRNN_FN uint32_t* part_started() const { return part_starts() + kParts; }
+  // [warp]: whether it has a span of no use.
+  MSRNN_FN uint32_t* warp_unusable() const { return in_shared<uint32_t>(call.shared.unusable); }
+
+  static MSRNN_FN int threads() { return blockDim.x; }
+  MSRNN_FN int channels() const { return call.plan.lanes * kVector; }  // of a tile
+  MSRNN_FN int warp() const { return threadIdx.x / 32; }
+  MSRNN_FN int lane() const { return threadIdx.x & (call.plan.lanes - 1); }
+  MSRNN_FN int row() const { return threadIdx.x >> call.plan.lanes_log2; }
+  MSRNN_FN int parts() const { return call.plan.rows < kParts ? call.plan.rows : kParts; }
+
+  // What this thread does of a tile.
+  MSRNN_FN int first_of(const Tile& t) const {
+    return (t.index * call.plan.rows + row()) * kScanSteps;
+  }
+  MSRNN_FN int count_of(const Tile& t) const {
+    const int left = static_cast<int>(call.time) - first_of(t);
+    return left < 0 ? 0 : left > kScanSteps ? kScanSteps : left;
+  }
+  MSRNN_FN int channel_of(const Tile& t) const { return t.channel + lane() * kVector; }
+  MSRNN_FN int channels_of(const Tile& t) const {  // none at all if 0 or less
+    const int left = static_cast<int>(call.channels) - channel_of(t);
+    return left > kVector ? kVector : left;
+  }
+
+  // A view at this thread's first step and channel of a tile, and how far it is to the next step.
+  struct Cursor {
+    char* at;
+    int64_t step;
+  };
+  MSRNN_FN Cursor cursor(const Tile& t, const View& v) const {
+    char* const row = v.data + t.batch * v.row + channel_of(t) * v.channel;
+    return {row + walk.time(first_of(t)) * v.time, walk.descending ? -v.time : v.time};
+  }
+
+  // Starts to load a tile into the slots; what is not aligned is loaded at once.
+  MSRNN_FN void load_tile(const Tile& t, int first = 0, int end = kScanSteps) const {
+    const int present = t.chain < 0 ? 0 : channels_of(t);
+    if (present <= 0) return;
+#pragma unroll
+    for (int source = 0; source < kSources; ++source) {
+      const bool of_state = backward && source == kInputs;
+      const bool of_grad = backward && source == kInputs + 1;
+      const View& v = of_state ? call.state : of_grad ? call.grad_state : call.input[source];
+      if (of_grad && !v.data) continue;
+      int count = count_of(t);
+      Cursor from = cursor(t, v);
+      if (of_state) {  // the state before each step: h0 before the first of all
+        from.at += from.step;
+        const int before = static_cast<int>(call.time) - 1 - first_of(t);
+        if (count > before) count = before;
+      }
+      if (call.wide[of_state ? 3 : of_grad ? 4 : source]) {
+#pragma unroll
+        for (int step = 0; step < kScanSteps; ++step, from.at += from.step) {
+          if (step >= first && step < end && step < count) {
+            copy_async(&slot(source, step), from.at);
+          }
+        }
+      } else {
+#pragma unroll 1
+        for (int step = 0; step < count; ++step, from.at += from.step) {
+          if (step < first || step >= end) continue;
+          T* to = reinterpret_cast<T*>(&slot(source, step));
+#pragma unroll 1
+          for (int c = 0; c < present; ++c) {
+            to[c] = *reinterpret_cast<const T*>(from.at + c * v.channel);
+          }
+        }
+      }
+    }
+  }
+
+  MSRNN_FN void store(const Tile& t, const View& v, bool wide, char* to,
+                      const V (&x)[kVector]) const {
+    const Chunk chunk = Memory::pack(x);
+    if (wide) {
+      if (channels_of(t) > 0) *reinterpret_cast<Chunk*>(to) = chunk;
+      return;
+    }
+    memcpy(staged(), &chunk, sizeof chunk);
+#pragma unroll 1
+    for (int c = 0; c < channels_of(t); ++c) {
+      *reinterpret_cast<T*>(to + c * v.channel) = reinterpret_cast<const T*>(staged())[c];
+    }
+  }
+
+  // Which sequence a marked step of this thread belongs to.
+  MSRNN_FN int64_t sequence_of(const Tile& t, const Marks& mark, int step) const {
+    return call.cu_seqlens ? walk.find_from(mark.sequence, walk.time(first_of(t) + step)) : t.batch;
+  }
+  // The state where none is given.
+  static MSRNN_FN V initial(bool adjoint) {
+    return !adjoint && kLogarithmic ? V::minus_infinity() : V(0);
+  }
+  // This thread's channels of a (sequences, channels()) state at the sequence of a step.
+  MSRNN_FN void fetch(const Tile& t, const Marks& mark, int step, const void* states, bool adjoint,
+                      V (&x)[kVector]) const {
+    if (!states) {
+      for (V& each : x) each = initial(adjoint);
+      return;
+    }
+    const S* from =
+        static_cast<const S*>(states) + sequence_of(t, mark, step) * call.channels + channel_of(t);
+#pragma unroll 1
+    for (int c = 0; c < channels_of(t); ++c) staged()[c] = from[c];
+#pragma unroll
+    for (int c = 0; c < kVector; ++c) x[c] = V(staged()[c]);
+  }
+  MSRNN_FN void enter_sequence(const Tile& t, const Marks& mark, int step,
+                               State (&state)[kVector]) const {
+    V h[kVector];
+    fetch(t, mark, step, call.entering, backward, h);
+#pragma unroll
+    for (int c = 0; c < kVector; ++c) state[c] = Space::enter(h[c]);
+  }
+  MSRNN_FN void leave_sequence(const Tile& t, const Marks& mark, int step,
+                               const State (&state)[kVector]) const {
+    if (!call.leaving) return;
+#pragma unroll
+    for (int c = 0; c < kVector; ++c) staged()[c] = Space::value_of(state[c]).v;
+    S* to =
+        static_cast<S*>(call.leaving) + sequence_of(t, mark, step) * call.channels + channel_of(t);
+#pragma unroll 1
+    for (int c = 0; c < channels_of(t); ++c) to[c] = staged()[c];
+  }
+
+  struct Backward {
+    V adjoint[kVector];  // the gradient of h that arrives at this step alone
+    V factor[Op::inputs][kVector];
+  };
+
+  // Reads a step from its slots: the step as two numbers, and 1-a; backward also its gradients.
+  MSRNN_FN void read(const Tile& t, const Marks& mark, int step, Step<V> (&steps)[kVector],
+                     V (&lost)[kVector], Backward& b) const {
+    V x[kSources][kVector];
+#pragma unroll
+    for (int source = 0; source < kSources; ++source) {
+      Memory::unpack(slot(source, step), x[source]);
+    }
+    if constexpr (backward) {
+      if (mark.ends >> step & 1)
+        fetch(t, mark, step, call.h0, false, x[kInputs]);  // the first step of the recurrence
+    }
+#pragma unroll
+    for (int c = 0; c < kVector; ++c) {
+      V in[kInputs];
+#pragma unroll
+      for (int i = 0; i < kInputs; ++i) in[i] = x[i][c];
+      Gates<V> g;
+      if constexpr (backward) {
+        V factor[Op::inputs];
+        g = Op::adjoint(in, x[kInputs][c], factor);
+        b.adjoint[c] = call.grad_state.data ? x[kInputs + 1][c] : V(0);
+        steps[c].kept = g.kept;
+        steps[c].added = steps[c].kept * b.adjoint[c];
+#pragma unroll
+        for (int i = 0; i < Op::inputs; ++i) b.factor[i][c] = factor[i];
+      } else {
+        g = Op::gates(in);
+        steps[c] = Space::reduce(g);
+      }
+      lost[c] = g.lost;
+    }
+  }
+
+  static MSRNN_FN void clamp(Span (&span)[kVector], const V (&a)[kVector], const V (&b)[kVector]) {
+#pragma unroll
+    for (int c = 0; c < kVector; ++c) span[c].kept = clamp_product(span[c].kept, a[c], b[c]);
+  }
+
+  // Spans and states lie in shared memory as words `stride` scalars apart, so that neighbouring
+  // channels are neighbours.
+  template <class X>
+  static MSRNN_FN X gather(const S* from, int stride) {
+    S word[sizeof(X) / sizeof(S)];
+#pragma unroll
+    for (S& w : word) w = *from, from += stride;
+    X x;
+    memcpy(static_cast<void*>(&x), word, sizeof x);
+    return x;
+  }
+  template <class X>
+  static MSRNN_FN void scatter(S* to, int stride, const X& x) {
+    S word[sizeof(X) / sizeof(S)];
+    memcpy(word, &x, sizeof x);
+#pragma unroll
+    for (const S& w : word) *to = w, to += stride;
+  }
+  // The same for all channels of this thread's row, 16 bytes at a time.
+  template <class X>
+  MSRNN_FN void gather_row(X (&x)[kVector]) const {
+    constexpr int kCount = sizeof(X) / sizeof(S);
+    S word[kCount][kVector];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const auto* from = reinterpret_cast<const Chunk*>(staged() + i * plane());
+#pragma unroll
+      for (int k = 0; k < kRowChunks; ++k) {
+        const Chunk chunk = from[k];
+        memcpy(&word[i][k * kVector / kRowChunks], &chunk, sizeof chunk);
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kVector; ++c) {
+      S one[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) one[i] = word[i][c];
+      memcpy(static_cast<void*>(&x[c]), one, sizeof one);
+    }
+  }
+  MSRNN_FN void scatter_row(const Span (&x)[kVector]) const {
+    S word[kVector][kWords];
+    memcpy(word, x, sizeof word);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      S along[kVector];
+#pragma unroll
+      for (int c = 0; c < kVector; ++c) along[c] = word[c][i];
+      auto* to = reinterpret_cast<Chunk*>(staged() + i * plane());
+#pragma unroll
+      for (int k = 0; k < kRowChunks; ++k) {
+        Chunk chunk;
+        memcpy(&chunk, &along[k * kVector / kRowChunks], sizeof chunk);
+        to[k] = chunk;
+      }
+    }
+  }
+
+  static MSRNN_FN Span compose(const Span& x, const Span& y) {
+    Span both = Space::template then<Op::gated>(x, y);
+    if (kClamped) both.kept = clamp_product(both.kept, x.kept, y.kept);
+    return both;
+  }
+  static MSRNN_FN State pass(const Span& x, bool starts, const State& before) {
+    return starts ? x.state : Space::apply(x, before);
+  }
+  static MSRNN_FN Carry<V> carry_after(const Carry<V>& before, const Span& x, bool starts) {
+    return starts ? Carry<V>{Space::value_of(x.state), V(0)} : carry_through<Space>(before, x);
+  }
+
+  // Calls `each` for every channel of every part that is this thread's: with the channel, the part,
+  // the part's first row and the bits of those of its rows that start a sequence, `lanes` apart.
+  // (The rows of a part belong to one warp.)
+  template <class Each>
+  MSRNN_FN void for_parts(const Each& each) const {
+    const int of_part = call.plan.rows / parts() * call.plan.lanes;  // threads
+#pragma unroll 1
+    for (int i = threadIdx.x; i < channels() * parts(); i += threads()) {
+      const int part = i / channels(), first = part * of_part;
+      each(i % channels(), part, first >> call.plan.lanes_log2,
+           warp_starts()[first / 32] >> first % 32);
+    }
+  }
+
+  // From the spans of the rows to those of the parts.
+  MSRNN_FN void fold_rows() const {
+    for_parts([&](int channel, int part, int row, uint32_t starts) {
+      Span total = Space::template no_steps<V>();
+      bool any = false;
+      const S* from = row_words(row) + channel;
+#pragma unroll 4
+      for (int left = call.plan.rows / parts(); left > 0; --left) {
+        const Span own = gather<Span>(from, plane());
+        const bool own_starts = starts & 1;
+        total = own_starts ? own : compose(total, own);
+        any = any || own_starts;
+        starts >>= call.plan.lanes;
+        from += channels();
+      }
+      scatter(part_words(part) + channel, channels(), total);
+      if (channel == 0) part_starts()[part] = any;
+    });
+  }
+
+  // From the spans of the parts to that of the tile, for one channel. Leaves in place of each
+  // part's span that of all parts before it.
+  MSRNN_FN Span fold_parts(int channel, bool& starts) const {
+    Span total = Space::template no_steps<V>();
+    starts = false;
+#pragma unroll 1
+    for (int part = 0; part < parts(); ++part) {
+      S* const at = part_words(part) + channel;
+      const Span own = gather<Span>(at, channels());
+      const bool own_starts = part_starts()[part];
+      scatter(at, channels(), total);
+      if (channel == 0) part_started()[part] = starts;
+      total = own_starts ? own : compose(total, own);
+      starts = starts || own_starts;
+    }
+    return total;
+  }
+
+  // From the state that enters the tile to those that enter the rows, in place of their spans.
+  MSRNN_FN void enter_rows() const {
+    for_parts([&](int channel, int part, int row, uint32_t starts) {
+      const Span before = gather<Span>(part_words(part) + channel, channels());
+      State state = pass(before, part_started()[part], entering_tile()[channel]);
+      S* at = row_words(row) + channel;
+#pragma unroll 4
+      for (int left = call.plan.rows / parts(); left > 0; --left) {
+        const Span own = gather<Span>(at, plane());
+        scatter(at, plane(), state);
+        state = pass(own, starts & 1, state);
+        starts >>= call.plan.lanes;
+        at += channels();
+      }
+    });
+  }
+
+  // Where the exchange between blocks keeps what this thread hands on.
+  struct Shelf {
+    uint32_t *tile_flag, *group_flag;  // of this tile and its group; earlier ones lie before
+    S *span, *carry;                   // of this thread's channel, likewise
+    int behind;                        // tiles of the group before this one
+    bool first_group, mine, passes_span, passes_carry;
+  };
+
+  MSRNN_FN Shelf shelf(const Tile& t) const {
+    const ScanPlan& plan = call.plan;
+    const ScanExchange& exchange = call.exchange;
+    const int size = static_cast<int>(plan.group), group = t.index / size;
+    const int64_t tile = t.chain * plan.tiles + t.index, at = t.chain * plan.groups + group;
+    const bool last = t.index + 1 == plan.tiles, closes = t.index + 1 == (group + 1) * size;
+    return {exchange.tile_flags + tile,
+            exchange.group_flags + at,
+            static_cast<S*>(exchange.spans) + tile * kWords * channels() + threadIdx.x,
+            static_cast<S*>(exchange.carries) + at * 2 * channels() + threadIdx.x,
+            t.index - group * size,
+            group == 0,
+            threadIdx.x < channels(),
+            !last && !closes,
+            !last && closes};
+  }
+
+  // Waits until a flag has been set and returns it.
+  static MSRNN_FN uint32_t await(const uint32_t* flag) {
+    uint32_t value;
+    while (!(value = load_acquire(flag))) spin_pause();
+    return value;
+  }
+
+  // The three parts of a look-back (see the head), each by the whole first warp, a thread a
+  // channel.
+  MSRNN_FN void publish(const Shelf& at, const Span& total, bool starts) const {
+    if (!at.passes_span) return;
+    if (at.mine) scatter(at.span, channels(), total);
+    __syncwarp();
+    if (threadIdx.x == 0) store_release(at.tile_flag, starts ? 3 : 1);
+  }
+
+  MSRNN_FN Carry<V> collect(const Shelf& at) const {
+    Carry<V> c{initial(backward), V(0)};
+    bool before = !at.first_group;  // the carry of the group before is still to be had
+    int left = at.behind;
+#pragma unroll 1
+    do {
+      const int count = left < kScanWindow ? left : kScanWindow;
+      const uint32_t flag = threadIdx.x < count ? await(at.tile_flag - left + threadIdx.x) : 0;
+      const uint32_t starting = __ballot_sync(~0u, flag == 3);
+      if (at.mine) {
+        const S* from = at.span - left * kWords * channels();
+        for (int k = 0; k < count; ++k) {
+          S word[kWords];
+#pragma unroll
+          for (int i = 0; i < kWords; ++i, from += channels()) word[i] = load_coherent(from);
+          memcpy(static_cast<void*>(&window(k)), word, sizeof(Span));
+        }
+      }
+      if (before) {
+        if (threadIdx.x == 0) await(at.group_flag - 1);
+        __syncwarp();
+        if (at.mine) {
+          c = {V(load_coherent(at.carry - 2 * channels())),
+               V(load_coherent(at.carry - channels()))};
+        }
+        before = false;
+      }
+      if (at.mine) {
+#pragma unroll 1
+        for (int k = 0; k < count; ++k) {
+          c = carry_after(c, window(k), starting >> k & 1);
+        }
+      }
+      left -= count;
+    } while (left > 0);
+    return c;
+  }
+
+  MSRNN_FN void close(const Shelf& at, const Carry<V>& after) const {
+    if (!at.passes_carry) return;
+    if (at.mine) {
+      at.carry[0] = after.value.v;
+      at.carry[channels()] = after.rest.v;
+    }
+    __syncwarp();
+    if (threadIdx.x == 0) store_release(at.group_flag, 1);
+  }
+
+  // From the spans of the parts to the state that enters the tile, and on to the tiles after it.
+  // With `serial` the spans are of no use; hand_on() follows once the tile has been walked.
+  MSRNN_FN void fold_tile(const Tile& t, bool serial) const {
+    bool starts = false;
+    if (call.plan.look_back) {  // at most 32 channels: the first warp, whole
+      if (warp() > 0) return;
+      const Shelf at = shelf(t);
+      Span total = Space::template no_steps<V>();
+      if (at.mine) total = fold_parts(threadIdx.x, starts);
+      starts = __any_sync(~0u, starts);
+      if (!serial) publish(at, total, starts);
+      const Carry<V> c = collect(at);
+      if (at.mine) entering_tile()[threadIdx.x] = Space::enter(c.value);
+      if (!serial && at.passes_carry) close(at, carry_after(c, total, starts));
+      return;
+    }
+    for (int channel = threadIdx.x; channel < channels(); channel += threads()) {
+      const Span total = fold_parts(channel, starts);
+      const Carry<V> c = carry()[channel];
+      entering_tile()[channel] = Space::enter(c.value);
+      if (!serial) carry()[channel] = carry_after(c, total, starts);
+    }
+  }
+
+  // Where a decay is infinite: infinity times the zero that a span starts from is NaN. The rows
+  // walk one after the other, and the tile passes for one that starts a sequence with what it
+  // leaves.
+  MSRNN_FN void enter_rows_serially(const Tile& t, const Marks& mark,
+                                    State (&state)[kVector]) const {
+    State* const running = entering_tile() + lane() * kVector;
+#pragma unroll 1
+    for (int r = 0; r < call.plan.rows; ++r) {
+      if (row() == r) {
+        State now[kVector];
+        for (int c = 0; c < kVector; ++c) state[c] = now[c] = running[c];
+#pragma unroll 1
+        for (int s = 0; s < count_of(t); ++s) {
+          Step<V> steps[kVector];
+          V lost[kVector];
+          Backward b;
+          read(t, mark, s, steps, lost, b);
+          if (mark.starts >> s & 1) enter_sequence(t, mark, s, now);
+          for (int c = 0; c < kVector; ++c) now[c] = Space::walk(now[c], steps[c]);
+        }
+        for (int c = 0; c < kVector; ++c) running[c] = now[c];
+      }
+      __syncthreads();
+    }
+    hand_on(t);
+    __syncthreads();
+  }
+  MSRNN_FN void hand_on(const Tile& t) const {
+    if (call.plan.look_back) {
+      if (warp() > 0) return;
+      const Shelf at = shelf(t);
+      Span total = Space::template no_steps<V>();
+      if (at.mine) total.state = entering_tile()[threadIdx.x];
+      publish(at, total, true);
+      close(at, {Space::value_of(total.state), V(0)});
+      return;
+    }
+    for (int c = threadIdx.x; c < channels(); c += threads()) {
+      carry()[c] = {Space::value_of(entering_tile()[c]), V(0)};
+    }
+  }
+
+  // One tile, while the next is loaded. `drawn` is thread 0's ticket for the one after that.
+  MSRNN_FN void run(int turn, uint32_t drawn) {
+    Step<V> steps[kScanSteps][kVector];
+    Span span[kVector];
+    Marks mark;
+    bool serial = false;
+    {
+      const Tile t = tile(turn);
+      mark = marks(walk, t.batch, first_of(t), count_of(t));
+      copies_done();
+      first_walk(t, mark, steps, span);
+      if constexpr (kUnbounded) {
+#pragma unroll
+        for (int c = 0; c < kVector; ++c) serial = serial || !Space::usable_span(span[c]);
+        serial = __any_sync(~0u, serial && channels_of(t) > 0);
+        if (threadIdx.x % 32 == 0) warp_unusable()[warp()] = serial;
+      }
+    }
+    scatter_row(span);
+    const uint32_t starting = __ballot_sync(~0u, mark.starts != 0);
+    if (threadIdx.x % 32 == 0) warp_starts()[warp()] = starting;
+    constexpr int kLate = kReadTwice ? kScanSteps : kParked ? 1 : 0;  // steps loaded at the end
+    if (!kUnbounded && kLate < kScanSteps) load_tile(tile(turn + 1), kLate);
+    if (threadIdx.x == 0) tile(turn + 2) = tile_at(drawn);
+    __syncthreads();
+    if constexpr (kUnbounded) {
+      for (int w = 0; w < threads() / 32; ++w) serial = serial || warp_unusable()[w];
+      if (!serial && kLate < kScanSteps) load_tile(tile(turn + 1), kLate);
+    }
+    fold_rows();
+    __syncthreads();
+    fold_tile(tile(turn), serial);
+    __syncthreads();
+
+    const Tile t = tile(turn);
+    State state[kVector];
+    if (serial) {
+      enter_rows_serially(t, mark, state);
+    } else {
+      enter_rows();
+      __syncthreads();
+      gather_row(state);
+    }
+    second_walk(t, mark, steps, state);
+    load_tile(tile(turn + 1), 0, serial ? kScanSteps : kLate);
+  }
+
+  MSRNN_FN void park(const Step<V> (&steps)[kVector]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Chunk chunk;
+      const float four[4] = {steps[4 * half].added.v, steps[4 * half + 1].added.v,
+                             steps[4 * half + 2].added.v, steps[4 * half + 3].added.v};
+      memcpy(&chunk, four, sizeof chunk);
+      slot(half, 0) = chunk;
+    }
+  }
+  MSRNN_FN void unpark(Step<V> (&steps)[kVector]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Chunk chunk = slot(half, 0);
+      float four[4];
+      memcpy(four, &chunk, sizeof chunk);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) steps[4 * half + c].added = V(four[c]);
+    }
+  }
+
+  // From zero: the span of this thread's steps.
+  MSRNN_FN void first_walk(const Tile& t, const Marks& mark, Step<V> (&steps)[kScanSteps][kVector],
+                           Span (&span)[kVector]) const {
+#pragma unroll
+    for (Span& x : span) x = Space::template no_steps<V>();
+#pragma unroll
+    for (int s = 0; s < kScanSteps; ++s) {
+      if (s >= count_of(t)) break;
+      V lost[kVector], before[kVector], own[kVector];
+      Backward b;
+      read(t, mark, s, steps[s], lost, b);
+      if (mark.starts >> s & 1) {
+        State state[kVector];
+        enter_sequence(t, mark, s, state);
+#pragma unroll
+        for (int c = 0; c < kVector; ++c) span[c].state = state[c];
+      }
+      bool ordinary = true;
+#pragma unroll
+      for (int c = 0; c < kVector; ++c) {
+        before[c] = span[c].kept;
+        own[c] = steps[s][c].kept;
+        span[c] = Space::template extend<Op::gated>(span[c], steps[s][c], lost[c]);
+        ordinary = ordinary && is_ordinary(span[c].kept);
+      }
+      if (kClamped && !ordinary) clamp(span, before, own);
+      if constexpr (kParked) {
+        if (s == 0) park(steps[0]);
+      }
+    }
+  }
+
+  // From the state that enters: the results.
+  MSRNN_FN void second_walk(const Tile& t, const Marks& mark, Step<V> (&steps)[kScanSteps][kVector],
+                            State (&state)[kVector]) const {
+    constexpr int kTargets = backward ? Op::inputs : 1;
+    Cursor to[kTargets];
+#pragma unroll
+    for (int i = 0; i < kTargets; ++i) {
+      to[i] = cursor(t, backward ? call.grad_input[i] : call.state);
+    }
+#pragma unroll
+    for (int s = 0; s < kScanSteps; ++s) {
+      if (s >= count_of(t)) break;
+      if (mark.starts >> s & 1) enter_sequence(t, mark, s, state);
+      V lost[kVector], out[kTargets][kVector];
+      Backward b;
+      if (kReadTwice) read(t, mark, s, steps[s], lost, b);
+      if constexpr (kParked) {
+        if (s == 0) unpark(steps[0]);
+      }
+#pragma unroll
+      for (int c = 0; c < kVector; ++c) {
+        if constexpr (backward) {
+          const V s_t = b.adjoint[c] + state[c].value;
+#pragma unroll
+          for (int i = 0; i < kTargets; ++i) out[i][c] = b.factor[i][c] * s_t;
+        }
+        state[c] = Space::walk(state[c], steps[s][c]);
+        if constexpr (!backward) out[0][c] = Space::value_of(state[c]);
+      }
+#pragma unroll
+      for (int i = 0; i < kTargets; ++i) {
+        const View& v = backward ? call.grad_input[i] : call.state;
+        store(t, v, call.wide[backward ? 5 + i : 3], to[i].at, out[i]);
+        to[i].at += to[i].step;
+      }
+      if (mark.ends >> s & 1) leave_sequence(t, mark, s, state);
+    }
+  }
+
+  // A sequence without a step leaves as it enters.
+  MSRNN_FN void pass_empty_sequences() const {
+    if (!call.leaving || (call.time > 0 && !call.cu_seqlens)) return;
+    for (int n = blockIdx.x; n < call.sequences; n += gridDim.x) {
+      if (call.cu_seqlens && walk.start(n) < walk.start(n + 1)) continue;
+      for (int64_t c = threadIdx.x; c < call.channels; c += threads()) {
+        const int64_t at = n * call.channels + c;
+        static_cast<S*>(call.leaving)[at] =
+            call.entering ? static_cast<const S*>(call.entering)[at] : initial(backward).v;
+      }
+    }
+  }
+
+  // Tiles are numbered along the chain of this block, or by ticket across all chains.
+  MSRNN_FN uint32_t tile_count() const {
+    const ScanPlan& p = call.plan;
+    return static_cast<uint32_t>(p.look_back ? p.chains * p.tiles : p.tiles);
+  }
+  MSRNN_FN Tile tile_at(uint32_t n) const {
+    if (n >= tile_count()) return {-1, 0, 0, 0};
+    const auto chains = static_cast<uint32_t>(call.plan.chains);
+    const auto blocks = chains / static_cast<uint32_t>(call.rows);  // of channels
+    const bool back = call.plan.look_back;
+    const uint32_t chain = back ? n % chains : blockIdx.x, index = back ? n / chains : n;
+    return {static_cast<int>(chain), static_cast<int>(index), static_cast<int>(chain / blocks),
+            static_cast<int>(chain % blocks) * channels()};
+  }
+  MSRNN_FN uint32_t draw() const { return atomicAdd(call.exchange.ticket, 1u); }
+
+  // The tiles of this block: one at work, one whose loads are in flight, and the one after it,
+  // drawn ahead since a ticket takes a trip to memory. In look-back a grid that has a block for
+  // every tile draws one each.
+  MSRNN_FN void run_all() {
+    pass_empty_sequences();
+    const bool back = call.plan.look_back;
+    const uint32_t end = tile_count();
+    uint32_t drawn = 1;  // thread 0: the last ticket
+    if (threadIdx.x == 0) {
+      tile(0) = tile_at(back ? draw() : 0);
+      if (back) drawn = gridDim.x < end ? draw() : end;
+      tile(1) = tile_at(drawn);
+    }
+    if (!back) {
+      for (int c = threadIdx.x; c < channels(); c += threads()) {
+        carry()[c] = {initial(backward), V(0)};
+      }
+    }
+    __syncthreads();
+    load_tile(tile(0));
+#pragma unroll 1
+    for (int turn = 0; tile(turn).chain >= 0; ++turn) {
+      if (threadIdx.x == 0 && drawn < end) drawn = back ? draw() : drawn + 1;
+      run(turn, drawn);
+    }
+  }
+};
+
+template <class Op, class T, bool backward>
+__global__ void __launch_bounds__(backward ? 128 : 256, backward    ? 4
+                                                        : Op::cheap ? 3
+                                                                    : 2)
+    scan_kernel(const __grid_constant__ ScanCall call) {
+  ScanBlock<Op, T, backward>(call).run_all();
+}
+
+template <class Op, class T, bool backward>
+cudaError_t launch_scan_kernel(ScanCall call, cudaStream_t stream) {
+  const auto kernel = scan_kernel<Op, T, backward>;
+  const ScanPlan& p = call.plan;
+  const int threads = p.lanes * p.rows;
+  call.shared = ScanBlock<Op, T, backward>::lay_out_shared(p);
+  const auto shared = static_cast<size_t>(call.shared.bytes);
+  if (auto e = allow_shared(kernel, shared)) return e;
+  int64_t blocks = p.chains;
+  if (p.look_back) {
+    const int64_t cleared =
+        lay_out(p, sizeof(typename Stored<T>::V::Scalar), nullptr, nullptr).cleared;
+    if (auto e = cudaMemsetAsync(call.exchange.ticket, 0, cleared, stream)) return e;
+    int most;
+    if (auto e = resident_blocks(&most, kernel, threads, shared)) return e;
+    blocks = std::min<int64_t>(most, p.chains * p.tiles);
+  }
+  return launch(kernel, static_cast<uint32_t>(blocks), threads, shared, stream, call);
+}
+
+// Every op for one dtype; defined once in each scan_<dtype>.cu.
+template <class T>
+cudaError_t launch_scan_of(ScanOp op, bool backward, const ScanCall& call, cudaStream_t stream) {
+  const auto of = [&]<class Op>(Op) {
+    return backward ? launch_scan_kernel<Op, T, true>(call, stream)
+                    : launch_scan_kernel<Op, T, false>(call, stream);
+  };
+  switch (op) {
+    case ScanOp::linear_scan:
+      return of(LinearScan{});
+    case ScanOp::decay_scan:
+      return of(DecayScan{});
+    case ScanOp::log_scan:
+      return of(LogScan{});
+    case ScanOp::min_gru_g:
+      return of(MinGru<false>{});
+    case ScanOp::min_gru_identity:
+      return of(MinGru<true>{});
+    case ScanOp::min_lstm_g:
+      return of(MinLstm<false>{});
+    default:
+      return of(MinLstm<true>{});
+  }
+}
+
+}  // namespace gpu
+}  // namespace msrnn

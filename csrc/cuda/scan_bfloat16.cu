@@ -1,0 +1,7 @@
+#include "scan.cuh"
+
+namespace msrnn {
+namespace gpu {
+template cudaError_t launch_scan_of<BFloat16>(ScanOp, bool, const ScanCall&, cudaStream_t);
+}
+}  // namespace msrnn

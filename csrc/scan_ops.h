@@ -1,0 +1,224 @@
+// The scan operators as every backend registers them: checks, views of their tensors, and the
+// unpacking of each schema of ops.cpp into the two calls that a backend provides,
+//
+//   forward(op, inputs, like, h0, cu_seqlens, reverse) -> (h, last)
+//   backward(op, inputs, gradients, h, grad_h, grad_last, h0, cu_seqlens, reverse) -> grad_h0,
+//     which fills `gradients`,
+//   new_like(tensor): an output.
+#pragma once
+
+#include "common.h"
+#include "scan.h"
+
+namespace msrnn {
+
+struct Shape {
+  int64_t rows, time, channels;
+};
+
+inline Shape check_inputs(std::initializer_list<const Tensor*> tensors) {
+  const Tensor& first = **tensors.begin();
+  for (const Tensor* x : tensors) {
+    STD_TORCH_CHECK(x->dim() == 3, "expected tensors of shape (B, T, D)");
+    STD_TORCH_CHECK(x->scalar_type() == first.scalar_type(), "expected tensors of one dtype");
+    for (int64_t d = 0; d < 3; ++d) {
+      STD_TORCH_CHECK(x->size(d) == first.size(d), "expected tensors of one shape");
+    }
+  }
+  return {first.size(0), first.size(1), first.size(2)};
+}
+
+inline void check_state(const OptionalTensor& x, int64_t segments, int64_t channels,
+                        ScalarType type) {
+  if (!x) return;
+  STD_TORCH_CHECK(x->dim() == 2 && x->size(0) == segments && x->size(1) == channels,
+                  "expected a state of shape (sequences, D)");
+  STD_TORCH_CHECK(x->scalar_type() == type, "expected a state in the accumulation dtype");
+}
+
+inline const void* state_data(OptionalTensor& x) {
+  if (!x) return nullptr;
+  if (!x->is_contiguous()) x = torch::stable::contiguous(*x);
+  return x->data_ptr();
+}
+
+struct Inputs {
+  Shape shape;
+  DType dtype;
+  View view[3] = {};
+  int count;
+};
+
+inline Inputs separate(std::initializer_list<const Tensor*> tensors) {
+  Inputs in{check_inputs(tensors), dtype_of(**tensors.begin()), {}, 0};
+  for (const Tensor* x : tensors) in.view[in.count++] = view_of(*x);
+  return in;
+}
+
+inline Inputs joint(const Tensor& projection, int parts) {
+  Inputs in{check_inputs({&projection}), dtype_of(projection), {}, parts};
+  STD_TORCH_CHECK(in.shape.channels % parts == 0, "expected a last size divisible by ", parts);
+  in.shape.channels /= parts;
+  for (int i = 0; i < parts; ++i) {
+    in.view[i] = slice_channels(view_of(projection), i, in.shape.channels);
+  }
+  return in;
+}
+
+inline bool is_constant(const Tensor& x) {
+  return x.stride(0) == 0 && x.stride(1) == 0 && x.stride(2) == 0;
+}
+
+// The gradient of h, in the shape of h. One row stands for a constant (as of .sum().backward()).
+inline View view_of_gradient(OptionalTensor& grad_h, const Tensor& h) {
+  if (!grad_h) return {};
+  check_inputs({&h, &*grad_h});
+  const bool constant = is_constant(*grad_h) && h.numel() > 0;
+  if (constant) {
+    Tensor row = torch::stable::narrow(*grad_h, 0, 0, 1);
+    row = torch::stable::narrow(row, 1, 0, 1);
+    grad_h = torch::stable::contiguous(row);
+  }
+  View v = view_of(*grad_h);
+  if (constant) v.row = v.time = 0;
+  return v;
+}
+
+inline View view_of_states(const Tensor& h, const Inputs& in) {
+  const Inputs states = separate({&h});
+  STD_TORCH_CHECK(states.shape.rows == in.shape.rows && states.shape.time == in.shape.time &&
+                      states.shape.channels == in.shape.channels && states.dtype == in.dtype,
+                  "expected h in the shape and dtype of the inputs");
+  return states.view[0];
+}
+
+template <class Backend>
+struct ScanOps {
+  template <ScanOp op>
+  static std::tuple<Tensor, Tensor> forward2(const Tensor& x0, const Tensor& x1, OptionalTensor h0,
+                                             OptionalTensor cu_seqlens, bool reverse) {
+    return Backend::forward(op, separate({&x0, &x1}), x0, h0, cu_seqlens, reverse);
+  }
+
+  // linear_scan and decay_scan need only their first input again.
+  template <ScanOp op>
+  static std::tuple<Tensor, Tensor, Tensor> backward_of_decay(
+      OptionalTensor grad_h, OptionalTensor grad_last, const Tensor& a, const Tensor& h,
+      OptionalTensor h0, OptionalTensor cu_seqlens, bool reverse) {
+    Tensor grad_a = Backend::new_like(a), grad_b = Backend::new_like(a);
+    Tensor grad_h0 = Backend::backward(op, separate({&a}), separate({&grad_a, &grad_b}), h, grad_h,
+                                       grad_last, h0, cu_seqlens, reverse);
+    return {grad_a, grad_b, grad_h0};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> backward2(ScanOp op, OptionalTensor grad_h,
+                                                      OptionalTensor grad_last, const Tensor& x0,
+                                                      const Tensor& x1, const Tensor& h,
+                                                      OptionalTensor h0, OptionalTensor cu_seqlens,
+                                                      bool reverse) {
+    Tensor grad0 = Backend::new_like(x0), grad1 = Backend::new_like(x1);
+    Tensor grad_h0 = Backend::backward(op, separate({&x0, &x1}), separate({&grad0, &grad1}), h,
+                                       grad_h, grad_last, h0, cu_seqlens, reverse);
+    return {grad0, grad1, grad_h0};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> log_scan_backward(
+      OptionalTensor grad_h, OptionalTensor grad_last, const Tensor& log_a, const Tensor& log_b,
+      const Tensor& log_h, OptionalTensor log_h0, OptionalTensor cu_seqlens, bool reverse) {
+    return backward2(ScanOp::log_scan, grad_h, grad_last, log_a, log_b, log_h, log_h0, cu_seqlens,
+                     reverse);
+  }
+
+  static ScanOp gru(bool identity) {
+    return identity ? ScanOp::min_gru_identity : ScanOp::min_gru_g;
+  }
+  static ScanOp lstm(bool identity) {
+    return identity ? ScanOp::min_lstm_identity : ScanOp::min_lstm_g;
+  }
+
+  static std::tuple<Tensor, Tensor> min_gru(const Tensor& gate, const Tensor& candidate,
+                                            OptionalTensor h0, OptionalTensor cu_seqlens,
+                                            bool reverse, bool identity) {
+    return Backend::forward(gru(identity), separate({&gate, &candidate}), gate, h0, cu_seqlens,
+                            reverse);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> min_gru_backward(
+      OptionalTensor grad_h, OptionalTensor grad_last, const Tensor& gate, const Tensor& candidate,
+      const Tensor& h, OptionalTensor h0, OptionalTensor cu_seqlens, bool reverse, bool identity) {
+    return backward2(gru(identity), grad_h, grad_last, gate, candidate, h, h0, cu_seqlens, reverse);
+  }
+
+  static std::tuple<Tensor, Tensor> min_lstm(const Tensor& forget, const Tensor& input,
+                                             const Tensor& candidate, OptionalTensor h0,
+                                             OptionalTensor cu_seqlens, bool reverse,
+                                             bool identity) {
+    return Backend::forward(lstm(identity), separate({&forget, &input, &candidate}), forget, h0,
+                            cu_seqlens, reverse);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> min_lstm_backward(
+      OptionalTensor grad_h, OptionalTensor grad_last, const Tensor& forget, const Tensor& input,
+      const Tensor& candidate, const Tensor& h, OptionalTensor h0, OptionalTensor cu_seqlens,
+      bool reverse, bool identity) {
+    Tensor grad_forget = Backend::new_like(forget), grad_input = Backend::new_like(input);
+    Tensor grad_candidate = Backend::new_like(candidate);
+    Tensor grad_h0 = Backend::backward(lstm(identity), separate({&forget, &input, &candidate}),
+                                       separate({&grad_forget, &grad_input, &grad_candidate}), h,
+                                       grad_h, grad_last, h0, cu_seqlens, reverse);
+    return {grad_forget, grad_input, grad_candidate, grad_h0};
+  }
+
+  static std::tuple<Tensor, Tensor> min_gru_joint(const Tensor& projection, OptionalTensor h0,
+                                                  OptionalTensor cu_seqlens, bool reverse,
+                                                  bool identity) {
+    return Backend::forward(gru(identity), joint(projection, 2), projection, h0, cu_seqlens,
+                            reverse);
+  }
+
+  static std::tuple<Tensor, Tensor> min_lstm_joint(const Tensor& projection, OptionalTensor h0,
+                                                   OptionalTensor cu_seqlens, bool reverse,
+                                                   bool identity) {
+    return Backend::forward(lstm(identity), joint(projection, 3), projection, h0, cu_seqlens,
+                            reverse);
+  }
+
+  static std::tuple<Tensor, Tensor> min_gru_joint_backward(
+      OptionalTensor grad_h, OptionalTensor grad_last, const Tensor& projection, const Tensor& h,
+      OptionalTensor h0, OptionalTensor cu_seqlens, bool reverse, bool identity) {
+    Tensor grad = Backend::new_like(projection);
+    Tensor grad_h0 = Backend::backward(gru(identity), joint(projection, 2), joint(grad, 2), h,
+                                       grad_h, grad_last, h0, cu_seqlens, reverse);
+    return {grad, grad_h0};
+  }
+
+  static std::tuple<Tensor, Tensor> min_lstm_joint_backward(
+      OptionalTensor grad_h, OptionalTensor grad_last, const Tensor& projection, const Tensor& h,
+      OptionalTensor h0, OptionalTensor cu_seqlens, bool reverse, bool identity) {
+    Tensor grad = Backend::new_like(projection);
+    Tensor grad_h0 = Backend::backward(lstm(identity), joint(projection, 3), joint(grad, 3), h,
+                                       grad_h, grad_last, h0, cu_seqlens, reverse);
+    return {grad, grad_h0};
+  }
+};
+
+template <class Backend>
+void register_scans(torch::stable::detail::StableLibrary& m) {
+  using Ops = ScanOps<Backend>;
+  m.impl("linear_scan", TORCH_BOX(&Ops::template forward2<ScanOp::linear_scan>));
+  m.impl("linear_scan_backward", TORCH_BOX(&Ops::template backward_of_decay<ScanOp::linear_scan>));
+  m.impl("decay_scan", TORCH_BOX(&Ops::template forward2<ScanOp::decay_scan>));
+  m.impl("decay_scan_backward", TORCH_BOX(&Ops::template backward_of_decay<ScanOp::decay_scan>));
+  m.impl("log_scan", TORCH_BOX(&Ops::template forward2<ScanOp::log_scan>));
+  m.impl("log_scan_backward", TORCH_BOX(&Ops::log_scan_backward));
+  m.impl("min_gru", TORCH_BOX(&Ops::min_gru));
+  m.impl("min_gru_backward", TORCH_BOX(&Ops::min_gru_backward));
+  m.impl("min_gru_joint", TORCH_BOX(&Ops::min_gru_joint));
+  m.impl("min_gru_joint_backward", TORCH_BOX(&Ops::min_gru_joint_backward));
+  m.impl("min_lstm", TORCH_BOX(&Ops::min_lstm));
+  m.impl("min_lstm_backward", TORCH_BOX(&Ops::min_lstm_backward));
+  m.impl("min_lstm_joint", TORCH_BOX(&Ops::min_lstm_joint));
+  m.impl("min_lstm_joint_backward", TORCH_BOX(&Ops::min_lstm_joint_backward));
+}
+
+}  // namespace msrnn
