@@ -3,20 +3,45 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
-SOURCES = $(wildcard csrc/*.* csrc/cpu/*.*) setup.py pyproject.toml msrnn_ops/version.py
+SOURCES = $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*) setup.py pyproject.toml msrnn_ops/version.py
+PARTS ?= build,test,sanitizer,stress,bench
+OUT ?= bench/results
 
 SANITIZED = MSRNN_TEST_EXAMPLES=10 PYTHONPATH=. \
 	ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	$(abspath $(BIN))/pytest -q -p no:cacheprovider
 
-.PHONY: test bench bench-full lint sanitize portable wheel clean
+.PHONY: test emulate budget bench bench-full bench-cuda gpu-check lint sanitize portable cuda wheel
+.PHONY: clean
 
 test: $(VENV)/ready
 	$(BIN)/pytest tests --cov=msrnn_ops --cov-report=term
+	$(MAKE) emulate budget
+
+# The CUDA kernels without a GPU: the same tests of the scans on the emulator; schedules, sanitizers
+# and planted bugs.
+emulate: $(VENV)/ready
+	MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/library.py) MSRNN_TEST_EXAMPLES=40 \
+		$(BIN)/pytest -q tests/test_scan.py tests/test_torch.py
+	$(BIN)/python tests/emulation/check.py
+
+# What nvcc makes of them for seven architectures, against the stored table.
+budget: $(VENV)/ready
+	@command -v nvcc >/dev/null || { echo "budget: skipped, there is no nvcc"; exit 0; } && \
+		$(BIN)/pip install -q nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump && \
+		$(BIN)/python tests/budget.py --check
+
+# On a machine with a GPU, with the packages of $(PYTHON) alone and no network: build, test, sanitize,
+# stress and measure; results go to the folder OUT.
+gpu-check:
+	$(PYTHON) -m bench.gpu_check --parts $(PARTS) --output $(OUT)
 
 bench: $(VENV)/ready
 	$(BIN)/python -m bench
+
+bench-cuda: $(VENV)/ready
+	$(BIN)/python -m bench --device cuda
 
 bench-full: $(VENV)/ready
 	$(BIN)/python -m bench --full --name cpu-full
@@ -31,7 +56,7 @@ lint: $(VENV)/ready
 	$(BIN)/pip install -q ruff mypy clang-format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.cpp tests/emulation/*.h)
 
 # The suite with every kernel under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/ready
@@ -48,6 +73,13 @@ portable: $(VENV)/ready
 		$(BIN)/python -m ziglang c++ -target aarch64-linux-gnu -std=c++20 -O1 -ffp-contract=off \
 			-c csrc/cpu/$$file.cpp -o /dev/null || exit 1; \
 	done
+
+# The CUDA library with a torch that has no CUDA: it compiles, links, loads and registers.
+cuda: $(VENV)/ready
+	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 $(BIN)/pip install -q --no-build-isolation --no-deps \
+		--upgrade --target build/with-cuda .
+	cd build/with-cuda && PYTHONPATH=. $(abspath $(BIN))/pytest -q -p no:cacheprovider \
+		../../tests/test_cuda.py ../../tests/test_errors.py
 
 # A wheel, installed into an environment of its own and tested from an empty directory.
 wheel: $(VENV)/ready

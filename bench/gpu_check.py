@@ -36,7 +36,7 @@ Result = dict[str, Any]
 
 _ROOT = Path(__file__).resolve().parent.parent
 _SECONDS = 525.0  # of all steps together
-_TESTS = ("tests/test_scan.py", "tests/test_torch.py", "tests/test_errors.py")
+_TESTS = ("tests/test_scan.py", "tests/test_torch.py")
 _TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
 _FOLDERS = re.compile(r"(?:(?<![\w./])|(?<=-I)|(?<=-L))/(?!/)(?:[\w.+@~-]+/)+")

@@ -1,49 +1,61 @@
 // The scan kernel: every recurrence, forward and backward, on both paths.
 //
 // Level by level:
-//   thread   4 neighbouring steps of 16 bytes of channels: gates in registers, then two walks. The
-//            first starts from zero and gives the thread's span: what its steps do to a state that
-//            enters them (recurrence.h). The second starts from the state that does enter.
-//   warp     spans of its rows composed by shuffles, in log2(rows) fixed steps.
-//   block    a tile, 256 steps x 64 bytes of channels (128 steps backward, whose tiles load twice
-//            the bytes). One thread a channel folds the spans of the warps in order and gets the
-//            carry: the state that enters the tile.
-//   chain    the tiles of a batch row and a block of channels, in order. With enough chains
-//            a block walks each of them and keeps the carry ("walk"). Otherwise blocks take tiles
-//            by ticket, time-major across chains, and hand carries on through memory ("look-back").
+//   thread   4 neighbouring steps of 16 bytes of channels (8 of bfloat16), walked twice. The first
+//            walk starts from zero and gives the thread's span: what its steps do to a state that
+//            enters them (recurrence.h). The second starts from the state that does enter. Threads
+//            that share steps are a row.
+//   part     an eighth of the rows. One thread a channel composes their spans, one after the other;
+//            once the state that enters the part is known it passes that through them.
+//   tile     a block's work at a time: 256 steps x 64 bytes of channels, 128 steps backward, which
+//            loads twice the bytes. One thread a channel composes the parts and gets the carry: the
+//            state that enters the tile.
+//   chain    the tiles of a batch row and a block of channels, in order. With enough chains a block
+//            walks each of them and keeps the carry ("walk"). Otherwise blocks take tiles by
+//            ticket, time-major across chains, and hand carries on through memory ("look-back").
 //
 // Look-back. Tiles form aligned groups. A tile publishes its span, waits for the spans of the tiles
 // before it in its group and for the carry of the group before, and folds these in order; the last
-// tile of a group publishes the group's carry. So the order of every addition is fixed by shape:
-// results are the same bits for any schedule, any GPU and any run. The price, against folding up to
-// whatever has been finished: a tile reads on average half a group of spans, 8 x 12 bytes a channel
-// and 256 steps, 6 % of the bytes of a bfloat16 minGRU and from L2, and a chain advances by one
-// group (4096 steps) per exchange instead of by as much as there is. Tickets make it safe: a block
-// waits for lower tickets only, and whoever holds the lowest unfinished ticket waits for nobody. A
-// block computes its tickets in order, so holding the next ones early, to load ahead, is safe too.
-// Flags belong to one call: the host clears 4 bytes a tile in the stream before the launch (one
-// memset, about 2 us, also in a captured graph), which buys freedom from any state between calls.
+// tile of a group publishes the group's carry. So the order of every operation is fixed by shape:
+// results are the same bits for any schedule, any GPU and any run. The price, against folding from
+// whatever carry is already there: a tile reads on average half a group of spans, 8 x 12 bytes a
+// channel and 256 steps (6 % of the bytes of a bfloat16 minGRU, from L2), and a chain advances one
+// group, 4096 steps, per exchange. Tickets make it safe: a block waits for lower tickets only, and
+// whoever holds the lowest unfinished ticket waits for nobody. A block works through its tickets in
+// order, so drawing ahead, to load ahead, is safe too. Flags belong to one call: the host clears 4
+// bytes a tile in the stream before the launch (a memset, about 2 us, captured with the launch),
+// which buys freedom from any state between calls, streams and replays.
 //
-// Sequences packed by cu_seqlens stay one chain: a step that starts a sequence enters the
-// sequence's own state and marks its span as fresh, and whatever came before a fresh span is
-// dropped (not multiplied by 0: an infinity would become NaN). The start of a batch row is such a
-// step too, so nothing is special about the first tile.
+// Sequences packed by cu_seqlens stay one chain: a step that starts a sequence enters that
+// sequence's own state and marks its span, and whatever comes before a marked span is dropped (not
+// multiplied by 0: an infinity would become NaN). The start of a batch row is such a step too.
 //
-// Accuracy: a thread's 4 steps are plain; spans carry both a and 1-a, and the carry from tile to
-// tile is compensated, so that gates around -8 over 262144 steps stay within 1e-6.
+// Accuracy. A thread's 4 steps are plain. Spans carry both a and 1-a, and the carry from tile to
+// tile is compensated. Emulated, float32, T = 8192, gates around -8: at most 7e-7, elementwise;
+// 1.7e-6 when spans were composed with a alone.
 //
 // Memory. Each element is read and written once, 16 bytes at a time: 3 tensors of B*T*D for minGRU
-// forward and 6 backward, 4 and 8 for minLSTM. Loads go to shared memory by cp.async, where a
-// thread reads only what it loaded itself: shared memory serves as its asynchronous registers,
-// without a barrier. Each slot is refilled for the next tile as soon as it is read, so a block has
-// a whole tile (32 KB for minGRU) in flight while it composes, waits and stores. TMA would load the
-// same bytes with fewer instructions (2 of about 45 an element are loads) but needs a barrier
-// between the engine and its readers, and a descriptor per tensor from the host: not used.
+// forward and 6 backward, 4 and 8 for minLSTM. Loads go to shared memory by cp.async, and a thread
+// reads only what it loaded itself: shared memory serves as its asynchronous registers, without a
+// barrier. Slots are refilled for the next tile once they are read, so a forward block has most of
+// a tile (32 KB for minGRU) in flight while it composes, waits and stores; backward, where slots
+// are read twice, other blocks of the multiprocessor have theirs. TMA would load the same bytes
+// with fewer instructions (a load of 16 bytes is one here, an eighth of an element's 45) but needs
+// a barrier between the engine and its readers and a descriptor per tensor: not used.
 //
-// Arithmetic an element, for bfloat16 on sm_90 (bench/roofline.py counts it from the SASS;
-// budget.json has it): minGRU forward 4 special functions where memory leaves time for 5.8,
-// backward 6 of 11.7. An H200 copies 4.3 TB/s with 132 multiprocessors at 1.98 GHz: 6 bytes take
-// 0.365 cycles of one, or 47 instructions at 128 and 5.8 special functions at 16 a cycle.
+// Arithmetic an element of bfloat16 on sm_90, from the SASS (python -m bench.roofline counts it).
+// An H200 copies 4.3 TB/s with 132 multiprocessors at 1.98 GHz, so 6 bytes take 0.365 cycles of
+// one: time for 47 instructions (128 a cycle) and 5.8 special functions (16 a cycle). minGRU
+// forward has 45 and 4.1, backward 75 and 6.1 of 93 and 11.7; minLSTM forward 57 and 5.1 of 62
+// and 7.8, backward 110 and 8.1 of 125 and 15.6.
+//
+// Rejected, in instructions of minGRU forward:
+//   - spans composed by shuffles in a warp, then across warps: 56, half of it selects and branches;
+//   - a Newton step for the reciprocals of 16-bit data: 2 each; 1 - small has no bias to
+//   accumulate;
+//   - one reciprocal for both gates: a special function less, an instruction more, and a NaN in one
+//     gate poisons the other;
+//   - gates computed again for the second walk: 8 special functions where memory leaves 5.8.
 #pragma once
 
 #include <algorithm>
@@ -120,7 +132,7 @@ MSRNN_FN Marks marks(const Walk& walk, int batch, int first, int count) {
 }
 
 // A tile: of which chain, where in it, and where that lies. chain < 0: none.
-struct Tile {
+struct alignas(16) Tile {
   int chain, index;
   int batch, channel;  // row of the tensors; first channel
 };
@@ -153,7 +165,7 @@ struct ScanBlock {
   static constexpr int kRowChunks = kVector * sizeof(S) / 16;
 
   static ScanShared lay_out_shared(const ScanPlan& p) {
-    const int threads = p.lanes * p.rows, warps = threads / 32, channels = p.lanes * kVector;
+    const int threads = p.lanes * p.rows, channels = p.lanes * kVector;
     int32_t at = 0;
     const auto take = [&](size_t size, int count) {
       const int32_t here = at;
@@ -302,7 +314,9 @@ struct ScanBlock {
 
   // Which sequence a marked step of this thread belongs to.
   MSRNN_FN int64_t sequence_of(const Tile& t, const Marks& mark, int step) const {
-    return call.cu_seqlens ? walk.find_from(mark.sequence, walk.time(first_of(t) + step)) : t.batch;
+    if (!call.cu_seqlens) return t.batch;
+    const int n = walk.find_from(mark.sequence, walk.time(first_of(t) + step));
+    return n < 0 ? 0 : n;  // cu_seqlens may hold anything
   }
   // The state where none is given.
   static MSRNN_FN V initial(bool adjoint) {

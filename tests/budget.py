@@ -1,0 +1,286 @@
+"""What the compiler makes of the CUDA kernels, against the table in budget.json. No GPU is needed.
+
+    python tests/budget.py [--check | --update] [--archs 75,90] [--kernels min_gru/bfloat16,...]
+
+Every kernel is compiled for every architecture that wheels hold, and its registers, stack frame,
+spills, static shared memory and, from the machine code, its 16-byte loads and stores, special
+functions and instructions are compared with the stored table. A spill costs a kernel that lives on
+bandwidth more than any arithmetic, and nothing else would tell: results stay right.
+
+Whatever the compiler, a kernel must neither spill nor have a stack frame, and must load and store
+16 bytes at a time. With the compiler of the table it must also use no more registers, have the
+same number of wide accesses and at most a tenth more instructions; other compilers only report
+these. `--kernels` takes beginnings of names.
+
+Nearly all time goes into cicc (C++ to PTX, about 60 %) and ptxas, so PTX is made once for
+architectures whose PTX is the same but for its name, and one fatbin holds their machine code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass, fields
+from itertools import product
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = Path(__file__).with_suffix(".json")
+FOLDER = ROOT / "build/budget"
+
+# Architectures, by the one whose PTX they are compiled from.
+PTX = {"75": "75", "80": "80", "86": "80", "89": "80", "90": "90", "100": "100", "120": "120"}
+DTYPES = {"f": "float32", "d": "float64", "NS_8BFloat16E": "bfloat16", "NS_4HalfE": "float16"}
+OPS = {
+    "10LinearScanE": "linear_scan",
+    "9DecayScanE": "decay_scan",
+    "7LogScanE": "log_scan",
+    "6MinGruILb0EEE": "min_gru",
+    "6MinGruILb1EEE": "min_gru_identity",
+    "7MinLstmILb0EEE": "min_lstm",
+    "7MinLstmILb1EEE": "min_lstm_identity",
+}
+PASSES = {"0": "forward", "1": "backward"}
+KERNELS = ["/".join(names) for names in product(OPS.values(), DTYPES.values(), PASSES.values())]
+
+Usage = dict[str, "Budget"]  # by "kernel/sm_90"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one kernel takes on one architecture; bytes of memory are those of a thread."""
+
+    registers: int
+    shared: int  # static, of a block
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    wide_loads: int
+    wide_stores: int
+    special: int
+    instructions: int
+
+    def faults(self) -> list[str]:
+        """What no compiler may do."""
+        bad = [n for n in ("stack", "spill_stores", "spill_loads") if getattr(self, n)]
+        return bad + [n for n in ("wide_loads", "wide_stores") if not getattr(self, n)]
+
+    def regressions(self, stored: Budget) -> list[str]:
+        """What the compiler of the table may not do."""
+        more = [n for n in ("registers", "shared") if getattr(self, n) > getattr(stored, n)]
+        wide = ("wide_loads", "wide_stores")
+        more += [n for n in wide if getattr(self, n) != getattr(stored, n)]
+        grown = self.instructions > 1.1 * stored.instructions
+        return more + ["instructions"] * grown
+
+
+def tool(name: str) -> str:
+    """A CUDA program: on PATH, beside nvcc, or in the Python packages that bring it."""
+    if found := shutil.which(name):
+        return found
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    places = [Path(nvcc).resolve().parent]
+    for package, folder in (("nvidia", "cu13/bin"), ("triton", "backends/nvidia/bin")):
+        spec = importlib.util.find_spec(package)
+        places += [Path(p, folder) for p in (spec and spec.submodule_search_locations) or ()]
+    for place in places:
+        if found := shutil.which(name, path=str(place)):
+            return found
+    sys.exit(f"{name} was not found; pip install nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump")
+
+
+def output_of(*command: str, cwd: Path = ROOT) -> str:
+    """What a command prints, both ways; its errors end this program."""
+    run = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    if run.returncode:
+        sys.exit(f"{' '.join(command)}\n{run.stderr}")
+    return run.stdout + run.stderr
+
+
+def nvcc_version() -> str:
+    return re.search(r"release (\S+),", output_of(tool("nvcc"), "--version"))[1]
+
+
+def kernel_name(mangled: str) -> str | None:
+    """ "min_gru/bfloat16/forward"; none for what is no scan kernel."""
+    ops, dtypes = "|".join(OPS), "|".join(DTYPES)
+    pattern = rf"scan_kernelINS_({ops})({dtypes})Lb([01])E"
+    if not (found := re.search(pattern, mangled)):
+        return None
+    return "/".join((OPS[found[1]], DTYPES[found[2]], PASSES[found[3]]))
+
+
+def compile_file(folder: Path, dtype: str, ptx: str, archs: list[str]) -> Path:
+    """The fatbin of one dtype; what ptxas says of its kernels lies beside it."""
+    fatbin = folder / f"{dtype}.{'_'.join(archs)}.fatbin"
+    log = fatbin.with_suffix(".log")
+    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.*"))
+    if log.exists() and log.stat().st_mtime > newest:
+        return fatbin
+    started = time.time()
+    codes = f"-gencode=arch=compute_{ptx},code=[{','.join(f'sm_{a}' for a in archs)}]"
+    command = ["-std=c++20", "-O3", codes, "-fatbin", "-Xptxas", "-v"]
+    source = f"csrc/cuda/scan_{dtype}.cu"
+    log.write_text(output_of(tool("nvcc"), *command, source, "-o", str(fatbin)))
+    os.utime(log, (started, started))  # what is edited meanwhile is newer
+    return fatbin
+
+
+def memory_of(log: str) -> Iterator[tuple[str, list[int]]]:
+    """From ptxas: the key of each kernel, then registers, shared, stack and spilled bytes."""
+    pattern = (
+        r"Compiling entry function '(\S+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
+    )
+    for name, arch, stack, stores, loads, registers, rest in re.findall(pattern, log, re.S):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        numbers = [registers, shared[1] if shared else 0, stack, stores, loads]
+        if kernel := kernel_name(name):
+            yield f"{kernel}/sm_{arch}", [int(n) for n in numbers]
+
+
+def instructions_of(cubin: Path) -> Iterator[tuple[str, list[str]]]:
+    """Machine code by mangled name of the kernel: the instructions, without their predicates."""
+    sections = re.split(r"\n\s*\.section\s+\.text\.", output_of(tool("nvdisasm"), "-c", str(cubin)))
+    for section in sections[1:]:
+        name = section[: section.index(",")]
+        yield name, re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][^;]*?) *;", section)
+
+
+def code_of(cubin: Path, arch: str) -> Iterator[tuple[str, list[int]]]:
+    """From the machine code: wide loads and stores, special functions, all instructions."""
+    load = "LDG" if arch == "75" else "LDGSTS"
+    for name, code in instructions_of(cubin):
+        names = [instruction.split()[0] for instruction in code]
+        wide_loads = sum(n.startswith(f"{load}.") and ".128" in n for n in names)
+        wide_stores = sum(n.startswith("STG.") and ".128" in n for n in names)
+        special = sum(n.startswith("MUFU") for n in names)
+        if kernel := kernel_name(name):
+            yield f"{kernel}/sm_{arch}", [wide_loads, wide_stores, special, len(names)]
+
+
+def measure_file(folder: Path, dtype: str, ptx: str, archs: list[str]) -> Usage:
+    """The budgets of the kernels of one dtype."""
+    fatbin = compile_file(folder, dtype, ptx, archs)
+    cubins = folder / fatbin.stem
+    shutil.rmtree(cubins, ignore_errors=True)
+    cubins.mkdir()
+    output_of(tool("cuobjdump"), "-xelf", "all", str(fatbin), cwd=cubins)
+    memory = dict(memory_of(fatbin.with_suffix(".log").read_text()))
+    usage = {}
+    for arch in archs:
+        (cubin,) = cubins.glob(f"*sm_{arch}.cubin")
+        for key, code in code_of(cubin, arch):
+            usage[key] = Budget(*memory[key], *code)
+    return usage
+
+
+def measure(kernels: list[str], archs: list[str]) -> Usage:
+    """The budgets of these kernels for these architectures."""
+    folder = FOLDER / nvcc_version()
+    folder.mkdir(parents=True, exist_ok=True)
+    dtypes = dict.fromkeys(kernel.split("/")[1] for kernel in kernels)
+    shared = {ptx: [a for a in archs if PTX[a] == ptx] for ptx in (PTX[a] for a in archs)}
+    jobs = [(folder, dtype, ptx, same) for ptx, same in shared.items() for dtype in dtypes]
+    jobs.sort(key=lambda job: -len(job[3]))  # the longest first
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = list(pool.map(lambda job: measure_file(*job), jobs))
+    usage = {key: budget for part in parts for key, budget in part.items()}
+    keys = [f"{kernel}/sm_{arch}" for kernel in kernels for arch in archs]
+    if missing := [key for key in keys if key not in usage]:
+        sys.exit(f"not found in the machine code: {', '.join(missing)}")
+    return {key: usage[key] for key in keys}
+
+
+def load() -> tuple[str, Usage]:
+    """The stored table and the compiler it holds for."""
+    if not TABLE.exists():
+        return "", {}
+    stored = json.loads(TABLE.read_text())
+    return stored["nvcc"], {key: Budget(*row) for key, row in stored["budgets"].items()}
+
+
+def save(version: str, usage: Usage) -> None:
+    """One line for each kernel and architecture, in the order of KERNELS and PTX."""
+    order = [f"{kernel}/sm_{arch}" for kernel in KERNELS for arch in PTX]
+    rows = (f'    "{key}": {list(astuple(usage[key]))}' for key in order if key in usage)
+    names = json.dumps([field.name for field in fields(Budget)])
+    lines = ",\n".join(rows)
+    TABLE.write_text(
+        f'{{\n  "nvcc": "{version}",\n  "fields": {names},\n  "budgets": {{\n{lines}\n  }}\n}}\n'
+    )
+
+
+def compare(usage: Usage, stored: Usage, strict: bool) -> tuple[list[list[str]], bool]:
+    """The differences as rows of a table, and whether one of them must not be."""
+    rows, failed = [], False
+    for key, now in usage.items():
+        before = stored.get(key)
+        bad = set(now.faults())
+        if strict:
+            bad |= set(now.regressions(before)) if before else {"registers"}
+        failed |= bool(bad)
+        for field in fields(Budget):
+            old = getattr(before, field.name) if before else None
+            new = getattr(now, field.name)
+            if old != new or field.name in bad:
+                verdict = "[red]fails[/red]" if field.name in bad else ""
+                rows.append([key, field.name, str(old), str(new), verdict])
+    return rows, failed
+
+
+def show(title: str, columns: Iterable[str], rows: Iterable[list[str]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else 160
+    Console(width=width).print(table)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--check", action="store_true", help="fail where a kernel got worse")
+    action.add_argument("--update", action="store_true", help="store what was measured")
+    parser.add_argument("--archs", default=",".join(PTX), help="default: %(default)s")
+    parser.add_argument("--kernels", default="", help="beginnings of names; default: all")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = parse_arguments()
+    started = time.perf_counter()
+    kernels = [k for k in KERNELS if k.startswith(tuple(options.kernels.split(",")))]
+    usage = measure(kernels, [a for a in PTX if a in options.archs.split(",")])
+    version, (stored_version, stored) = nvcc_version(), load()
+    print(f"nvcc {version}, {len(usage)} kernels, {time.perf_counter() - started:.0f} s")
+    if options.update:
+        same = stored_version == version
+        save(version, {**(stored if same else {}), **usage})
+    if not (options.check or options.update):
+        names = [field.name for field in fields(Budget)]
+        show("", ["kernel", *names], [[k, *map(str, astuple(b))] for k, b in usage.items()])
+        return 0
+    rows, failed = compare(usage, stored, strict=options.check and version == stored_version)
+    if rows:
+        against = f"against the table of nvcc {stored_version or '(none)'}"
+        show(f"Differences {against}", ["kernel", "", "stored", "now", ""], rows)
+    return int(failed and options.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""The CUDA side as far as no GPU is needed: the plan, and the library where it was built.
+
+The kernels themselves run on the CPU, by tests/emulation; on a GPU by MSRNN_TEST_DEVICE=cuda.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from msrnn_ops._C import scan_plan
+
+import msrnn_ops as ms
+
+BUILT = ms.build_info()["cuda"] is not None
+built = pytest.mark.skipif(not BUILT, reason="the CUDA operators were not built")
+SHAPES = st.tuples(st.integers(1, 64), st.integers(0, 300_000), st.integers(1, 5000))
+
+
+@given(shape=SHAPES, size=st.sampled_from([2, 4, 8]), backward=st.booleans())
+def test_a_plan_covers_its_shape(shape: tuple[int, int, int], size: int, backward: bool) -> None:
+    rows, time, channels = shape
+    plan = scan_plan(backward, size, *shape)
+    assert 32 <= plan["threads"] <= (128 if backward else 256) and plan["threads"] % 32 == 0
+    assert plan["tiles"] * plan["tile_steps"] >= time
+    assert (plan["tiles"] - 1) * plan["tile_steps"] < time
+    blocks = -(-channels // plan["tile_channels"])
+    assert plan["chains"] == rows * blocks
+    if plan["path"] == "look_back":
+        # One warp folds a tile, and tickets and flags have 32 bits.
+        assert plan["tile_channels"] <= 32 and plan["chains"] * plan["tiles"] < 2**31
+        words = plan["chains"] * plan["tiles"] * plan["tile_channels"] * 3
+        assert plan["workspace"] >= words * (8 if size == 8 else 4)
+    else:
+        assert plan["workspace"] == 0
+        assert plan["tiles"] <= 4 or plan["chains"] >= 528
+
+
+def test_plans_of_known_shapes() -> None:
+    assert scan_plan(False, 2, 16, 4096, 2048)["path"] == "walk"
+    assert scan_plan(False, 2, 1, 262144, 512)["path"] == "look_back"
+    # Small calls are one launch, without memory to clear; a step is a warp a row.
+    assert scan_plan(False, 2, 1, 512, 256)["path"] == "walk"
+    assert scan_plan(True, 2, 1, 512, 256)["path"] == "walk"
+    step = scan_plan(False, 2, 8, 1, 1024)
+    assert (step["threads"], step["tile_channels"], step["tiles"]) == (32, 256, 1)
+
+
+@pytest.mark.skipif(ms.backends()["cuda"] == "ok", reason="CUDA can be used here")
+def test_an_unusable_backend_says_why() -> None:
+    with pytest.raises(ValueError, match="'cuda' cannot be used"), ms.use_backend("cuda"):
+        pass
+
+
+@built
+def test_operators_are_registered_for_cuda() -> None:
+    names = ["linear_scan", "decay_scan", "log_scan", "min_gru", "min_lstm"]
+    for name in [*names, "min_gru_joint", "min_lstm_joint"]:
+        for op in (name, f"{name}_backward"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"msrnn_ops::{op}", "CUDA"), op
+    assert ms.build_info()["cuda_archs"]
+
+
+@built
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs nm (binutils)")
+def test_cuda_library_needs_no_symbol_that_torch_2_11_lacks() -> None:
+    library = next(Path(ms.__file__).parent.glob("_cuda*.so"))
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
+    ).stdout
+    known = set((Path(__file__).parent / "torch_2_11_symbols.txt").read_text().split())
+    known.add("aoti_torch_get_current_cuda_stream")  # of torch's CUDA library
+    shim = set(re.findall(r" [Uw] ((?:aoti_)?torch_\S+)", listed))
+    assert shim and shim <= known, sorted(shim - known)
+    assert not re.findall(r" U (_ZN?K?(?:3c10|2at|5torch)\S*|Py\S+|cuda\S+)", listed)
