@@ -34,7 +34,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -48,6 +48,9 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 GOAL = 0.85  # of a copy's bandwidth
 
+Code = dict[str, list[str]]  # lines of machine code by the name of a kernel
+Counts = defaultdict[str, float]  # of instructions, by name
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -59,12 +62,13 @@ class Machine:
     clock: float  # Hz
     bandwidth: float  # bytes/s, read and written, of a copy
     source: str
+    fma: int = 128  # floating-point additions or multiplications a clock and multiprocessor
 
 
 _NOMINAL = 0.9  # of the published bandwidth is what a copy reaches
 MACHINES = (
-    Machine("A100 40GB", "80", 108, 1.41e9, _NOMINAL * 1.555e12, "NVIDIA A100 datasheet"),
-    Machine("A100 80GB", "80", 108, 1.41e9, _NOMINAL * 2.039e12, "NVIDIA A100 datasheet"),
+    Machine("A100 40GB", "80", 108, 1.41e9, _NOMINAL * 1.555e12, "NVIDIA A100 datasheet", 64),
+    Machine("A100 80GB", "80", 108, 1.41e9, _NOMINAL * 2.039e12, "NVIDIA A100 datasheet", 64),
     Machine("H100 SXM", "90", 132, 1.98e9, _NOMINAL * 3.35e12, "NVIDIA H100 datasheet"),
     Machine("H200 SXM", "90", 132, 1.98e9, 4.3e12, "NVIDIA H200 datasheet; copy measured"),
     Machine("B200", "100", 148, 1.85e9, _NOMINAL * 8e12, "NVIDIA DGX B200 datasheet"),
@@ -74,74 +78,96 @@ MACHINES = (
 
 @dataclass(frozen=True)
 class Op:
-    """An op: its name in C++, and the tensors of B*T*D that each pass reads and writes."""
+    """An op: its name in C++ and mangled, the tensors of B*T*D that each pass reads and writes."""
 
     kind: str
-    tensors: tuple[tuple[int, int], tuple[int, int]]
+    mangled: str
+    tensors: dict[str, tuple[int, int]]
+
+
+def _op(kind: str, mangled: str, forward: tuple[int, int], backward: tuple[int, int]) -> Op:
+    return Op(kind, mangled, {"forward": forward, "backward": backward})
 
 
 OPS = {
-    "linear_scan": Op("LinearScan", ((2, 1), (3, 2))),
-    "decay_scan": Op("DecayScan", ((2, 1), (3, 2))),
-    "log_scan": Op("LogScan", ((2, 1), (4, 2))),
-    "min_gru": Op("MinGru<false>", ((2, 1), (4, 2))),
-    "min_lstm": Op("MinLstm<false>", ((3, 1), (5, 3))),
+    "linear_scan": _op("LinearScan", "10LinearScanE", (2, 1), (3, 2)),
+    "decay_scan": _op("DecayScan", "9DecayScanE", (2, 1), (3, 2)),
+    "log_scan": _op("LogScan", "7LogScanE", (2, 1), (4, 2)),
+    "min_gru": _op("MinGru<false>", "6MinGruILb0EEE", (2, 1), (4, 2)),
+    "min_gru_identity": _op("MinGru<true>", "6MinGruILb1EEE", (2, 1), (4, 2)),
+    "min_lstm": _op("MinLstm<false>", "7MinLstmILb0EEE", (3, 1), (5, 3)),
+    "min_lstm_identity": _op("MinLstm<true>", "7MinLstmILb1EEE", (3, 1), (5, 3)),
 }
-DTYPES = {"bfloat16": "BFloat16", "float32": "float"}
-SIZES = {"bfloat16": 2, "float32": 4}
-PASSES = ("forward", "backward")
+SHOWN = "linear_scan,decay_scan,log_scan,min_gru,min_lstm"
 
-# From the rare branches to traps, and marks around what runs more or less than once a thread and
-# tile. Each text must be in the source as often as is said here.
-REPLACEMENTS = (
-    (
-        "// The sequences as a tile",
-        "MSRNN_FN void rare() { __trap(); __builtin_unreachable(); }\n"
-        'template <int n> MSRNN_FN void note() { asm volatile("pmevent %0;" ::"n"(n)); }\n'
-        "// The sequences as a tile",
-        1,
-    ),
-    ("  int n = m.sequence =", "  rare();\n  int n = m.sequence =", 1),
-    ("if (of_grad && !v.data) continue;", "if (of_grad && !v.data) rare();", 1),
-    (
-        "} else {\n#pragma unroll 1\n        for (int step = 0; step < count;",
-        "} else {\nrare();\n#pragma unroll 1\n        for (int step = 0; step < count;",
-        1,
-    ),
-    ("    memcpy(staged(), &chunk,", "    rare();\n    memcpy(staged(), &chunk,", 1),
-    ("if (s >= count_of(t)) break;", "if (s >= count_of(t)) rare();", 2),
-    (
-        "if (mark.starts >> s & 1) {\n        State",
-        "if (mark.starts >> s & 1) {\nrare();\n        State",
-        1,
-    ),
-    ("& 1) enter_sequence(t, mark, s, state);", "& 1) rare();", 1),
-    ("& 1) leave_sequence(t, mark, s, state);", "& 1) rare();", 1),
-    ("      if (mark.ends >> step & 1)\n", "      if (mark.ends >> step & 1) rare(); else if (0)\n", 1),
-    ("!ordinary) clamp(span, before, own);", "!ordinary) rare();", 1),
-    ("if (call.plan.look_back) {  // at most", "if (call.plan.look_back) { rare();  // at most", 1),
-    ("if (serial) {\n", "if (serial) {\nrare();\n", 1),
-    ("w < threads() / 32; ++w", "w < (backward ? 4 : 8); ++w", 1),
-    ("left = call.plan.rows / parts();", "left = 8;", 2),
-    ("#pragma unroll 4\n", "#pragma unroll\n", 2),
-    ("turn) {\n", "turn) {\nnote<0>();\n", 1),
-    ("      run(turn, drawn);\n", "      run(turn, drawn);\nnote<1>();\n", 1),
-    ("      const int part = i / channels()", "note<2>();\n      const int part = i / channels()", 1),
-    ("warp_starts()[first / 32] >> first % 32);\n", "warp_starts()[first / 32] >> first % 32);\nnote<3>();\n", 1),
-    ("      const Span total = fold_parts(channel,", "note<4>();\n      const Span total = fold_parts(channel,", 1),
-    ("carry()[channel] = carry_after(c, total, starts);\n", "carry()[channel] = carry_after(c, total, starts);\nnote<5>();\n", 1),
-    ("      S* const at = part_words(part) + channel;\n", "note<6>();\n      S* const at = part_words(part) + channel;\n", 1),
-    ("      starts = starts || own_starts;\n", "      starts = starts || own_starts;\nnote<7>();\n", 1),
-    ("if (threadIdx.x == 0) tile(turn + 2) = tile_at(drawn);", "if (threadIdx.x == 0) { note<8>(); tile(turn + 2) = tile_at(drawn); note<9>(); }", 1),
-)  # fmt: skip
 
-_ALU = (
-    "BMSK BREV F2FP FCHK FMNMX FMNMX3 FSEL FSET FSETP FLO I2FP IABS IADD IADD3 ISETP LEA LOP3 MOV "
-    "P2R PLOP3 POPC PRMT R2P SEL SGXT SHF VIADD VIADDMNMX VIMNMX VIMNMX3 VOTE"
-).split()
-_FMA = "FADD FADD2 FFMA FFMA2 FMUL FMUL2 FSWZADD HADD2 HFMA2 HMUL2 IMAD".split()
-_SPECIAL = "MUFU I2F F2I F2F FRND".split()
-_SHARED = "LDS STS LDGSTS LDG STG".split()
+@dataclass(frozen=True)
+class DType:
+    """A dtype: its name in C++ and mangled, and its bytes."""
+
+    kind: str
+    mangled: str
+    size: int
+
+
+DTYPES = {
+    "float32": DType("float", "f", 4),
+    "float64": DType("double", "d", 8),
+    "bfloat16": DType("BFloat16", "NS_8BFloat16E", 2),
+    "float16": DType("Half", "NS_4HalfE", 2),
+}
+PASSES = {"forward": "0", "backward": "1"}
+KERNELS = {  # by what a mangled name holds
+    f"{op.mangled}{dtype.mangled}Lb{bit}E": f"{name}/{dtype_name}/{which}"
+    for (name, op), (dtype_name, dtype), (which, bit) in product(
+        OPS.items(), DTYPES.items(), PASSES.items()
+    )
+}
+
+# What is inserted, in «», into a copy of scan.cuh, and how often the rest is found there: traps at
+# rare branches, the trip counts of a long call, marks around what some warps run, or several times.
+INSERTIONS = {
+    "«MSRNN_FN void rare() { __trap(); __builtin_unreachable(); }\n"
+    'template <int n> MSRNN_FN void note() { asm volatile("pmevent %0;" ::"n"(n)); }\n»'
+    "// The sequences as a tile walks": 1,
+    # Packed sequences, no gradient of h, unaligned views, the end of the sequence.
+    "  «rare(); »int n = m.sequence =": 1,
+    "!v.data) «{ rare(); } else if (false) »continue;": 1,
+    "} else {\n«rare();\n»#pragma unroll 1\n        for (int step = 0; step < count;": 1,
+    "    «rare(); »memcpy(staged(), &chunk,": 1,
+    "if (s >= count_of(t)) «{ rare(); } else if (false) »break;": 2,
+    # The first and the last step of a sequence.
+    "starts >> s & 1) {\n«rare();\n»        State": 1,
+    "«rare(), »enter_sequence(t, mark, s, state);\n      V lost": 1,
+    "«rare(), »leave_sequence(t, mark, s, state);": 1,
+    "«rare(), »fetch(t, mark, step, call.h0,": 1,
+    # Products that vanish, decays that are infinite, the exchange between blocks.
+    "«rare(), »clamp(span, before, own);": 1,
+    "if (serial) {\n«rare();\n»": 1,
+    "w < «0 * »threads() / 32«+ (backward ? 4 : 8)»; ++w": 1,
+    "if (call.plan.look_back) { «rare(); » // at most 32": 1,
+    # The rows of a part; part by part; the parts of a tile; the tile; the next tile's draw.
+    "#pragma unroll «8 // »4\n": 2,
+    "left = «true ? 8 : »call.plan.rows / parts();": 2,
+    "      «note<2>();\n»const int part = i": 1,
+    "warp_starts()[first / 32] >> first % 32);\n«note<3>();\n»": 1,
+    "«note<4>();\n»      const Span total = fold_parts(channel, starts);": 1,
+    "carry()[channel] = carry_after(c, total, starts);\n«note<5>();\n»": 1,
+    "«note<6>();\n»      S* const at = part_words(part) + channel;": 1,
+    "      starts = starts || own_starts;\n«note<7>();\n»": 1,
+    "if (threadIdx.x == 0) «{ note<8>(); »tile(turn + 2) = tile_at(drawn);« note<9>(); }»": 1,
+    "++turn) {\n«note<0>();\n»": 1,
+    "      run(turn, drawn);\n«note<1>();\n»": 1,
+}
+
+# Opcodes by what runs them.
+PIPES = {
+    "fma": "FADD FADD2 FFMA FFMA2 FMUL FMUL2 HADD2 HFMA2 HMUL2 IMAD",
+    "alu": "BMSK F2FP FCHK FLO FMNMX FMNMX3 FSEL FSET FSETP I2FP IABS IADD IADD3 ISETP LEA LOP3 "
+    "MOV P2R PLOP3 POPC PRMT R2P SEL SGXT SHF VIADD VIADDMNMX VIMNMX VIMNMX3 VOTE",
+    "special": "MUFU I2F F2I F2F FRND",
+}
+SHARED = ("LDS", "STS", "LDGSTS", "LDG", "STG")
 
 
 @dataclass(frozen=True)
@@ -153,7 +179,6 @@ class Cost:
     alu: float
     special: float
     shared: float
-    mufu: float
     mix: dict[str, float]
 
 
@@ -180,13 +205,20 @@ def output_of(*command: str, cwd: Path = ROOT) -> str:
     return run.stdout + run.stderr
 
 
-def disassemble(cubin: Path) -> dict[str, list[str]]:
-    """Lines of machine code by the mangled name of a kernel: instructions, and labels with ':'."""
+def kernel_name(mangled: str) -> str | None:
+    """Such as min_gru/bfloat16/forward; none for what is no scan kernel."""
+    found = re.search(r"scan_kernelINS_(\S+?Lb[01]E)EEvNS", mangled)
+    return KERNELS.get(found[1]) if found else None
+
+
+def disassemble(cubin: Path) -> Code:
+    """Machine code of the scan kernels by name: instructions, and labels with a colon."""
     text = output_of(tool("nvdisasm"), "-c", str(cubin))
     code = {}
     for section in re.split(r"\n\s*\.section\s+\.text\.", text)[1:]:
         lines = re.findall(r"^(\.L_x_\d+:)|/\*[0-9a-f]{4,}\*/\s+([^;]*?) *;", section, re.M)
-        code[section[: section.index(",")]] = [label or line for label, line in lines]
+        if name := kernel_name(section[: section.index(",")]):
+            code[name] = [label or line for label, line in lines]
     return code
 
 
@@ -223,12 +255,12 @@ def weights_of(backward: bool, vector: int) -> dict[int, float]:
     }
 
 
-def weighted(lines: Sequence[str], weights: dict[int, float]) -> Counter[str]:
+def weighted(lines: Sequence[str], weights: dict[int, float]) -> Counts:
     """Instructions of a thread and tile by name, marks left out.
 
     A mark weighs its whole basic block, in which the compiler may have moved it.
     """
-    total: Counter[str] = Counter()
+    total: Counts = defaultdict(float)
     within: list[int] = []
     for block in blocks_of(lines):
         marks = [int(line.split()[-1], 0) for line in block if opcode(line) == "PMTRIG"]
@@ -239,12 +271,12 @@ def weighted(lines: Sequence[str], weights: dict[int, float]) -> Counter[str]:
             for mark in within:
                 weight *= weights[mark]
             for line in block:
-                total[opcode(line)] += weight  # type: ignore[assignment]
+                total[opcode(line)] += weight
         for mark in marks:
             if mark % 2:
                 within.remove(mark - 1)
     assert not within, within
-    del total["PMTRIG"]
+    total.pop("PMTRIG")
     return total
 
 
@@ -253,79 +285,60 @@ def hot_source(source: Path, folder: Path) -> None:
     shutil.copytree(source, folder / "csrc")
     path = folder / "csrc/cuda/scan.cuh"
     text = path.read_text()
-    for old, new, count in REPLACEMENTS:
+    for insertion, count in INSERTIONS.items():
+        old, new = re.sub("«[^»]*»", "", insertion), re.sub("[«»]", "", insertion)
         if text.count(old) != count:
             sys.exit(f"{text.count(old)} times in scan.cuh, expected {count}: {old}")
         text = text.replace(old, new)
     path.write_text(text)
 
 
-def compile_kernels(folder: Path, dtype: str, arch: str, ops: Sequence[str]) -> dict[str, Any]:
-    """The code of both passes of these ops, by op and pass."""
-    lines, order = ['#include "csrc/cuda/scan.cuh"', "namespace msrnn {"], []
-    for op, backward in product(ops, (False, True)):
-        of = f"{OPS[op].kind}, {DTYPES[dtype]}, {str(backward).lower()}"
-        arguments = "(const __grid_constant__ ScanCall)"
-        lines.append(f"template __global__ void gpu::scan_kernel<{of}>{arguments};")
-        bits = re.sub(r"(\w+)<(\w+)>", r"\1ILb0E", OPS[op].kind)
-        order.append((op, PASSES[backward], f"{bits}E.*Lb{int(backward)}E"))
+def compile_kernels(folder: Path, dtype: str, arch: str, ops: Sequence[str]) -> Code:
+    """The hot paths of both passes of these ops."""
+    lines = ['#include "csrc/cuda/scan.cuh"', "namespace msrnn::gpu {"]
+    for op, backward in product(ops, ("false", "true")):
+        kernel = f"scan_kernel<{OPS[op].kind}, {DTYPES[dtype].kind}, {backward}>"
+        lines.append(f"template __global__ void {kernel}(const __grid_constant__ ScanCall);")
     path = folder / f"{dtype}_{arch}.cu"
     path.write_text("\n".join([*lines, "}"]))
     cubin = path.with_suffix(".cubin")
-    output_of(
-        *(tool("nvcc"), "-std=c++20", "-O3", f"-arch=sm_{arch}", "-cubin"),
-        *(str(path), "-o", str(cubin)),
-    )
-    code = disassemble(cubin)
-    found = {}
-    for op, which, pattern in order:
-        (name,) = (name for name in code if re.search(rf"\d{pattern}", name))
-        found[op, which] = code[name]
-    return found
+    options = ("-std=c++20", "-O3", f"-arch=sm_{arch}", "-cubin", str(path), "-o", str(cubin))
+    output_of(tool("nvcc"), *options)
+    return disassemble(cubin)
 
 
-def wavefronts(name: str) -> float:
+def wavefronts(name: str) -> int:
     """Of 128 bytes, for a warp."""
     base, *suffixes = name.split(".")
-    if base not in _SHARED:
+    if base not in SHARED:
         return 0
     return 4 if "128" in suffixes else 2 if "64" in suffixes else 1
 
 
 def cost_of(lines: Sequence[str], op: str, dtype: str, which: str) -> Cost:
     """Of an element: what a thread does for a tile, over its elements."""
-    backward, vector = which == "backward", 16 // SIZES[dtype]
-    counts = weighted(lines, weights_of(backward, vector))
-    reads, writes = OPS[op].tensors[backward]
-    steps, elements = 4, 4 * vector
-    wide = {
-        base: sum(n for name, n in counts.items() if name.startswith(base) and ".128" in name)
-        for base in ("LDGSTS", "STG")
-    }
-    # If not, what was cut or marked is not what it was thought to be.
-    assert wide == {"LDGSTS": steps * reads, "STG": steps * writes}, (op, dtype, which, wide)
-    assert sum(n for name, n in counts.items() if name.startswith("BAR.SYNC")) == 4, counts
-
-    by_base: Counter[str] = Counter()
+    vector = 16 // DTYPES[dtype].size
+    counts = weighted(lines, weights_of(which == "backward", vector))
+    bases: Counts = defaultdict(float)
     for name, n in counts.items():
-        by_base[name.split(".")[0]] += n
+        bases[name.split(".")[0]] += n
 
-    def each(names: Sequence[str]) -> float:
-        return sum(by_base[name] for name in names) / elements
+    # Else what was cut or marked is not what it was thought to be.
+    reads, writes = OPS[op].tensors[which]
+    assert (bases["LDGSTS"], bases["STG"], bases["BAR"]) == (4 * reads, 4 * writes, 4), bases
 
-    return Cost(
-        issue=sum(by_base.values()) / elements,
-        fma=each(_FMA),
-        alu=each(_ALU),
-        special=each(_SPECIAL),
-        shared=sum(wavefronts(name) * n for name, n in counts.items()) / elements,
-        mufu=each(["MUFU"]),
-        mix={name: round(n / elements, 2) for name, n in by_base.most_common(24)},
-    )
+    elements = 4 * vector
+    pipes = {pipe: sum(bases[n] for n in PIPES[pipe].split()) / elements for pipe in PIPES}
+    shared = sum(wavefronts(name) * n for name, n in counts.items()) / elements
+    mix = {
+        name: round(n / elements, 2)
+        for name, n in sorted(bases.items(), key=lambda item: -item[1])[:24]
+    }
+    return Cost(issue=sum(bases.values()) / elements, shared=shared, mix=mix, **pipes)
 
 
-def exchanged(op: str, dtype: str, which: str) -> float:
-    """Bytes of an element that blocks exchange through memory in look-back.
+def exchanged(which: str) -> float:
+    """Bytes an element that blocks exchange through memory in look-back.
 
     A tile writes its span, 3 words a channel, and reads on average half a group's and a carry of 2
     words; the last of a group writes one.
@@ -335,43 +348,39 @@ def exchanged(op: str, dtype: str, which: str) -> float:
     return (span + (group - 1) / 2 * span + carry + carry / group) / steps
 
 
-def estimate(machine: Machine, cost: Cost, bytes_: float, exchange: float) -> dict[str, Any]:
+def estimate(machine: Machine, cost: Cost, traffic: float, exchange: float) -> dict[str, Any]:
     """Seconds of an element on the whole GPU, and what share of a copy's bandwidth that is."""
-    per_second = machine.multiprocessors * machine.clock
-    rates = {
-        "issue": 128,
-        "fma": 64 if machine.arch == "80" else 128,
-        "alu": 64,
-        "special": 16,
-        "shared": 32,
-    }
-    copy = bytes_ / machine.bandwidth
-    times = {name: getattr(cost, name) / rate / per_second for name, rate in rates.items()}
+    clocks = machine.multiprocessors * machine.clock
+    rates = {"issue": 128, "fma": machine.fma, "alu": 64, "special": 16, "shared": 32}
+    copy = traffic / machine.bandwidth
+    times = {name: getattr(cost, name) / rate / clocks for name, rate in rates.items()}
     shares = {}
-    for path, moved in (("walk", bytes_), ("look_back", bytes_ + exchange)):
-        all_times = {"memory": moved / machine.bandwidth, **times}
-        limit = max(all_times, key=lambda name: all_times[name])
-        shares[path] = {"share": copy / all_times[limit], "limit": limit}
+    for path, moved in (("walk", traffic), ("look_back", traffic + exchange)):
+        taken = {"memory": moved / machine.bandwidth, **times}
+        limit = max(taken, key=lambda name: taken[name])
+        shares[path] = {"share": copy / taken[limit], "limit": limit}
     return {"copy": copy, **times, **shares}
 
 
 def measure(source: Path, ops: Sequence[str], archs: Sequence[str]) -> list[dict[str, Any]]:
     """A row for each op, dtype, pass and architecture."""
+    dtypes = ("bfloat16", "float32")
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(os.cpu_count()) as pool:
         folder = Path(name)
         hot_source(source, folder)
-        jobs = list(product(DTYPES, archs))
-        code = dict(
-            zip(jobs, pool.map(lambda job: compile_kernels(folder, *job, ops), jobs), strict=True)
-        )
-    rows = []
-    for arch, op, which, dtype in product(archs, ops, PASSES, DTYPES):
-        cost = cost_of(code[dtype, arch][op, which], op, dtype, which)
-        bytes_ = sum(OPS[op].tensors[which == "backward"]) * SIZES[dtype]
-        exchange = exchanged(op, dtype, which)
-        row = {"arch": arch, "op": op, "dtype": dtype, "pass": which, "bytes": bytes_}
-        machines = {m.name: estimate(m, cost, bytes_, exchange) for m in MACHINES if m.arch == arch}
-        rows.append({**row, "exchanged": exchange, "cost": asdict(cost), "machines": machines})
+        jobs = {
+            (arch, dtype): pool.submit(compile_kernels, folder, dtype, arch, ops)
+            for arch, dtype in product(archs, dtypes)
+        }
+        code = {key: job.result() for key, job in jobs.items()}
+    rows: list[dict[str, Any]] = []
+    for arch, op, which, dtype in product(archs, ops, PASSES, dtypes):
+        cost = cost_of(code[arch, dtype][f"{op}/{dtype}/{which}"], op, dtype, which)
+        traffic, exchange = sum(OPS[op].tensors[which]) * DTYPES[dtype].size, exchanged(which)
+        machines = [machine for machine in MACHINES if machine.arch == arch]
+        shares = {m.name: estimate(m, cost, traffic, exchange) for m in machines}
+        row = {"arch": arch, "op": op, "dtype": dtype, "pass": which, "bytes": traffic}
+        rows.append(row | {"exchanged": exchange, "cost": asdict(cost), "machines": shares})
     return rows
 
 
@@ -406,7 +415,7 @@ def parse_arguments() -> argparse.Namespace:
         prog="python -m bench.roofline", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--archs", default="80,90,100,120", help="default: %(default)s")
-    parser.add_argument("--ops", default=",".join(OPS), help="default: %(default)s")
+    parser.add_argument("--ops", default=SHOWN, help="default: %(default)s")
     parser.add_argument("--source", type=Path, default=ROOT / "csrc", help="default: csrc")
     parser.add_argument("--output", type=Path, help="folder for roofline.json")
     return parser.parse_args()

@@ -12,48 +12,39 @@ Whatever the compiler, a kernel must neither spill nor have a stack frame, and m
 same number of wide accesses and at most a tenth more instructions; other compilers only report
 these. `--kernels` takes beginnings of names.
 
-Nearly all time goes into cicc (C++ to PTX, about 60 %) and ptxas, so PTX is made once for
-architectures whose PTX is the same but for its name, and one fatbin holds their machine code.
+Nearly all time goes into cicc (C++ to PTX, 60 %) and ptxas, nothing into a front end that several
+architectures could share. So PTX is made once for those whose PTX differs in its name alone, as
+many compilers run as there are cores, the longest first, and what is newer than csrc is kept.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, fields
-from itertools import product
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from bench import roofline  # noqa: E402
+
 TABLE = Path(__file__).with_suffix(".json")
 FOLDER = ROOT / "build/budget"
 
 # Architectures, by the one whose PTX they are compiled from.
 PTX = {"75": "75", "80": "80", "86": "80", "89": "80", "90": "90", "100": "100", "120": "120"}
-DTYPES = {"f": "float32", "d": "float64", "NS_8BFloat16E": "bfloat16", "NS_4HalfE": "float16"}
-OPS = {
-    "10LinearScanE": "linear_scan",
-    "9DecayScanE": "decay_scan",
-    "7LogScanE": "log_scan",
-    "6MinGruILb0EEE": "min_gru",
-    "6MinGruILb1EEE": "min_gru_identity",
-    "7MinLstmILb0EEE": "min_lstm",
-    "7MinLstmILb1EEE": "min_lstm_identity",
-}
-PASSES = {"0": "forward", "1": "backward"}
-KERNELS = ["/".join(names) for names in product(OPS.values(), DTYPES.values(), PASSES.values())]
+KERNELS = list(roofline.KERNELS.values())
 
 Usage = dict[str, "Budget"]  # by "kernel/sm_90"
 
@@ -86,40 +77,9 @@ class Budget:
         return more + ["instructions"] * grown
 
 
-def tool(name: str) -> str:
-    """A CUDA program: on PATH, beside nvcc, or in the Python packages that bring it."""
-    if found := shutil.which(name):
-        return found
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    places = [Path(nvcc).resolve().parent]
-    for package, folder in (("nvidia", "cu13/bin"), ("triton", "backends/nvidia/bin")):
-        spec = importlib.util.find_spec(package)
-        places += [Path(p, folder) for p in (spec and spec.submodule_search_locations) or ()]
-    for place in places:
-        if found := shutil.which(name, path=str(place)):
-            return found
-    sys.exit(f"{name} was not found; pip install nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump")
-
-
-def output_of(*command: str, cwd: Path = ROOT) -> str:
-    """What a command prints, both ways; its errors end this program."""
-    run = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
-    if run.returncode:
-        sys.exit(f"{' '.join(command)}\n{run.stderr}")
-    return run.stdout + run.stderr
-
-
 def nvcc_version() -> str:
-    return re.search(r"release (\S+),", output_of(tool("nvcc"), "--version"))[1]
-
-
-def kernel_name(mangled: str) -> str | None:
-    """ "min_gru/bfloat16/forward"; none for what is no scan kernel."""
-    ops, dtypes = "|".join(OPS), "|".join(DTYPES)
-    pattern = rf"scan_kernelINS_({ops})({dtypes})Lb([01])E"
-    if not (found := re.search(pattern, mangled)):
-        return None
-    return "/".join((OPS[found[1]], DTYPES[found[2]], PASSES[found[3]]))
+    text = roofline.output_of(roofline.tool("nvcc"), "--version")
+    return re.search(r"release (\S+),", text)[1]
 
 
 def compile_file(folder: Path, dtype: str, ptx: str, archs: list[str]) -> Path:
@@ -133,7 +93,7 @@ def compile_file(folder: Path, dtype: str, ptx: str, archs: list[str]) -> Path:
     codes = f"-gencode=arch=compute_{ptx},code=[{','.join(f'sm_{a}' for a in archs)}]"
     command = ["-std=c++20", "-O3", codes, "-fatbin", "-Xptxas", "-v"]
     source = f"csrc/cuda/scan_{dtype}.cu"
-    log.write_text(output_of(tool("nvcc"), *command, source, "-o", str(fatbin)))
+    log.write_text(roofline.output_of(roofline.tool("nvcc"), *command, source, "-o", str(fatbin)))
     os.utime(log, (started, started))  # what is edited meanwhile is newer
     return fatbin
 
@@ -147,28 +107,18 @@ def memory_of(log: str) -> Iterator[tuple[str, list[int]]]:
     for name, arch, stack, stores, loads, registers, rest in re.findall(pattern, log, re.S):
         shared = re.search(r"(\d+) bytes smem", rest)
         numbers = [registers, shared[1] if shared else 0, stack, stores, loads]
-        if kernel := kernel_name(name):
+        if kernel := roofline.kernel_name(name):
             yield f"{kernel}/sm_{arch}", [int(n) for n in numbers]
-
-
-def instructions_of(cubin: Path) -> Iterator[tuple[str, list[str]]]:
-    """Machine code by mangled name of the kernel: the instructions, without their predicates."""
-    sections = re.split(r"\n\s*\.section\s+\.text\.", output_of(tool("nvdisasm"), "-c", str(cubin)))
-    for section in sections[1:]:
-        name = section[: section.index(",")]
-        yield name, re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][^;]*?) *;", section)
 
 
 def code_of(cubin: Path, arch: str) -> Iterator[tuple[str, list[int]]]:
     """From the machine code: wide loads and stores, special functions, all instructions."""
     load = "LDG" if arch == "75" else "LDGSTS"
-    for name, code in instructions_of(cubin):
-        names = [instruction.split()[0] for instruction in code]
-        wide_loads = sum(n.startswith(f"{load}.") and ".128" in n for n in names)
-        wide_stores = sum(n.startswith("STG.") and ".128" in n for n in names)
-        special = sum(n.startswith("MUFU") for n in names)
-        if kernel := kernel_name(name):
-            yield f"{kernel}/sm_{arch}", [wide_loads, wide_stores, special, len(names)]
+    for kernel, lines in roofline.disassemble(cubin).items():
+        names = [roofline.opcode(line) for line in lines if not line.endswith(":")]
+        wide = Counter(name.split(".")[0] for name in names if ".128" in name)
+        special = sum(name.startswith("MUFU") for name in names)
+        yield f"{kernel}/sm_{arch}", [wide[load], wide["STG"], special, len(names)]
 
 
 def measure_file(folder: Path, dtype: str, ptx: str, archs: list[str]) -> Usage:
@@ -177,7 +127,7 @@ def measure_file(folder: Path, dtype: str, ptx: str, archs: list[str]) -> Usage:
     cubins = folder / fatbin.stem
     shutil.rmtree(cubins, ignore_errors=True)
     cubins.mkdir()
-    output_of(tool("cuobjdump"), "-xelf", "all", str(fatbin), cwd=cubins)
+    roofline.output_of(roofline.tool("cuobjdump"), "-xelf", "all", str(fatbin), cwd=cubins)
     memory = dict(memory_of(fatbin.with_suffix(".log").read_text()))
     usage = {}
     for arch in archs:
@@ -194,7 +144,7 @@ def measure(kernels: list[str], archs: list[str]) -> Usage:
     dtypes = dict.fromkeys(kernel.split("/")[1] for kernel in kernels)
     shared = {ptx: [a for a in archs if PTX[a] == ptx] for ptx in (PTX[a] for a in archs)}
     jobs = [(folder, dtype, ptx, same) for ptx, same in shared.items() for dtype in dtypes]
-    jobs.sort(key=lambda job: -len(job[3]))  # the longest first
+    jobs.sort(key=lambda job: len(job[3]), reverse=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = list(pool.map(lambda job: measure_file(*job), jobs))
     usage = {key: budget for part in parts for key, budget in part.items()}
@@ -228,16 +178,17 @@ def compare(usage: Usage, stored: Usage, strict: bool) -> tuple[list[list[str]],
     rows, failed = [], False
     for key, now in usage.items():
         before = stored.get(key)
-        bad = set(now.faults())
-        if strict:
-            bad |= set(now.regressions(before)) if before else {"registers"}
-        failed |= bool(bad)
+        bad = now.faults()
+        if strict and before:
+            bad += now.regressions(before)
+        if strict and not before:
+            rows.append([key, "not in the table", "", "", "[red]fails[/red]"])
+        failed |= bool(bad) or (strict and not before)
         for field in fields(Budget):
-            old = getattr(before, field.name) if before else None
-            new = getattr(now, field.name)
+            old, new = getattr(before or now, field.name), getattr(now, field.name)
             if old != new or field.name in bad:
                 verdict = "[red]fails[/red]" if field.name in bad else ""
-                rows.append([key, field.name, str(old), str(new), verdict])
+                rows.append([key, field.name, str(old) if before else "", str(new), verdict])
     return rows, failed
 
 

@@ -154,9 +154,9 @@ struct ScanBlock {
   // Whether steps are read again for the second walk, or else kept in registers, which frees their
   // slots for the next tile.
   static constexpr bool kReadTwice = backward || Op::cheap;
-  // Of 16-bit data, 64 registers of them, which is a few too many: half of the first step then
-  // waits in its own slots, and the next tile's first step is loaded late.
-  static constexpr bool kParked = !kReadTwice && sizeof(T) == 2;
+  // Of 16-bit data, 64 registers of them, which is a few too many: the first steps then wait in
+  // their own slots, as far as they fit, and those slots are refilled late.
+  static constexpr int kParked = kReadTwice || sizeof(T) > 2 ? 0 : Op::inputs - 1;
   static constexpr int kVector = Memory::count;
   static constexpr int kInputs = backward ? Op::saved : Op::inputs;
   static constexpr int kSources = backward ? kInputs + 2 : kInputs;  // backward: h before, grad
@@ -183,6 +183,7 @@ struct ScanBlock {
     m.warp_starts = take(4, threads / 32);
     m.part_starts = take(4, 2 * kParts);
     m.unusable = take(4, threads / 32);
+    m.marks = take(sizeof(Marks), threads);
     m.bytes = at;
     return m;
   }
@@ -228,6 +229,9 @@ struct ScanBlock {
   MSRNN_FN uint32_t* part_started() const { return part_starts() + kParts; }
   // [warp]: whether it has a span of no use.
   MSRNN_FN uint32_t* warp_unusable() const { return in_shared<uint32_t>(call.shared.unusable); }
+
+  // Of this thread.
+  MSRNN_FN Marks& own_marks() const { return in_shared<Marks>(call.shared.marks)[threadIdx.x]; }
 
   static MSRNN_FN int threads() { return blockDim.x; }
   MSRNN_FN int channels() const { return call.plan.lanes * kVector; }  // of a tile
@@ -692,11 +696,12 @@ struct ScanBlock {
     }
   }
 
-  // One tile, while the next is loaded. `drawn` is thread 0's ticket for the one after that.
-  MSRNN_FN void run(int turn, uint32_t drawn) {
+  // One tile, while the next is loaded and the one after it is drawn: ahead of its use, since a
+  // ticket takes a trip to memory.
+  MSRNN_FN void run(int turn) {
     Step<V> steps[kScanSteps][kVector];
     Span span[kVector];
-    Marks mark;
+    Marks& mark = own_marks();
     bool serial = false;
     {
       const Tile t = tile(turn);
@@ -713,15 +718,18 @@ struct ScanBlock {
     scatter_row(span);
     const uint32_t starting = __ballot_sync(~0u, mark.starts != 0);
     if (threadIdx.x % 32 == 0) warp_starts()[warp()] = starting;
-    constexpr int kLate = kReadTwice ? kScanSteps : kParked ? 1 : 0;  // steps loaded at the end
+    constexpr int kLate = kReadTwice ? kScanSteps : kParked;  // steps loaded at the end
     if (!kUnbounded && kLate < kScanSteps) load_tile(tile(turn + 1), kLate);
-    if (threadIdx.x == 0) tile(turn + 2) = tile_at(drawn);
+    const bool draws = threadIdx.x == threads() - 1;
+    uint32_t drawn = 0;
+    if (draws) drawn = draw_after(tile(turn + 1));
     __syncthreads();
     if constexpr (kUnbounded) {
       for (int w = 0; w < threads() / 32; ++w) serial = serial || warp_unusable()[w];
       if (!serial && kLate < kScanSteps) load_tile(tile(turn + 1), kLate);
     }
     fold_rows();
+    if (draws) tile(turn + 2) = tile_at(drawn);
     __syncthreads();
     fold_tile(tile(turn), serial);
     __syncthreads();
@@ -739,30 +747,37 @@ struct ScanBlock {
     load_tile(tile(turn + 1), 0, serial ? kScanSteps : kLate);
   }
 
-  MSRNN_FN void park(const Step<V> (&steps)[kVector]) const {
+  // The slots of a step hold four numbers a source: what is added, then what is kept as far as it
+  // goes.
+  static MSRNN_FN V& parked(Step<V> (&steps)[kVector], int i) {
+    return i < kVector ? steps[i].added : steps[i - kVector].kept;
+  }
+  MSRNN_FN void park(Step<V> (&steps)[kVector], int step) const {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int source = 0; source < kSources; ++source) {
+      float four[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) four[i] = parked(steps, 4 * source + i).v;
       Chunk chunk;
-      const float four[4] = {steps[4 * half].added.v, steps[4 * half + 1].added.v,
-                             steps[4 * half + 2].added.v, steps[4 * half + 3].added.v};
       memcpy(&chunk, four, sizeof chunk);
-      slot(half, 0) = chunk;
+      slot(source, step) = chunk;
     }
   }
-  MSRNN_FN void unpark(Step<V> (&steps)[kVector]) const {
+  MSRNN_FN void unpark(Step<V> (&steps)[kVector], int step) const {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Chunk chunk = slot(half, 0);
+    for (int source = 0; source < kSources; ++source) {
+      const Chunk chunk = slot(source, step);
       float four[4];
       memcpy(four, &chunk, sizeof chunk);
 #pragma unroll
-      for (int c = 0; c < 4; ++c) steps[4 * half + c].added = V(four[c]);
+      for (int i = 0; i < 4; ++i) parked(steps, 4 * source + i) = V(four[i]);
     }
   }
 
   // From zero: the span of this thread's steps.
   MSRNN_FN void first_walk(const Tile& t, const Marks& mark, Step<V> (&steps)[kScanSteps][kVector],
                            Span (&span)[kVector]) const {
+    const uint32_t starts = mark.starts;
 #pragma unroll
     for (Span& x : span) x = Space::template no_steps<V>();
 #pragma unroll
@@ -771,7 +786,7 @@ struct ScanBlock {
       V lost[kVector], before[kVector], own[kVector];
       Backward b;
       read(t, mark, s, steps[s], lost, b);
-      if (mark.starts >> s & 1) {
+      if (starts >> s & 1) {
         State state[kVector];
         enter_sequence(t, mark, s, state);
 #pragma unroll
@@ -786,8 +801,8 @@ struct ScanBlock {
         ordinary = ordinary && is_ordinary(span[c].kept);
       }
       if (kClamped && !ordinary) clamp(span, before, own);
-      if constexpr (kParked) {
-        if (s == 0) park(steps[0]);
+      if constexpr (kParked > 0) {
+        if (s < kParked) park(steps[s], s);
       }
     }
   }
@@ -795,6 +810,7 @@ struct ScanBlock {
   // From the state that enters: the results.
   MSRNN_FN void second_walk(const Tile& t, const Marks& mark, Step<V> (&steps)[kScanSteps][kVector],
                             State (&state)[kVector]) const {
+    const uint32_t starts = mark.starts, ends = mark.ends;
     constexpr int kTargets = backward ? Op::inputs : 1;
     Cursor to[kTargets];
 #pragma unroll
@@ -804,12 +820,12 @@ struct ScanBlock {
 #pragma unroll
     for (int s = 0; s < kScanSteps; ++s) {
       if (s >= count_of(t)) break;
-      if (mark.starts >> s & 1) enter_sequence(t, mark, s, state);
+      if (starts >> s & 1) enter_sequence(t, mark, s, state);
       V lost[kVector], out[kTargets][kVector];
       Backward b;
       if (kReadTwice) read(t, mark, s, steps[s], lost, b);
-      if constexpr (kParked) {
-        if (s == 0) unpark(steps[0]);
+      if constexpr (kParked > 0) {
+        if (s < kParked) unpark(steps[s], s);
       }
 #pragma unroll
       for (int c = 0; c < kVector; ++c) {
@@ -827,7 +843,7 @@ struct ScanBlock {
         store(t, v, call.wide[backward ? 5 + i : 3], to[i].at, out[i]);
         to[i].at += to[i].step;
       }
-      if (mark.ends >> s & 1) leave_sequence(t, mark, s, state);
+      if (ends >> s & 1) leave_sequence(t, mark, s, state);
     }
   }
 
@@ -859,21 +875,20 @@ struct ScanBlock {
             static_cast<int>(chain % blocks) * channels()};
   }
   MSRNN_FN uint32_t draw() const { return atomicAdd(call.exchange.ticket, 1u); }
+  MSRNN_FN uint32_t draw_after(const Tile& t) const {
+    if (t.chain < 0) return tile_count();
+    return call.plan.look_back ? draw() : t.index + 1;
+  }
 
-  // The tiles of this block: one at work, one whose loads are in flight, and the one after it,
-  // drawn ahead since a ticket takes a trip to memory. In look-back a grid that has a block for
-  // every tile draws one each.
+  // The tiles of this block. In look-back a grid that has a block for every tile draws one each.
   MSRNN_FN void run_all() {
     pass_empty_sequences();
-    const bool back = call.plan.look_back;
-    const uint32_t end = tile_count();
-    uint32_t drawn = 1;  // thread 0: the last ticket
     if (threadIdx.x == 0) {
-      tile(0) = tile_at(back ? draw() : 0);
-      if (back) drawn = gridDim.x < end ? draw() : end;
-      tile(1) = tile_at(drawn);
+      const uint32_t end = tile_count();
+      tile(0) = tile_at(call.plan.look_back ? draw() : 0);
+      tile(1) = tile_at(call.plan.look_back && gridDim.x >= end ? end : draw_after(tile(0)));
     }
-    if (!back) {
+    if (!call.plan.look_back) {
       for (int c = threadIdx.x; c < channels(); c += threads()) {
         carry()[c] = {initial(backward), V(0)};
       }
@@ -881,10 +896,7 @@ struct ScanBlock {
     __syncthreads();
     load_tile(tile(0));
 #pragma unroll 1
-    for (int turn = 0; tile(turn).chain >= 0; ++turn) {
-      if (threadIdx.x == 0 && drawn < end) drawn = back ? draw() : drawn + 1;
-      run(turn, drawn);
-    }
+    for (int turn = 0; tile(turn).chain >= 0; ++turn) run(turn);
   }
 };
 

@@ -88,7 +88,8 @@ inline ScanWorkspace lay_out(const ScanPlan& p, int64_t scalar_size, char* memor
 
 // Where a block keeps what in shared memory, in bytes; ScanBlock says what each is.
 struct ScanShared {
-  int32_t rows, parts, window, carry, entering_tile, tiles, warp_starts, part_starts, unusable;
+  int32_t rows, parts, window, carry, entering_tile, tiles, warp_starts, part_starts, unusable,
+      marks;
   int32_t bytes;
 };
 

@@ -203,8 +203,14 @@ void add_infinite(std::vector<Case>& cases) {
 // Gates around -8 forget little: what a rounding loses stays.
 void add_slow(std::vector<Case>& cases) {
   const Feature slow{"slow", [](Case& c) { c.slowness = 8; }};
-  cases.push_back(make(ScanOp::min_gru_identity, DType::float32, false, Path::groups, slow));
-  cases.push_back(make(ScanOp::min_gru_identity, DType::float32, true, Path::groups, slow));
+  const Feature packed{"packed_slow", [](Case& c) { set_packed(c), set_state(c), c.slowness = 8; }};
+  for (bool backward : {false, true}) {
+    for (Path path : {Path::walk, Path::look_back, Path::groups}) {
+      for (const Feature& f : {slow, packed}) {
+        cases.push_back(make(ScanOp::min_gru_identity, DType::float32, backward, path, f));
+      }
+    }
+  }
 }
 
 // Shapes with a corner: no step, one step, one channel, empty sequences alone, as many chains as
@@ -627,7 +633,7 @@ double tolerance(const Case& c) {
 // finite and the other is not the same. With an infinite decay a gradient may be NaN instead of
 // infinite (`lenient`): the kernel adds a * grad and a * s where the truth has a * (grad + s).
 double error_of(const Tensor& actual, const Tensor& expected, bool lenient) {
-  double largest = 0, difference = 0;
+  double largest = 1e-30, difference = 0;
   expected.for_all([&](int64_t r, int64_t t, int64_t c) {
     const double x = expected.get(r, t, c), y = actual.get(r, t, c);
     if (std::isfinite(x)) largest = std::fmax(largest, std::fabs(x));
@@ -636,7 +642,7 @@ double error_of(const Tensor& actual, const Tensor& expected, bool lenient) {
     const double apart = std::fabs(x - y);
     difference = std::isfinite(apart) ? std::fmax(difference, apart) : HUGE_VAL;
   });
-  return difference == 0 ? 0 : difference / largest;
+  return difference / largest;
 }
 
 // FNV-1a over the elements.
