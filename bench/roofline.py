@@ -132,6 +132,7 @@ INSERTIONS = {
     "// The sequences as a tile walks": 1,
     # Packed sequences, no gradient of h, unaligned views, the end of the sequence.
     "  «rare(); »int n = m.sequence =": 1,
+    "b.adjoint[c] = «true || »call.grad_state.data": 1,
     "!v.data) «{ rare(); } else if (false) »continue;": 1,
     "} else {\n«rare();\n»#pragma unroll 1\n        for (int step = 0; step < count;": 1,
     "    «rare(); »memcpy(staged(), &chunk,": 1,
@@ -155,9 +156,9 @@ INSERTIONS = {
     "carry()[channel] = carry_after(c, total, starts);\n«note<5>();\n»": 1,
     "«note<6>();\n»      S* const at = part_words(part) + channel;": 1,
     "      starts = starts || own_starts;\n«note<7>();\n»": 1,
-    "if (threadIdx.x == 0) «{ note<8>(); »tile(turn + 2) = tile_at(drawn);« note<9>(); }»": 1,
-    "++turn) {\n«note<0>();\n»": 1,
-    "      run(turn, drawn);\n«note<1>();\n»": 1,
+    "if (draws) «{ note<8>(); »drawn = draw_after(tile(turn + 1));« note<9>(); }»": 1,
+    "if (draws) «{ note<8>(); »tile(turn + 2) = tile_at(drawn);« note<9>(); }»": 1,
+    "++turn) «{ note<0>(); »run(turn);« note<1>(); }»": 1,
 }
 
 # Opcodes by what runs them.
@@ -417,7 +418,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--archs", default="80,90,100,120", help="default: %(default)s")
     parser.add_argument("--ops", default=SHOWN, help="default: %(default)s")
     parser.add_argument("--source", type=Path, default=ROOT / "csrc", help="default: csrc")
-    parser.add_argument("--output", type=Path, help="folder for roofline.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "bench/results", help="folder")
     return parser.parse_args()
 
 
@@ -427,11 +428,9 @@ def main() -> None:
     rows = measure(options.source, ops, archs)
     for arch in archs:
         show(rows, arch)
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        results = {"machines": [asdict(machine) for machine in MACHINES], "rows": rows}
-        path = options.output / "roofline.json"
-        path.write_text(json.dumps(results, indent=1) + "\n")
+    results = {"machines": [asdict(machine) for machine in MACHINES], "rows": rows}
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "roofline.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

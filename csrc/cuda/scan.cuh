@@ -591,6 +591,7 @@ struct ScanBlock {
       const int count = left < kScanWindow ? left : kScanWindow;
       const uint32_t flag = threadIdx.x < count ? await(at.tile_flag - left + threadIdx.x) : 0;
       const uint32_t starting = __ballot_sync(~0u, flag == 3);
+      __syncwarp();  // a vote orders no memory: the spans were acquired by other threads
       if (at.mine) {
         const S* from = at.span - left * kWords * channels();
         for (int k = 0; k < count; ++k) {
