@@ -4,6 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*) setup.py pyproject.toml msrnn_ops/version.py
+DTYPES ?= bfloat16,float32,float16,float64
 PARTS ?= build,test,sanitizer,stress,bench
 OUT ?= bench/results
 
@@ -17,12 +18,13 @@ SANITIZED = MSRNN_TEST_EXAMPLES=10 PYTHONPATH=. \
 
 test: $(VENV)/ready
 	$(BIN)/pytest tests --cov=msrnn_ops --cov-report=term
-	$(MAKE) emulate budget
+	$(MAKE) emulate
+	$(MAKE) budget DTYPES=bfloat16,float32
 
 # The CUDA kernels without a GPU: the same tests of the scans on the emulator; schedules, sanitizers
 # and planted bugs.
 emulate: $(VENV)/ready
-	MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/library.py) MSRNN_TEST_EXAMPLES=40 \
+	MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/library.py) MSRNN_TEST_EXAMPLES=20 \
 		$(BIN)/pytest -q tests/test_scan.py tests/test_torch.py
 	$(BIN)/python tests/emulation/check.py
 
@@ -30,7 +32,7 @@ emulate: $(VENV)/ready
 budget: $(VENV)/ready
 	@command -v nvcc >/dev/null || { echo "budget: skipped, there is no nvcc"; exit 0; } && \
 		$(BIN)/pip install -q nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump && \
-		$(BIN)/python tests/budget.py --check
+		$(BIN)/python tests/budget.py --check --dtypes $(DTYPES)
 
 # On a machine with a GPU, with the packages of $(PYTHON) alone and no network: build, test, sanitize,
 # stress and measure; results go to the folder OUT.

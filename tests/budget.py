@@ -1,6 +1,7 @@
 """What the compiler makes of the CUDA kernels, against the table in budget.json. No GPU is needed.
 
-    python tests/budget.py [--check | --update] [--archs 75,90] [--kernels min_gru/bfloat16,...]
+    python tests/budget.py [--check | --update] [--archs 75,90] [--dtypes float32,...]
+                           [--kernels min_gru/bfloat16,...]
 
 Every kernel is compiled for every architecture that wheels hold, and its registers, stack frame,
 spills, static shared memory and, from the machine code, its 16-byte loads and stores, special
@@ -208,6 +209,7 @@ def parse_arguments() -> argparse.Namespace:
     action.add_argument("--check", action="store_true", help="fail where a kernel got worse")
     action.add_argument("--update", action="store_true", help="store what was measured")
     parser.add_argument("--archs", default=",".join(PTX), help="default: %(default)s")
+    parser.add_argument("--dtypes", default="", help="default: all")
     parser.add_argument("--kernels", default="", help="beginnings of names; default: all")
     return parser.parse_args()
 
@@ -216,6 +218,8 @@ def main() -> int:
     options = parse_arguments()
     started = time.perf_counter()
     kernels = [k for k in KERNELS if k.startswith(tuple(options.kernels.split(",")))]
+    if options.dtypes:
+        kernels = [k for k in kernels if k.split("/")[1] in options.dtypes.split(",")]
     usage = measure(kernels, [a for a in PTX if a in options.archs.split(",")])
     version, (stored_version, stored) = nvcc_version(), load()
     print(f"nvcc {version}, {len(usage)} kernels, {time.perf_counter() - started:.0f} s")
