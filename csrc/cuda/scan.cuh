@@ -43,13 +43,13 @@
 // with fewer instructions (a load of 16 bytes is one here, an eighth of an element's 45) but needs
 // a barrier between the engine and its readers and a descriptor per tensor: not used.
 //
-// Arithmetic an element of bfloat16 on sm_90, from the SASS (python -m bench.roofline counts it).
-// An H200 copies 4.3 TB/s with 132 multiprocessors at 1.98 GHz, so 6 bytes take 0.365 cycles of
-// one: time for 47 instructions (128 a cycle) and 5.8 special functions (16 a cycle). minGRU
-// forward has 45 and 4.1, backward 75 and 6.1 of 93 and 11.7; minLSTM forward 57 and 5.1 of 62
-// and 7.8, backward 110 and 8.1 of 125 and 15.6.
+// Arithmetic an element of bfloat16 on sm_90, from the machine code (python -m bench.roofline). An
+// H200 copies 4.3 TB/s with 132 multiprocessors at 1.98 GHz, so 6 bytes take 0.365 cycles of one:
+// time for 47 instructions (128 a cycle) and 5.8 special functions (16 a cycle). minGRU takes 51 and
+// 4.3 forward, 91 and 6.6 backward of 93 and 11.7; minLSTM 65 and 5.3 of 62 and 7.8, 126 and 8.6 of
+// 125 and 15.6. decay_scan and log_scan forward take 58 and 62 instructions: too many for an H200.
 //
-// Rejected, in instructions of minGRU forward:
+// Rejected, in instructions of minGRU forward (45 by the count they were compared with):
 //   - spans composed by shuffles in a warp, then across warps: 56, half of it selects and branches;
 //   - a Newton step for the reciprocals of 16-bit data: 2 each; 1 - small has no bias to
 //   accumulate;
