@@ -45,9 +45,10 @@
 //
 // Arithmetic an element of bfloat16 on sm_90, from the machine code (python -m bench.roofline). An
 // H200 copies 4.3 TB/s with 132 multiprocessors at 1.98 GHz, so 6 bytes take 0.365 cycles of one:
-// time for 47 instructions (128 a cycle) and 5.8 special functions (16 a cycle). minGRU takes 51 and
-// 4.3 forward, 91 and 6.6 backward of 93 and 11.7; minLSTM 65 and 5.3 of 62 and 7.8, 126 and 8.6 of
-// 125 and 15.6. decay_scan and log_scan forward take 58 and 62 instructions: too many for an H200.
+// time for 47 instructions (128 a cycle) and 5.8 special functions (16 a cycle). minGRU takes 51
+// and 4.3 forward, 91 and 6.6 backward of 93 and 11.7; minLSTM 65 and 5.3 of 62 and 7.8, 126
+// and 8.6 of 125 and 15.6. decay_scan and log_scan forward take 58 and 62 instructions: too many
+// for an H200.
 //
 // Rejected, in instructions of minGRU forward (45 by the count they were compared with):
 //   - spans composed by shuffles in a warp, then across warps: 56, half of it selects and branches;
