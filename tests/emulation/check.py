@@ -3,7 +3,7 @@
 The rungs, all of them by default:
   selftest   the emulator itself, and that it notices the mistakes planted in its selftest
   schedules  every case of driver.cpp under many schedules: right, and the same bits under all
-  address    every case under AddressSanitizer
+  address    the quick cases under AddressSanitizer
   thread     the quick cases under ThreadSanitizer, warps as strict as CUDA documents them
   mutations  each bug of tests/mutations planted into a copy of the kernel: all must be noticed;
              mutations=NAME runs those whose name matches the pattern
@@ -198,7 +198,7 @@ def schedules() -> str:
 
 
 def address() -> str:
-    result = run(build_driver("address"), EMULATION_SHUFFLE="2")
+    result = run(build_driver("address"), "--quick", EMULATION_SHUFFLE="2")
     expect_success(result)
     return f"{len(result.hashes())} cases"
 
