@@ -33,7 +33,7 @@ using Float = Number<float, true>;
 using Brief = Number<float, false>;
 using Double = Number<double, true>;
 
-// A file of functions over a single scalar: T and exact are deduced from the operands.
+// Every function below is a template over these two, deduced from its operands.
 #define MSRNN_NUMBER template <class T, bool exact>
 #define MSRNN_N Number<T, exact>
 

@@ -1,4 +1,5 @@
-// The kernel of a dtype, each compiled in a file of its own (scan_<dtype>.cu).
+// The entry from the host: finds the kernels of a dtype, which scan_<dtype>.cu compile, a file
+// each.
 #include "scan.cuh"
 
 namespace msrnn {

@@ -23,8 +23,8 @@
 // group, 4096 steps, per exchange. Tickets make it safe: a block waits for lower tickets only, and
 // whoever holds the lowest unfinished ticket waits for nobody. A block works through its tickets in
 // order, so drawing ahead, to load ahead, is safe too. Flags belong to one call: the host clears 4
-// bytes a tile in the stream before the launch (a memset, about 2 us, captured with the launch),
-// which buys freedom from any state between calls, streams and replays.
+// bytes a tile in the stream before the launch (a memset, by estimate 2 us, captured with the
+// launch), which buys freedom from any state between calls, streams and replays.
 //
 // Sequences packed by cu_seqlens stay one chain: a step that starts a sequence enters that
 // sequence's own state and marks its span, and whatever comes before a marked span is dropped (not
@@ -52,8 +52,7 @@
 //
 // Rejected, in instructions of minGRU forward (45 by the count they were compared with):
 //   - spans composed by shuffles in a warp, then across warps: 56, half of it selects and branches;
-//   - a Newton step for the reciprocals of 16-bit data: 2 each; 1 - small has no bias to
-//   accumulate;
+//   - a Newton step for the reciprocals of 16-bit data: 2 each; 1 - small accumulates no bias;
 //   - one reciprocal for both gates: a special function less, an instruction more, and a NaN in one
 //     gate poisons the other;
 //   - gates computed again for the second walk: 8 special functions where memory leaves 5.8.
@@ -221,7 +220,7 @@ struct ScanBlock {
     return in_shared<Span>(call.shared.window)[k * channels() + threadIdx.x];
   }
   // [4]: the last tile, which some warp may still be at, the one at work, the next and the one
-  // after it, as thread 0 drew them. They stay here since registers are short.
+  // after it, as a thread drew them. They stay here since registers are short.
   MSRNN_FN Tile& tile(int turn) const { return in_shared<Tile>(call.shared.tiles)[turn & 3]; }
   // [warp]: bits of the threads whose steps start a sequence. [part]: whether its span starts one,
   // and whether one of the parts before it does.
@@ -327,7 +326,7 @@ struct ScanBlock {
   static MSRNN_FN V initial(bool adjoint) {
     return !adjoint && kLogarithmic ? V::minus_infinity() : V(0);
   }
-  // This thread's channels of a (sequences, channels()) state at the sequence of a step.
+  // This thread's channels of a (sequences, channels) state at the sequence of a step.
   MSRNN_FN void fetch(const Tile& t, const Marks& mark, int step, const void* states, bool adjoint,
                       V (&x)[kVector]) const {
     if (!states) {

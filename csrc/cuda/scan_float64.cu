@@ -1,3 +1,4 @@
+// All scans of float64, forward and backward; scan.cuh has the kernel.
 #include "scan.cuh"
 
 namespace msrnn {
