@@ -33,7 +33,7 @@ emulate: $(VENV)/ready
 budget: $(VENV)/ready
 	@command -v nvcc >/dev/null || { echo "budget: skipped, there is no nvcc"; exit 0; } && \
 		$(BIN)/pip install -q nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump && \
-		$(BIN)/python tests/budget.py --check --dtypes $(DTYPES)
+		$(BIN)/python -m bench.budget --check --dtypes $(DTYPES)
 
 # On a machine with a GPU, with the packages of $(PYTHON) alone and no network: build, test, sanitize,
 # stress and measure; results go to the folder OUT.

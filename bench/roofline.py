@@ -26,12 +26,10 @@ tiles and waves. So it says what a kernel cannot beat, not what it reaches.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
@@ -45,10 +43,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parent.parent
+from .machine_code import DTYPES, OPS, PASSES, ROOT, Code, disassemble, opcode, output_of, tool
+
 GOAL = 0.85  # of a copy's bandwidth
 
-Code = dict[str, list[str]]  # lines of machine code by the name of a kernel
 Counts = defaultdict[str, float]  # of instructions, by name
 
 
@@ -76,60 +74,15 @@ MACHINES = (
 )
 
 
-@dataclass(frozen=True)
-class Op:
-    """An op: its name in C++ and mangled, the tensors of B*T*D that each pass reads and writes."""
-
-    kind: str
-    mangled: str
-    tensors: dict[str, tuple[int, int]]
-
-
-def _op(kind: str, mangled: str, forward: tuple[int, int], backward: tuple[int, int]) -> Op:
-    return Op(kind, mangled, {"forward": forward, "backward": backward})
-
-
-OPS = {
-    "linear_scan": _op("LinearScan", "10LinearScanE", (2, 1), (3, 2)),
-    "decay_scan": _op("DecayScan", "9DecayScanE", (2, 1), (3, 2)),
-    "log_scan": _op("LogScan", "7LogScanE", (2, 1), (4, 2)),
-    "min_gru": _op("MinGru<false>", "6MinGruILb0EEE", (2, 1), (4, 2)),
-    "min_gru_identity": _op("MinGru<true>", "6MinGruILb1EEE", (2, 1), (4, 2)),
-    "min_lstm": _op("MinLstm<false>", "7MinLstmILb0EEE", (3, 1), (5, 3)),
-    "min_lstm_identity": _op("MinLstm<true>", "7MinLstmILb1EEE", (3, 1), (5, 3)),
-}
 SHOWN = "linear_scan,decay_scan,log_scan,min_gru,min_lstm"
 
-
-@dataclass(frozen=True)
-class DType:
-    """A dtype: its name in C++ and mangled, and its bytes."""
-
-    kind: str
-    mangled: str
-    size: int
-
-
-DTYPES = {
-    "float32": DType("float", "f", 4),
-    "float64": DType("double", "d", 8),
-    "bfloat16": DType("BFloat16", "NS_8BFloat16E", 2),
-    "float16": DType("Half", "NS_4HalfE", 2),
-}
-PASSES = {"forward": "0", "backward": "1"}
-KERNELS = {  # by what a mangled name holds
-    f"{op.mangled}{dtype.mangled}Lb{bit}E": f"{name}/{dtype_name}/{which}"
-    for (name, op), (dtype_name, dtype), (which, bit) in product(
-        OPS.items(), DTYPES.items(), PASSES.items()
-    )
-}
 
 # What is inserted, in «», into a copy of scan.cuh, and how often the rest is found there: traps at
 # rare branches, the trip counts of a long call, marks around what some warps run, or several times.
 INSERTIONS = {
     "«MSRNN_FN void rare() { __trap(); __builtin_unreachable(); }\n"
     'template <int n> MSRNN_FN void note() { asm volatile("pmevent %0;" ::"n"(n)); }\n»'
-    "// The sequences as a tile walks": 1,
+    "// The sequences as a tile walks": 1,  # in sequences.h
     # Packed sequences, no gradient of h, unaligned views, the end of the sequence.
     "  «rare(); »int n = m.sequence =": 1,
     "b.adjoint[c] = «true || »call.grad_state.data": 1,
@@ -139,27 +92,29 @@ INSERTIONS = {
     "if (s >= count_of(t)) «{ rare(); } else if (false) »break;": 2,
     # The first and the last step of a sequence.
     "starts >> s & 1) {\n«rare();\n»        State": 1,
-    "«rare(), »enter_sequence(t, mark, s, state);\n      V lost": 1,
+    "«rare(), »enter_sequence(t, mark, s, state);\n      V out": 1,
     "«rare(), »leave_sequence(t, mark, s, state);": 1,
     "«rare(), »fetch(t, mark, step, call.h0,": 1,
     # Products that vanish, decays that are infinite, the exchange between blocks.
     "«rare(), »clamp(span, before, own);": 1,
     "if (serial) {\n«rare();\n»": 1,
-    "w < «0 * »threads() / 32«+ (backward ? 4 : 8)»; ++w": 1,
     "if (call.plan.look_back) { «rare(); » // at most 32": 1,
     # The rows of a part; part by part; the parts of a tile; the tile; the next tile's draw.
-    "#pragma unroll «8 // »4\n": 2,
-    "left = «true ? 8 : »call.plan.rows / parts();": 2,
+    "left = «true ? 7 : »part_rows() - 1": 2,
+    "left = «true ? 8 : »part_rows();": 2,
+    "} else {\n«rare();\n»#pragma unroll 1\n        for (int left": 2,
     "      «note<2>();\n»const int part = i": 1,
     "warp_starts()[first / 32] >> first % 32);\n«note<3>();\n»": 1,
     "«note<4>();\n»      const Span total = fold_parts(channel, starts);": 1,
-    "carry()[channel] = carry_after(c, total, starts);\n«note<5>();\n»": 1,
+    "carry()[channel] = carry_after<Space>(c, total, starts);\n«note<5>();\n»": 1,
     "«note<6>();\n»      S* const at = part_words(part) + channel;": 1,
     "      starts = starts || own_starts;\n«note<7>();\n»": 1,
     "if (draws) «{ note<8>(); »drawn = draw_after(tile(turn + 1));« note<9>(); }»": 1,
     "if (draws) «{ note<8>(); »tile(turn + 2) = tile_at(drawn);« note<9>(); }»": 1,
     "++turn) «{ note<0>(); »run(turn);« note<1>(); }»": 1,
 }
+
+CUT = "\0"  # between two files
 
 # Opcodes by what runs them.
 PIPES = {
@@ -181,51 +136,6 @@ class Cost:
     special: float
     shared: float
     mix: dict[str, float]
-
-
-def tool(name: str) -> str:
-    """A CUDA program: on PATH, beside nvcc, or in the Python packages that bring it."""
-    if found := shutil.which(name):
-        return found
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    places = [Path(nvcc).resolve().parent]
-    for package, folder in (("nvidia", "cu13/bin"), ("triton", "backends/nvidia/bin")):
-        spec = importlib.util.find_spec(package)
-        places += [Path(p, folder) for p in (spec and spec.submodule_search_locations) or ()]
-    for place in places:
-        if found := shutil.which(name, path=str(place)):
-            return found
-    sys.exit(f"{name} was not found; pip install nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump")
-
-
-def output_of(*command: str, cwd: Path = ROOT) -> str:
-    """What a command prints, both ways; its errors end this program."""
-    run = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
-    if run.returncode:
-        sys.exit(f"{' '.join(command)}\n{run.stderr}")
-    return run.stdout + run.stderr
-
-
-def kernel_name(mangled: str) -> str | None:
-    """Such as min_gru/bfloat16/forward; none for what is no scan kernel."""
-    found = re.search(r"scan_kernelINS_(\S+?Lb[01]E)EEvNS", mangled)
-    return KERNELS.get(found[1]) if found else None
-
-
-def disassemble(cubin: Path) -> Code:
-    """Machine code of the scan kernels by name: instructions, and labels with a colon."""
-    text = output_of(tool("nvdisasm"), "-c", str(cubin))
-    code = {}
-    for section in re.split(r"\n\s*\.section\s+\.text\.", text)[1:]:
-        lines = re.findall(r"^(\.L_x_\d+:)|/\*[0-9a-f]{4,}\*/\s+([^;]*?) *;", section, re.M)
-        if name := kernel_name(section[: section.index(",")]):
-            code[name] = [label or line for label, line in lines]
-    return code
-
-
-def opcode(line: str) -> str:
-    """The instruction's name with its suffixes, without a predicate."""
-    return re.sub(r"^@!?U?P\w+ +", "", line).split()[0]
 
 
 def blocks_of(lines: Sequence[str]) -> Iterator[list[str]]:
@@ -284,13 +194,15 @@ def weighted(lines: Sequence[str], weights: dict[int, float]) -> Counts:
 def hot_source(source: Path, folder: Path) -> None:
     """A copy of the sources whose kernel has only its hot path, with marks."""
     shutil.copytree(source, folder / "csrc")
-    path = folder / "csrc/cuda/scan.cuh"
-    text = path.read_text()
+    path, other = folder / "csrc/cuda/scan.cuh", folder / "csrc/cuda/sequences.h"
+    text = other.read_text() + CUT + path.read_text()
     for insertion, count in INSERTIONS.items():
         old, new = re.sub("«[^»]*»", "", insertion), re.sub("[«»]", "", insertion)
         if text.count(old) != count:
-            sys.exit(f"{text.count(old)} times in scan.cuh, expected {count}: {old}")
+            sys.exit(f"{text.count(old)} times in the kernel, expected {count}: {old}")
         text = text.replace(old, new)
+    before, text = text.split(CUT)
+    other.write_text(before)
     path.write_text(text)
 
 

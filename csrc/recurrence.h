@@ -114,20 +114,21 @@ struct Linear {
   static MSRNN_FN State<V> walk(State<V> s, Step<V> x) {
     return {fma(x.kept, s.value, x.added)};
   }
-  // A product of decays must be 0 or infinite only if one of them is: 0 * inf and inf * 0 would be
-  // NaN where a walk through the steps has a number. A gate's decay, in [0, 1], counts as never
-  // quite 0; other products are looked at by the caller (clamp_product).
-  template <bool gated, class V>
-  static MSRNN_FN V product(V a, V b) {
-    if constexpr (gated) {
-      return at_least_tiny(a * b);
-    } else {
-      return a * b;
-    }
+  // A step as a span, and a span and the step after it. `lost` is the step's 1 - a.
+  template <class V>
+  static MSRNN_FN Span<V> span_of(Step<V> x, V lost) {
+    return {{x.added}, x.kept, lost};
   }
-  template <bool gated, class V>
+  template <class V>
   static MSRNN_FN Span<V> extend(Span<V> x, Step<V> y, V lost) {
-    return {walk(x.state, y), product<gated>(x.kept, y.kept), fma(lost, V(1) - x.lost, x.lost)};
+    return {walk(x.state, y), x.kept * y.kept, fma(lost, x.kept, x.lost)};
+  }
+  // A product of decays must be 0 or infinite only if one of them is: 0 * inf and inf * 0 would be
+  // NaN where a walk through the steps has a number. Decays of gates lie in [0, 1] and count as
+  // never quite 0: this is for them, once per span; others take clamp_product at every step.
+  template <class V>
+  static MSRNN_FN Span<V> never_quite_lost(Span<V> x) {
+    return {x.state, at_least_tiny(x.kept), x.lost};
   }
   template <class V>
   static MSRNN_FN State<V> apply(Span<V> x, State<V> before) {
@@ -136,14 +137,14 @@ struct Linear {
     auto slow = within_half_and_finite(x.lost, h);
     return {select(slow, fma(-x.lost, h, h) + x.state.value, fma(x.kept, h, x.state.value))};
   }
-  template <bool gated, class V>
+  template <class V>
   static MSRNN_FN Span<V> then(Span<V> x, Span<V> y) {
-    return {apply(y, x.state), product<gated>(x.kept, y.kept), fma(y.lost, V(1) - x.lost, x.lost)};
+    return {apply(y, x.state), x.kept * y.kept, fma(y.lost, V(1) - x.lost, x.lost)};
   }
   // An infinite decay multiplies the zero that a run starts from: NaN, not what a walk has.
   template <class V>
   static MSRNN_FN bool usable_span(Span<V> x) {
-    return !is_infinite(x.kept);
+    return is_finite(x.kept);
   }
   // The whole run as one step, for `advance`.
   template <class V>
@@ -206,6 +207,24 @@ struct Linear {
   }
 };
 
+// The adjoint of a linear recurrence: the gradient s of h_t is a_{t+1} (s of h_{t+1} + what arrives
+// at h_{t+1} alone). Here `added` is the latter. The sum comes first: with an infinite decay, two
+// products could be infinities of both signs.
+struct Adjoint : Linear {
+  template <class V>
+  static MSRNN_FN State<V> walk(State<V> s, Step<V> x) {
+    return {x.kept * (s.value + x.added)};
+  }
+  template <class V>
+  static MSRNN_FN Span<V> span_of(Step<V> x, V lost) {
+    return {{x.kept * x.added}, x.kept, lost};
+  }
+  template <class V>
+  static MSRNN_FN Span<V> extend(Span<V> x, Step<V> y, V lost) {
+    return {walk(x.state, y), x.kept * y.kept, fma(lost, x.kept, x.lost)};
+  }
+};
+
 // log h_t = logaddexp(log a + log h_{t-1}, log b). Here `decay` is log a and `value` log b.
 struct LogSpace {
   // log h = largest + log(sum), sum >= 1: a step costs one exponential and no logarithm.
@@ -231,13 +250,14 @@ struct LogSpace {
   static MSRNN_FN Span<V> no_steps() {
     return {{V::minus_infinity(), V(1)}, V(0)};
   }
-  // The sum of two states. Equal infinities count as distance 0, so that log 0 + log 0 = log 0.
+  // The sum of two states. Equal infinities have no distance: NaN, which counts as far away, so
+  // that log 0 + log 0 = log 0.
   template <class V>
   static MSRNN_FN State<V> join(State<V> x, State<V> y) {
-    V distance = select(equal(x.largest, y.largest), V(0), x.largest - y.largest);
-    V e = exponential(minus_abs(distance));
+    V distance = x.largest - y.largest;
+    V e = zero_if_nan(exponential(minus_abs(distance)));
     auto left = at_least_zero(distance);
-    return {select(left, x.largest, y.largest),
+    return {larger_or_nan(x.largest, y.largest),
             fma(select(left, y.sum, x.sum), e, select(left, x.sum, y.sum))};
   }
   template <class V>
@@ -248,7 +268,11 @@ struct LogSpace {
   static MSRNN_FN State<V> walk(State<V> s, Step<V> x) {
     return join(State<V>{s.largest + x.kept, s.sum}, State<V>{x.added, V(1)});
   }
-  template <bool gated, class V>
+  template <class V>
+  static MSRNN_FN Span<V> span_of(Step<V> x, V) {
+    return {{x.added, V(1)}, x.kept};
+  }
+  template <class V>
   static MSRNN_FN Span<V> extend(Span<V> x, Step<V> y, V) {
     return {walk(x.state, y), x.kept + y.kept};
   }
@@ -256,13 +280,13 @@ struct LogSpace {
   static MSRNN_FN State<V> apply(Span<V> x, State<V> before) {
     return join(State<V>{before.largest + x.kept, before.sum}, x.state);
   }
-  template <bool gated, class V>
+  template <class V>
   static MSRNN_FN Span<V> then(Span<V> x, Span<V> y) {
     return {apply(y, x.state), x.kept + y.kept};
   }
   template <class V>
   static MSRNN_FN bool usable_span(Span<V> x) {
-    return !(is_infinite(x.kept) && at_least_zero(x.kept));
+    return greater(-x.kept, V::minus_infinity());
   }
   template <class V>
   static MSRNN_FN Gates<V> as_step(Span<V> x) {
@@ -321,6 +345,12 @@ MSRNN_FN Carry<V> carry_through(Carry<V> c, typename Space::template Span<V> x) 
   Gates<V> g = Space::as_step(x);
   Carry<V> after = Space::advance(c, g);
   return is_finite(after.value) ? after : Space::plain(c, g);
+}
+
+// The same where the run may have started afresh, with a state of its own.
+template <class Space, class V>
+MSRNN_FN Carry<V> carry_after(Carry<V> c, typename Space::template Span<V> x, bool starts) {
+  return starts ? Carry<V>{Space::value_of(x.state), V(0)} : carry_through<Space>(c, x);
 }
 
 // Backward. With the adjoint s_t = grad_t + a_{t+1} s_{t+1}, the gradient of input i is

@@ -60,6 +60,16 @@ __device__ __forceinline__ float reciprocal_approximate(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// The larger of two; NaN if one of them is.
+__device__ __forceinline__ float larger_propagating(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
 
 __device__ __forceinline__ char* dynamic_shared() {
   extern __shared__ __align__(128) char msrnn_shared[];
@@ -120,6 +130,7 @@ inline void copies_done() {
 inline float exp2_approximate(float x) { return ::exp2_approx(x); }
 inline float log2_approximate(float x) { return ::log2_approx(x); }
 inline float reciprocal_approximate(float x) { return ::reciprocal_approx(x); }
+inline float larger_propagating(float a, float b) { return a > b || a != a ? a : b; }
 inline char* dynamic_shared() { return static_cast<char*>(msrnn_dynamic_shared()); }
 
 template <class Kernel>

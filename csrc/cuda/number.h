@@ -95,7 +95,12 @@ MSRNN_FN float huge(float) { return 3.4028235e38f; }
 MSRNN_FN double huge(double) { return 1.7976931348623157e308; }
 MSRNN_FN float larger(float a, float b) { return fmaxf(a, b); }
 MSRNN_FN double larger(double a, double b) { return fmax(a, b); }
+MSRNN_FN double larger_propagating(double a, double b) { return a > b || a != a ? a : b; }
 MSRNN_NUMBER MSRNN_FN MSRNN_N at_least_tiny(MSRNN_N p) { return MSRNN_N(larger(p.v, tiny(p.v))); }
+MSRNN_NUMBER MSRNN_FN MSRNN_N zero_if_nan(MSRNN_N x) { return MSRNN_N(larger(x.v, T(0))); }
+MSRNN_NUMBER MSRNN_FN MSRNN_N larger_or_nan(MSRNN_N a, MSRNN_N b) {
+  return MSRNN_N(larger_propagating(a.v, b.v));
+}
 MSRNN_NUMBER MSRNN_FN bool is_ordinary(MSRNN_N p) {
   return magnitude(p.v) > 0 && magnitude(p.v) < T(kInfinity);
 }

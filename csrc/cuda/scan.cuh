@@ -12,19 +12,7 @@
 //            state that enters the tile.
 //   chain    the tiles of a batch row and a block of channels, in order. With enough chains a block
 //            walks each of them and keeps the carry ("walk"). Otherwise blocks take tiles by
-//            ticket, time-major across chains, and hand carries on through memory ("look-back").
-//
-// Look-back. Tiles form aligned groups. A tile publishes its span, waits for the spans of the tiles
-// before it in its group and for the carry of the group before, and folds these in order; the last
-// tile of a group publishes the group's carry. So the order of every operation is fixed by shape:
-// results are the same bits for any schedule, any GPU and any run. The price, against folding from
-// whatever carry is already there: a tile reads on average half a group of spans, 8 x 12 bytes a
-// channel and 256 steps (6 % of the bytes of a bfloat16 minGRU, from L2), and a chain advances one
-// group, 4096 steps, per exchange. Tickets make it safe: a block waits for lower tickets only, and
-// whoever holds the lowest unfinished ticket waits for nobody. A block works through its tickets in
-// order, so drawing ahead, to load ahead, is safe too. Flags belong to one call: the host clears 4
-// bytes a tile in the stream before the launch (a memset, by estimate 2 us, captured with the
-// launch), which buys freedom from any state between calls, streams and replays.
+//            ticket, time-major across chains, and hand carries on through memory (look_back.h).
 //
 // Sequences packed by cu_seqlens stay one chain: a step that starts a sequence enters that
 // sequence's own state and marks its span, and whatever comes before a marked span is dropped (not
@@ -45,13 +33,14 @@
 //
 // Arithmetic an element of bfloat16 on sm_90, from the machine code (python -m bench.roofline). An
 // H200 copies 4.3 TB/s with 132 multiprocessors at 1.98 GHz, so 6 bytes take 0.365 cycles of one:
-// time for 47 instructions (128 a cycle) and 5.8 special functions (16 a cycle). minGRU takes 51
-// and 4.3 forward, 91 and 6.6 backward of 93 and 11.7; minLSTM 65 and 5.3 of 62 and 7.8, 126
-// and 8.6 of 125 and 15.6. decay_scan and log_scan forward take 58 and 62 instructions: too many
-// for an H200.
+// time for 47 instructions (128 a cycle) and 5.8 special functions (16 a cycle). minGRU takes 48
+// and 4.0 forward, 80 and 6.1 backward of 93 and 11.7; minLSTM 58 and 5.0 of 62 and 7.8, 115 and
+// 8.1 of 125 and 15.6. log_scan forward takes 54 and 3.3: the only one an H200 slows by more than
+// 2 %.
 //
-// Rejected, in instructions of minGRU forward (45 by the count they were compared with):
-//   - spans composed by shuffles in a warp, then across warps: 56, half of it selects and branches;
+// Rejected, in instructions of minGRU forward:
+//   - spans composed by shuffles in a warp, then across warps: 11 more, half of it selects and
+//     branches;
 //   - a Newton step for the reciprocals of 16-bit data: 2 each; 1 - small accumulates no bias;
 //   - one reciprocal for both gates: a special function less, an instruction more, and a NaN in one
 //     gate poisons the other;
@@ -62,74 +51,12 @@
 #include <cstring>
 #include <type_traits>
 
+#include "look_back.h"
 #include "memory.h"
-#include "scan.h"
+#include "sequences.h"
 
 namespace msrnn {
 namespace gpu {
-
-// The sequences as a tile walks over them. Walking position w counts from the start of the walk.
-struct Walk {
-  const ScanCall& call;
-  bool descending;  // in time
-
-  MSRNN_FN int time(int w) const { return descending ? static_cast<int>(call.time) - 1 - w : w; }
-
-  // Where sequence n starts in time, n <= sequences; in bounds whatever cu_seqlens holds.
-  MSRNN_FN int start(int n) const {
-    const int64_t t = call.long_ends ? static_cast<const int64_t*>(call.cu_seqlens)[n]
-                                     : static_cast<const int32_t*>(call.cu_seqlens)[n];
-    return static_cast<int>(t < 0 ? 0 : t > call.time ? call.time : t);
-  }
-  // The packed sequence that holds time t: the last to start at or before it; -1 where none does.
-  MSRNN_FN int find(int t) const {
-    int low = -1, high = static_cast<int>(call.sequences);
-#pragma unroll 1
-    while (low + 1 < high) {
-      const int middle = low + (high - low) / 2;
-      (start(middle) <= t ? low : high) = middle;
-    }
-    return low;
-  }
-  // The same, walking on from sequence n of an earlier position.
-  MSRNN_FN int find_from(int n, int t) const {
-    if (descending) {
-#pragma unroll 1
-      while (n >= 0 && t < start(n)) --n;
-    } else {
-#pragma unroll 1
-      while (n + 1 < call.sequences && t >= start(n + 1)) ++n;
-    }
-    return n;
-  }
-};
-
-// Which of a thread's steps (bits) start and end a sequence, and the sequence of the first of them.
-struct Marks {
-  uint32_t starts, ends;
-  int sequence;
-};
-
-MSRNN_FN Marks marks(const Walk& walk, int batch, int first, int count) {
-  Marks m{0, 0, batch};
-  if (!walk.call.cu_seqlens) {
-    const int last = static_cast<int>(walk.call.time) - 1 - first;
-    m.starts = first == 0 && count > 0;
-    m.ends = last >= 0 && last < count ? 1u << last : 0;
-    return m;
-  }
-  int n = m.sequence = count > 0 ? walk.find(walk.time(first)) : 0;
-#pragma unroll 1
-  for (int s = 0; s < count; ++s) {
-    const int t = walk.time(first + s);
-    n = walk.find_from(n, t);
-    if (n < 0) continue;
-    const bool opens = t == walk.start(n), closes = t + 1 == walk.start(n + 1);
-    if (walk.descending ? closes : opens) m.starts |= 1u << s;
-    if (walk.descending ? opens : closes) m.ends |= 1u << s;
-  }
-  return m;
-}
 
 // A tile: of which chain, where in it, and where that lies. chain < 0: none.
 struct alignas(16) Tile {
@@ -143,14 +70,15 @@ struct ScanBlock {
   using Memory = Stored<T>;
   using V = typename Memory::V;
   using S = typename V::Scalar;
-  using Space = std::conditional_t<backward, Linear, typename Op::Space>;
+  using Space = std::conditional_t<backward, Adjoint, typename Op::Space>;
   using State = typename Space::template State<V>;
   using Span = typename Space::template Span<V>;
   static constexpr bool kLogarithmic = std::is_same_v<typename Op::Space, LogSpace>;
   // Whether a decay may be infinite, so that a span may be of no use.
   static constexpr bool kUnbounded = !Op::gated || (kLogarithmic && !backward);
   // Whether products of decays are looked at: they may vanish or overflow.
-  static constexpr bool kClamped = std::is_same_v<Space, Linear> && !Op::gated;
+  static constexpr bool kClamped = !Op::gated;
+  static constexpr bool kNeverLost = Op::gated && (backward || !kLogarithmic);
   // Whether steps are read again for the second walk, or else kept in registers, which frees their
   // slots for the next tile.
   static constexpr bool kReadTwice = backward || Op::cheap;
@@ -158,6 +86,7 @@ struct ScanBlock {
   // their own slots, as far as they fit, and those slots are refilled late.
   static constexpr int kParked = kReadTwice || sizeof(T) > 2 ? 0 : Op::inputs - 1;
   static constexpr int kVector = Memory::count;
+  static constexpr int kVectorLog2 = kVector == 8 ? 3 : kVector == 4 ? 2 : 1;
   static constexpr int kInputs = backward ? Op::saved : Op::inputs;
   static constexpr int kSources = backward ? kInputs + 2 : kInputs;  // backward: h before, grad
   static constexpr int kWords = sizeof(Span) / sizeof(S);
@@ -215,10 +144,6 @@ struct ScanBlock {
   MSRNN_FN State* entering_tile() const { return in_shared<State>(call.shared.entering_tile); }
   // [channel]: on a walk, the carry into the next tile.
   MSRNN_FN Carry<V>* carry() const { return in_shared<Carry<V>>(call.shared.carry); }
-  // [kScanWindow]: of this thread's channel, in look-back, the spans of tiles before.
-  MSRNN_FN Span& window(int k) const {
-    return in_shared<Span>(call.shared.window)[k * channels() + threadIdx.x];
-  }
   // [4]: the last tile, which some warp may still be at, the one at work, the next and the one
   // after it, as a thread drew them. They stay here since registers are short.
   MSRNN_FN Tile& tile(int turn) const { return in_shared<Tile>(call.shared.tiles)[turn & 3]; }
@@ -239,6 +164,7 @@ struct ScanBlock {
   MSRNN_FN int lane() const { return threadIdx.x & (call.plan.lanes - 1); }
   MSRNN_FN int row() const { return threadIdx.x >> call.plan.lanes_log2; }
   MSRNN_FN int parts() const { return call.plan.rows < kParts ? call.plan.rows : kParts; }
+  MSRNN_FN int part_rows() const { return call.plan.rows < kParts ? 1 : call.plan.rows / kParts; }
 
   // What this thread does of a tile.
   MSRNN_FN int first_of(const Tile& t) const {
@@ -294,8 +220,8 @@ struct ScanBlock {
           if (step < first || step >= end) continue;
           T* to = reinterpret_cast<T*>(&slot(source, step));
 #pragma unroll 1
-          for (int c = 0; c < present; ++c) {
-            to[c] = *reinterpret_cast<const T*>(from.at + c * v.channel);
+          for (int c = 0; c < kVector; ++c) {  // zeros, so that absent channels ask for nothing
+            to[c] = c < present ? *reinterpret_cast<const T*>(from.at + c * v.channel) : T{};
           }
         }
       }
@@ -385,8 +311,7 @@ struct ScanBlock {
         V factor[Op::inputs];
         g = Op::adjoint(in, x[kInputs][c], factor);
         b.adjoint[c] = call.grad_state.data ? x[kInputs + 1][c] : V(0);
-        steps[c].kept = g.kept;
-        steps[c].added = steps[c].kept * b.adjoint[c];
+        steps[c] = {g.kept, b.adjoint[c]};
 #pragma unroll
         for (int i = 0; i < Op::inputs; ++i) b.factor[i][c] = factor[i];
       } else {
@@ -461,47 +386,53 @@ struct ScanBlock {
   }
 
   static MSRNN_FN Span compose(const Span& x, const Span& y) {
-    Span both = Space::template then<Op::gated>(x, y);
-    if (kClamped) both.kept = clamp_product(both.kept, x.kept, y.kept);
+    Span both = Space::then(x, y);
+    if constexpr (kClamped) both.kept = clamp_product(both.kept, x.kept, y.kept);
     return both;
+  }
+  static MSRNN_FN Span settled(const Span& x) {
+    if constexpr (kNeverLost) return Space::never_quite_lost(x);
+    return x;
   }
   static MSRNN_FN State pass(const Span& x, bool starts, const State& before) {
     return starts ? x.state : Space::apply(x, before);
   }
-  static MSRNN_FN Carry<V> carry_after(const Carry<V>& before, const Span& x, bool starts) {
-    return starts ? Carry<V>{Space::value_of(x.state), V(0)} : carry_through<Space>(before, x);
-  }
 
   // Calls `each` for every channel of every part that is this thread's: with the channel, the part,
   // the part's first row and the bits of those of its rows that start a sequence, `lanes` apart.
-  // (The rows of a part belong to one warp.)
+  // (The rows of a part belong to one warp, and so do rows that follow: their bits come after.)
   template <class Each>
   MSRNN_FN void for_parts(const Each& each) const {
-    const int of_part = call.plan.rows / parts() * call.plan.lanes;  // threads
+    const int channels_log2 = call.plan.lanes_log2 + kVectorLog2;
 #pragma unroll 1
     for (int i = threadIdx.x; i < channels() * parts(); i += threads()) {
-      const int part = i / channels(), first = part * of_part;
-      each(i % channels(), part, first >> call.plan.lanes_log2,
-           warp_starts()[first / 32] >> first % 32);
+      const int part = i >> channels_log2, row = part * part_rows();
+      const int first = row << call.plan.lanes_log2;  // thread
+      each(i & (channels() - 1), part, row, warp_starts()[first / 32] >> first % 32);
     }
   }
 
   // From the spans of the rows to those of the parts.
   MSRNN_FN void fold_rows() const {
     for_parts([&](int channel, int part, int row, uint32_t starts) {
-      Span total = Space::template no_steps<V>();
-      bool any = false;
       const S* from = row_words(row) + channel;
-#pragma unroll 4
-      for (int left = call.plan.rows / parts(); left > 0; --left) {
-        const Span own = gather<Span>(from, plane());
-        const bool own_starts = starts & 1;
-        total = own_starts ? own : compose(total, own);
-        any = any || own_starts;
-        starts >>= call.plan.lanes;
-        from += channels();
+      Span total = gather<Span>(from, plane());
+      bool any = starts & 1;
+      if (!starts) {
+#pragma unroll 7
+        for (int left = part_rows() - 1; left > 0; --left) {
+          total = compose(total, gather<Span>(from += channels(), plane()));
+        }
+      } else {
+#pragma unroll 1
+        for (int left = part_rows() - 1; left > 0; --left) {
+          const Span own = gather<Span>(from += channels(), plane());
+          starts >>= call.plan.lanes;
+          total = starts & 1 ? own : compose(total, own);
+          any = any || starts & 1;
+        }
       }
-      scatter(part_words(part) + channel, channels(), total);
+      scatter(part_words(part) + channel, channels(), settled(total));
       if (channel == 0) part_starts()[part] = any;
     });
   }
@@ -518,7 +449,7 @@ struct ScanBlock {
       const bool own_starts = part_starts()[part];
       scatter(at, channels(), total);
       if (channel == 0) part_started()[part] = starts;
-      total = own_starts ? own : compose(total, own);
+      total = own_starts ? own : settled(compose(total, own));
       starts = starts || own_starts;
     }
     return total;
@@ -530,105 +461,27 @@ struct ScanBlock {
       const Span before = gather<Span>(part_words(part) + channel, channels());
       State state = pass(before, part_started()[part], entering_tile()[channel]);
       S* at = row_words(row) + channel;
-#pragma unroll 4
-      for (int left = call.plan.rows / parts(); left > 0; --left) {
-        const Span own = gather<Span>(at, plane());
-        scatter(at, plane(), state);
-        state = pass(own, starts & 1, state);
-        starts >>= call.plan.lanes;
-        at += channels();
+      if (!starts) {
+#pragma unroll 8
+        for (int left = part_rows(); left > 0; --left, at += channels()) {
+          const Span own = gather<Span>(at, plane());
+          scatter(at, plane(), state);
+          state = Space::apply(own, state);
+        }
+      } else {
+#pragma unroll 1
+        for (int left = part_rows(); left > 0; --left, at += channels()) {
+          const Span own = gather<Span>(at, plane());
+          scatter(at, plane(), state);
+          state = pass(own, starts & 1, state);
+          starts >>= call.plan.lanes;
+        }
       }
     });
   }
 
-  // Where the exchange between blocks keeps what this thread hands on.
-  struct Shelf {
-    uint32_t *tile_flag, *group_flag;  // of this tile and its group; earlier ones lie before
-    S *span, *carry;                   // of this thread's channel, likewise
-    int behind;                        // tiles of the group before this one
-    bool first_group, mine, passes_span, passes_carry;
-  };
-
-  MSRNN_FN Shelf shelf(const Tile& t) const {
-    const ScanPlan& plan = call.plan;
-    const ScanExchange& exchange = call.exchange;
-    const int size = static_cast<int>(plan.group), group = t.index / size;
-    const int64_t tile = t.chain * plan.tiles + t.index, at = t.chain * plan.groups + group;
-    const bool last = t.index + 1 == plan.tiles, closes = t.index + 1 == (group + 1) * size;
-    return {exchange.tile_flags + tile,
-            exchange.group_flags + at,
-            static_cast<S*>(exchange.spans) + tile * kWords * channels() + threadIdx.x,
-            static_cast<S*>(exchange.carries) + at * 2 * channels() + threadIdx.x,
-            t.index - group * size,
-            group == 0,
-            threadIdx.x < channels(),
-            !last && !closes,
-            !last && closes};
-  }
-
-  // Waits until a flag has been set and returns it.
-  static MSRNN_FN uint32_t await(const uint32_t* flag) {
-    uint32_t value;
-    while (!(value = load_acquire(flag))) spin_pause();
-    return value;
-  }
-
-  // The three parts of a look-back (see the head), each by the whole first warp, a thread a
-  // channel.
-  MSRNN_FN void publish(const Shelf& at, const Span& total, bool starts) const {
-    if (!at.passes_span) return;
-    if (at.mine) scatter(at.span, channels(), total);
-    __syncwarp();
-    if (threadIdx.x == 0) store_release(at.tile_flag, starts ? 3 : 1);
-  }
-
-  MSRNN_FN Carry<V> collect(const Shelf& at) const {
-    Carry<V> c{initial(backward), V(0)};
-    bool before = !at.first_group;  // the carry of the group before is still to be had
-    int left = at.behind;
-#pragma unroll 1
-    do {
-      const int count = left < kScanWindow ? left : kScanWindow;
-      const uint32_t flag = threadIdx.x < count ? await(at.tile_flag - left + threadIdx.x) : 0;
-      const uint32_t starting = __ballot_sync(~0u, flag == 3);
-      __syncwarp();  // a vote orders no memory: the spans were acquired by other threads
-      if (at.mine) {
-        const S* from = at.span - left * kWords * channels();
-        for (int k = 0; k < count; ++k) {
-          S word[kWords];
-#pragma unroll
-          for (int i = 0; i < kWords; ++i, from += channels()) word[i] = load_coherent(from);
-          memcpy(static_cast<void*>(&window(k)), word, sizeof(Span));
-        }
-      }
-      if (before) {
-        if (threadIdx.x == 0) await(at.group_flag - 1);
-        __syncwarp();
-        if (at.mine) {
-          c = {V(load_coherent(at.carry - 2 * channels())),
-               V(load_coherent(at.carry - channels()))};
-        }
-        before = false;
-      }
-      if (at.mine) {
-#pragma unroll 1
-        for (int k = 0; k < count; ++k) {
-          c = carry_after(c, window(k), starting >> k & 1);
-        }
-      }
-      left -= count;
-    } while (left > 0);
-    return c;
-  }
-
-  MSRNN_FN void close(const Shelf& at, const Carry<V>& after) const {
-    if (!at.passes_carry) return;
-    if (at.mine) {
-      at.carry[0] = after.value.v;
-      at.carry[channels()] = after.rest.v;
-    }
-    __syncwarp();
-    if (threadIdx.x == 0) store_release(at.group_flag, 1);
+  MSRNN_FN LookBack<Space, V> look_back(const Tile& t) const {
+    return {call, t.chain, t.index, channels(), in_shared<Span>(call.shared.window)};
   }
 
   // From the spans of the parts to the state that enters the tile, and on to the tiles after it.
@@ -637,21 +490,21 @@ struct ScanBlock {
     bool starts = false;
     if (call.plan.look_back) {  // at most 32 channels: the first warp, whole
       if (warp() > 0) return;
-      const Shelf at = shelf(t);
+      const auto exchange = look_back(t);
       Span total = Space::template no_steps<V>();
-      if (at.mine) total = fold_parts(threadIdx.x, starts);
+      if (exchange.mine) total = fold_parts(threadIdx.x, starts);
       starts = __any_sync(~0u, starts);
-      if (!serial) publish(at, total, starts);
-      const Carry<V> c = collect(at);
-      if (at.mine) entering_tile()[threadIdx.x] = Space::enter(c.value);
-      if (!serial && at.passes_carry) close(at, carry_after(c, total, starts));
+      if (!serial) exchange.publish(total, starts);
+      const Carry<V> c = exchange.collect({initial(backward), V(0)});
+      if (exchange.mine) entering_tile()[threadIdx.x] = Space::enter(c.value);
+      if (!serial && exchange.passes_carry) exchange.close(carry_after<Space>(c, total, starts));
       return;
     }
     for (int channel = threadIdx.x; channel < channels(); channel += threads()) {
       const Span total = fold_parts(channel, starts);
       const Carry<V> c = carry()[channel];
       entering_tile()[channel] = Space::enter(c.value);
-      if (!serial) carry()[channel] = carry_after(c, total, starts);
+      if (!serial) carry()[channel] = carry_after<Space>(c, total, starts);
     }
   }
 
@@ -659,6 +512,7 @@ struct ScanBlock {
   // walk one after the other, and the tile passes for one that starts a sequence with what it
   // leaves.
   MSRNN_FN void enter_rows_serially(const Tile& t, const Marks& mark,
+                                    Step<V> (&steps)[kScanSteps][kVector],
                                     State (&state)[kVector]) const {
     State* const running = entering_tile() + lane() * kVector;
 #pragma unroll 1
@@ -666,14 +520,13 @@ struct ScanBlock {
       if (row() == r) {
         State now[kVector];
         for (int c = 0; c < kVector; ++c) state[c] = now[c] = running[c];
-#pragma unroll 1
-        for (int s = 0; s < count_of(t); ++s) {
-          Step<V> steps[kVector];
-          V lost[kVector];
+#pragma unroll
+        for (int s = 0; s < kScanSteps; ++s) {
+          if (s >= count_of(t)) break;
           Backward b;
-          read(t, mark, s, steps, lost, b);
+          recall(t, mark, s, steps[s], b);
           if (mark.starts >> s & 1) enter_sequence(t, mark, s, now);
-          for (int c = 0; c < kVector; ++c) now[c] = Space::walk(now[c], steps[c]);
+          for (int c = 0; c < kVector; ++c) now[c] = Space::walk(now[c], steps[s][c]);
         }
         for (int c = 0; c < kVector; ++c) running[c] = now[c];
       }
@@ -685,11 +538,11 @@ struct ScanBlock {
   MSRNN_FN void hand_on(const Tile& t) const {
     if (call.plan.look_back) {
       if (warp() > 0) return;
-      const Shelf at = shelf(t);
+      const auto exchange = look_back(t);
       Span total = Space::template no_steps<V>();
-      if (at.mine) total.state = entering_tile()[threadIdx.x];
-      publish(at, total, true);
-      close(at, {Space::value_of(total.state), V(0)});
+      if (exchange.mine) total.state = entering_tile()[threadIdx.x];
+      exchange.publish(total, true);
+      exchange.close({Space::value_of(total.state), V(0)});
       return;
     }
     for (int c = threadIdx.x; c < channels(); c += threads()) {
@@ -726,7 +579,8 @@ struct ScanBlock {
     if (draws) drawn = draw_after(tile(turn + 1));
     __syncthreads();
     if constexpr (kUnbounded) {
-      for (int w = 0; w < threads() / 32; ++w) serial = serial || warp_unusable()[w];
+      const int other = threadIdx.x % 32;
+      serial = __any_sync(~0u, other < threads() / 32 && warp_unusable()[other]);
       if (!serial && kLate < kScanSteps) load_tile(tile(turn + 1), kLate);
     }
     fold_rows();
@@ -738,7 +592,7 @@ struct ScanBlock {
     const Tile t = tile(turn);
     State state[kVector];
     if (serial) {
-      enter_rows_serially(t, mark, state);
+      enter_rows_serially(t, mark, steps, state);
     } else {
       enter_rows();
       __syncthreads();
@@ -775,6 +629,17 @@ struct ScanBlock {
     }
   }
 
+  // A step that the first walk has read.
+  MSRNN_FN void recall(const Tile& t, const Marks& mark, int step, Step<V> (&steps)[kVector],
+                       Backward& b) const {
+    V lost[kVector];
+    if constexpr (kReadTwice) {
+      read(t, mark, step, steps, lost, b);
+    } else if constexpr (kParked > 0) {
+      if (step < kParked) unpark(steps, step);
+    }
+  }
+
   // From zero: the span of this thread's steps.
   MSRNN_FN void first_walk(const Tile& t, const Marks& mark, Step<V> (&steps)[kScanSteps][kVector],
                            Span (&span)[kVector]) const {
@@ -787,25 +652,33 @@ struct ScanBlock {
       V lost[kVector], before[kVector], own[kVector];
       Backward b;
       read(t, mark, s, steps[s], lost, b);
+      bool ordinary = true;
+#pragma unroll
+      for (int c = 0; c < kVector; ++c) {
+        if (s == 0) {
+          span[c] = Space::span_of(steps[s][c], lost[c]);
+          continue;
+        }
+        before[c] = span[c].kept;
+        own[c] = steps[s][c].kept;
+        span[c] = Space::extend(span[c], steps[s][c], lost[c]);
+        ordinary = ordinary && is_ordinary(span[c].kept);
+      }
+      if constexpr (kClamped) {
+        if (!ordinary) clamp(span, before, own);
+      }
       if (starts >> s & 1) {
         State state[kVector];
         enter_sequence(t, mark, s, state);
 #pragma unroll
-        for (int c = 0; c < kVector; ++c) span[c].state = state[c];
+        for (int c = 0; c < kVector; ++c) span[c].state = Space::walk(state[c], steps[s][c]);
       }
-      bool ordinary = true;
-#pragma unroll
-      for (int c = 0; c < kVector; ++c) {
-        before[c] = span[c].kept;
-        own[c] = steps[s][c].kept;
-        span[c] = Space::template extend<Op::gated>(span[c], steps[s][c], lost[c]);
-        ordinary = ordinary && is_ordinary(span[c].kept);
-      }
-      if (kClamped && !ordinary) clamp(span, before, own);
       if constexpr (kParked > 0) {
         if (s < kParked) park(steps[s], s);
       }
     }
+#pragma unroll
+    for (Span& x : span) x = settled(x);
   }
 
   // From the state that enters: the results.
@@ -822,12 +695,9 @@ struct ScanBlock {
     for (int s = 0; s < kScanSteps; ++s) {
       if (s >= count_of(t)) break;
       if (starts >> s & 1) enter_sequence(t, mark, s, state);
-      V lost[kVector], out[kTargets][kVector];
+      V out[kTargets][kVector];
       Backward b;
-      if (kReadTwice) read(t, mark, s, steps[s], lost, b);
-      if constexpr (kParked > 0) {
-        if (s < kParked) unpark(steps[s], s);
-      }
+      recall(t, mark, s, steps[s], b);
 #pragma unroll
       for (int c = 0; c < kVector; ++c) {
         if constexpr (backward) {
