@@ -89,7 +89,7 @@ INSERTIONS = {
     "!v.data) «{ rare(); } else if (false) »continue;": 1,
     "} else {\n«rare();\n»#pragma unroll 1\n        for (int step = 0; step < count;": 1,
     "    «rare(); »memcpy(staged(), &chunk,": 1,
-    "if (s >= count_of(t)) «{ rare(); } else if (false) »break;": 2,
+    "if (s >= count_of(t)) «{ rare(); } else if (false) »break;": 3,
     # The first and the last step of a sequence.
     "starts >> s & 1) {\n«rare();\n»        State": 1,
     "«rare(), »enter_sequence(t, mark, s, state);\n      V out": 1,
@@ -100,9 +100,8 @@ INSERTIONS = {
     "if (serial) {\n«rare();\n»": 1,
     "if (call.plan.look_back) { «rare(); » // at most 32": 1,
     # The rows of a part; part by part; the parts of a tile; the tile; the next tile's draw.
-    "left = «true ? 7 : »part_rows() - 1": 2,
-    "left = «true ? 8 : »part_rows();": 2,
-    "} else {\n«rare();\n»#pragma unroll 1\n        for (int left": 2,
+    "r < «8 + 0 * »part_rows();": 4,
+    "} else {\n«rare();\n»#pragma unroll 1\n        for (int r": 2,
     "      «note<2>();\n»const int part = i": 1,
     "warp_starts()[first / 32] >> first % 32);\n«note<3>();\n»": 1,
     "«note<4>();\n»      const Span total = fold_parts(channel, starts);": 1,

@@ -80,8 +80,9 @@ struct ScanBlock {
   static constexpr bool kClamped = !Op::gated;
   static constexpr bool kNeverLost = Op::gated && (backward || !kLogarithmic);
   // Whether steps are read again for the second walk, or else kept in registers, which frees their
-  // slots for the next tile.
-  static constexpr bool kReadTwice = backward || Op::cheap;
+  // slots for the next tile. (Registers are too few for logarithms of double.)
+  static constexpr bool kReadTwice =
+      backward || Op::cheap || (kLogarithmic && sizeof(T) == sizeof(double));
   // Of 16-bit data, 64 registers of them, which is a few too many: the first steps then wait in
   // their own slots, as far as they fit, and those slots are refilled late.
   static constexpr int kParked = kReadTwice || sizeof(T) > 2 ? 0 : Op::inputs - 1;
@@ -420,16 +421,16 @@ struct ScanBlock {
       bool any = starts & 1;
       if (!starts) {
 #pragma unroll 7
-        for (int left = part_rows() - 1; left > 0; --left) {
+        for (int r = 1; r < part_rows(); ++r) {
           total = compose(total, gather<Span>(from += channels(), plane()));
         }
       } else {
 #pragma unroll 1
-        for (int left = part_rows() - 1; left > 0; --left) {
+        for (int r = 1; r < part_rows(); ++r) {
           const Span own = gather<Span>(from += channels(), plane());
-          starts >>= call.plan.lanes;
-          total = starts & 1 ? own : compose(total, own);
-          any = any || starts & 1;
+          const bool own_starts = starts >> r * call.plan.lanes & 1;
+          total = own_starts ? own : compose(total, own);
+          any = any || own_starts;
         }
       }
       scatter(part_words(part) + channel, channels(), settled(total));
@@ -463,18 +464,17 @@ struct ScanBlock {
       S* at = row_words(row) + channel;
       if (!starts) {
 #pragma unroll 8
-        for (int left = part_rows(); left > 0; --left, at += channels()) {
+        for (int r = 0; r < part_rows(); ++r, at += channels()) {
           const Span own = gather<Span>(at, plane());
           scatter(at, plane(), state);
           state = Space::apply(own, state);
         }
       } else {
 #pragma unroll 1
-        for (int left = part_rows(); left > 0; --left, at += channels()) {
+        for (int r = 0; r < part_rows(); ++r, at += channels()) {
           const Span own = gather<Span>(at, plane());
           scatter(at, plane(), state);
-          state = pass(own, starts & 1, state);
-          starts >>= call.plan.lanes;
+          state = pass(own, starts >> r * call.plan.lanes & 1, state);
         }
       }
     });

@@ -4,11 +4,10 @@ The rungs, all of them by default:
   selftest   the emulator itself, and that it notices the mistakes planted in its selftest
   schedules  every case of driver.cpp under many schedules: right, and the same bits under all
   address    the quick cases under AddressSanitizer
+  undefined  every case under UndefinedBehaviorSanitizer
   thread     the quick cases under ThreadSanitizer, warps as strict as CUDA documents them
   mutations  each bug of tests/mutations planted into a copy of the kernel: all must be noticed;
              mutations=NAME runs those whose name matches the pattern
-and, since it takes minutes to compile, only if named:
-  undefined  every case under UndefinedBehaviorSanitizer
 
 A mutation is a text file: a title, the file it edits, what notices it (values, bits, dead-lock,
 address, thread), the cases to run, and lines to replace, which must occur just once:
@@ -338,11 +337,10 @@ RUNGS: dict[str, Callable[[], str]] = {
     "selftest": selftest,
     "schedules": schedules,
     "address": address,
+    "undefined": undefined,
     "thread": thread,
     "mutations": mutations,
-    "undefined": undefined,
 }
-DEFAULT = [rung for rung in RUNGS if rung != "undefined"]
 
 
 def climb(name: str) -> bool:
@@ -362,7 +360,7 @@ def main(names: list[str]) -> int:
     if unknown:
         print(f"no such rung: {' '.join(unknown)}")
         return 2
-    return 0 if all([climb(name) for name in names or DEFAULT]) else 1
+    return 0 if all([climb(name) for name in names or RUNGS]) else 1
 
 
 if __name__ == "__main__":
