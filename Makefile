@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*) setup.py pyproject.toml msrnn_ops/version.py
-MUTATIONS ?= mutations=[b-e]* mutations=no* mutations=relaxed*
+MUTATIONS ?= mutations=[b-e]* mutations=no* mutations=relaxed* mutations=step_[b-t]*
 DTYPES ?= bfloat16,float32,float16,float64
 PARTS ?= build,test,sanitizer,stress,bench
 OUT ?= bench/results

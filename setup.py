@@ -34,7 +34,8 @@ STABLE_ABI = [
     ("TORCH_TARGET_VERSION", "0x020b000000000000"),
     ("Py_LIMITED_API", "0x030A0000"),
 ]
-KERNELS = [f"scan_{dtype}" for dtype in ("float32", "float64", "bfloat16", "float16")]
+SCANS = [f"scan_{dtype}" for dtype in ("float32", "float64", "bfloat16", "float16")]
+KERNELS = ["multi_state", *SCANS, "scan"]  # the longest to compile first
 SANITIZE = os.environ.get("MSRNN_SANITIZE")  # e.g. address,undefined
 
 
@@ -94,9 +95,7 @@ class Build(BuildExtension):
             newest = float("inf")
         jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
         with ThreadPoolExecutor(jobs) as pool:
-            objects = list(
-                pool.map(partial(compile_kernel, folder, newest, jobs), ["scan", *KERNELS])
-            )
+            objects = list(pool.map(partial(compile_kernel, folder, newest, jobs), KERNELS))
         stamp.write_text(str(cuda_archs()))
         return objects
 
@@ -111,7 +110,7 @@ def compile_kernel(folder: Path, newest: float, jobs: int, name: str) -> str:
         code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
         codes.append(f"-gencode=arch=compute_{number.rstrip('af')},code={code}")
     command = [nvcc(), "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *codes]
-    threads = max(1, jobs // (len(KERNELS) + 1))
+    threads = max(1, jobs // len(KERNELS))
     command += ["--threads", str(threads), "-c", f"csrc/cuda/{name}.cu", "-o", str(target)]
     print(" ".join(command), flush=True)
     subprocess.run(command, check=True, cwd=ROOT)
@@ -124,7 +123,7 @@ def cuda_extension() -> Extension:
     libraries = re.findall(r'-L([^"\s]+)', re.search(r"LIBRARIES=(.*)", dry)[1])
     return CppExtension(
         "msrnn_ops._cuda",
-        ["csrc/cuda/scan.cpp"],
+        ["csrc/cuda/scan.cpp", "csrc/cuda/multi_state.cpp"],
         define_macros=[
             *STABLE_ABI,
             ("USE_CUDA", None),

@@ -45,4 +45,30 @@ MSRNN_FN bool goes_before(const Candidate& a, const Candidate& b) {
   return a.position < b.position;
 }
 
+// What is known of some slots of one row and group. Summaries add up in any order.
+struct Summary {
+  Candidate victim{__builtin_inff(), 0, -1};
+  int64_t occupied = 0;
+  int64_t first_empty = -1;
+
+  MSRNN_FN void add(const Summary& other) {
+    if (goes_before(other.victim, victim)) victim = other.victim;
+    occupied += other.occupied;
+    const auto mine = static_cast<uint64_t>(first_empty);  // -1: none, more than any
+    if (static_cast<uint64_t>(other.first_empty) < mine) first_empty = other.first_empty;
+  }
+  // A slot, its position and its score.
+  MSRNN_FN void look_at(const Policy& policy, int64_t slot, int64_t position, float score,
+                        int64_t now) {
+    if (position < 0) {
+      if (first_empty < 0) first_empty = slot;
+      return;
+    }
+    ++occupied;
+    if (score > victim.score || is_protected(policy, position, now)) return;
+    const Candidate candidate{score, position, slot};
+    if (goes_before(candidate, victim)) victim = candidate;
+  }
+};
+
 }  // namespace msrnn

@@ -41,19 +41,6 @@ constexpr int64_t kBytesPerThread = int64_t{1} << 17;
 // Tickets of attention a thread, at least, where there are as many blocks: they even out the end.
 constexpr int64_t kTickets = 4;
 
-// What a block, or a row, knows of its states.
-struct Summary {
-  Candidate victim{__builtin_inff(), 0, -1};
-  int64_t occupied = 0;
-  int64_t first_empty = -1;
-
-  void add(const Summary& next) {  // of higher slots
-    if (goes_before(next.victim, victim)) victim = next.victim;
-    occupied += next.occupied;
-    if (first_empty < 0) first_empty = next.first_empty;
-  }
-};
-
 // Slots [begin, end) of a row and group, whose current attention is sums[slot - begin].
 Summary summarize(const State& s, const Policy& policy, int64_t row, int64_t g, int64_t begin,
                   int64_t end, const float* sums) {
@@ -61,34 +48,16 @@ Summary summarize(const State& s, const Policy& policy, int64_t row, int64_t g, 
   Summary found;
   for (int64_t slot = begin; slot < end; ++slot) {
     const int64_t position = s.position[offset + slot];
-    if (position < 0) {
-      if (found.first_empty < 0) found.first_empty = slot;
-      continue;
-    }
-    ++found.occupied;
     float score = 0;
-    if (policy.score == ScoreKind::attention) score = sums[slot - begin];
-    if (policy.score == ScoreKind::accumulated) {
-      score = s.score[offset + slot] += sums[slot - begin];
+    if (position >= 0) {
+      if (policy.score == ScoreKind::attention) score = sums[slot - begin];
+      if (policy.score == ScoreKind::accumulated) {
+        score = s.score[offset + slot] += sums[slot - begin];
+      }
     }
-    if (score > found.victim.score || is_protected(policy, position, now)) continue;
-    const Candidate candidate{score, position, slot};
-    if (goes_before(candidate, found.victim)) found.victim = candidate;
+    found.look_at(policy, slot, position, score, now);
   }
   return found;
-}
-
-void evict_one(const State& s, int64_t row, int64_t g, const Summary& found) {
-  const int64_t i = s.group(row, g), offset = i * s.slots;
-  s.last_evicted[i] = -1;
-  if (found.occupied == s.slots && found.victim.slot >= 0) {
-    s.last_evicted[i] = found.victim.position;
-    s.free[i] = found.victim.slot;
-    s.position[offset + found.victim.slot] = -1;
-    if (s.score) s.score[offset + found.victim.slot] = 0;
-  } else {
-    s.free[i] = found.first_empty >= 0 ? found.first_empty : s.used(row);
-  }
 }
 
 // One token of the rows in `rows`: attention, and with `evicting` the policy.
@@ -164,7 +133,7 @@ class StepRun {
     for (const int64_t row : rows_) {
       for (int64_t g = 0; g < s_.groups; ++g) {
         const int64_t i = s_.group(row, g);
-        s_.free[i] = std::clamp<int64_t>(s_.free[i], 0, s_.slots - 1);
+        s_.free[i] = s_.free_slot(row, g);
         s_.position[i * s_.slots + s_.free[i]] = s_.seen[row];
       }
     }
@@ -210,10 +179,10 @@ class StepRun {
     const int64_t begin = j * block_, end = std::min(begin + block_, used_[r]);
     const int64_t i = s_.group(row, s_.group_of(head)), slot = s_.free[i];
     if (begin <= slot && slot < end) {
-      std::memcpy(const_cast<char*>(s_.rows(s_.keys, row, head, slot).data),
-                  step_.k.at(row, head, time_), s_.row_bytes());
-      std::memcpy(const_cast<char*>(s_.rows(s_.values, row, head, slot).data),
-                  step_.v.at(row, head, time_), s_.row_bytes());
+      std::memcpy(s_.keys + s_.row_offset(row, head, slot), step_.k.at(row, head, time_),
+                  s_.row_bytes());
+      std::memcpy(s_.values + s_.row_offset(row, head, slot), step_.v.at(row, head, time_),
+                  s_.row_bytes());
     }
 
     const int64_t* position = s_.position + i * s_.slots;
@@ -234,7 +203,7 @@ class StepRun {
     };
     for_runs(position, begin, end, [&](int64_t first, int64_t count) {
       fill_until(first);
-      kernels_.logits(scratch, shared_, s_.rows(s_.keys, row, head, first), count, s_.head_dim,
+      kernels_.logits(scratch, shared_, rows_of(s_, s_.keys, row, head, first), count, s_.head_dim,
                       step_.scale, weights + first - begin, stride);
       filled = first + count;
     });
@@ -254,7 +223,7 @@ class StepRun {
     }
     for_runs(position, begin, end, [&](int64_t first, int64_t count) {
       kernels_.accumulate(part, shared_, weights + first - begin, stride,
-                          s_.rows(s_.values, row, head, first), count, s_.head_dim);
+                          rows_of(s_, s_.values, row, head, first), count, s_.head_dim);
     });
     if (is_last(blocks_done_[index], static_cast<uint32_t>(blocks_of(r)))) {
       finish_head(index, row, head, used_[r], parts, kept);
@@ -320,7 +289,7 @@ class StepRun {
       for (int64_t b = 0; b < blocks_of(r); ++b) {
         found.add(summaries_[(r * s_.groups + g) * blocks_ + b]);
       }
-      evict_one(s_, row, g, found);
+      s_.evict(row, g, found);
     }
     ++s_.seen[row];
   }
@@ -406,10 +375,9 @@ void evict(const Tensor& scores, const Tensor& position, const Tensor& score, co
     bool waiting = false;
     for (int64_t g = 0; g < s.groups; ++g) {
       const int64_t i = s.group(row, g);
-      const int64_t slot = std::clamp<int64_t>(s.free[i], 0, s.slots - 1);
-      if (s.position[i * s.slots + slot] < 0) continue;
+      if (s.position[i * s.slots + s.free_slot(row, g)] < 0) continue;
       waiting = true;
-      evict_one(s, row, g, summarize(s, policy, row, g, 0, s.used(row), sums + i * s.slots));
+      s.evict(row, g, summarize(s, policy, row, g, 0, s.used(row), sums + i * s.slots));
     }
     if (waiting) ++s.seen[row];
   }

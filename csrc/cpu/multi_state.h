@@ -4,11 +4,9 @@
 // head's keys or values. The order of every sum depends on the arguments alone.
 #pragma once
 
-#include "numbers.h"
+#include "../multi_state.h"
 
 namespace msrnn {
-
-constexpr int64_t kLargestHeadDim = 256;
 
 // Keys or values of one head, a row each; head_dim elements of a row are adjacent.
 struct Rows {

@@ -1,13 +1,11 @@
-// A call of a multi-state op: its tensors checked and seen as raw pointers, and what the step
-// (multi_state.cpp), the prompt (multi_state_prompt.cpp) and the backward pass of a sequence
-// (multi_state_backward.cpp) share.
+// What the step (multi_state.cpp), the prompt (multi_state_prompt.cpp) and the backward pass of a
+// sequence (multi_state_backward.cpp) share on the CPU.
 #pragma once
 
 #include <algorithm>
 #include <new>
 
-#include "../common.h"
-#include "../eviction.h"
+#include "../multi_state_ops.h"
 #include "multi_state.h"
 #include "runtime.h"
 
@@ -43,35 +41,10 @@ class Workspace {
   int64_t size_ = 0;
 };
 
-struct State {
-  char *keys, *values;  // (batch, kv_heads, slots, head_dim)
-  int64_t* position;    // (batch, groups, slots); -1: empty
-  float* score;         // likewise, or null
-  int64_t* free;        // (batch, groups): the slot of the next token
-  int64_t* last_evicted;
-  int64_t* seen;  // (batch)
-  int64_t batch, kv_heads, groups, slots, head_dim;
-  DType dtype;
-
-  int64_t row_bytes() const { return head_dim * size_of(dtype); }
-  Rows rows(char* base, int64_t row, int64_t head, int64_t slot) const {
-    return {base + ((row * kv_heads + head) * slots + slot) * row_bytes(), row_bytes()};
-  }
-  int64_t group_of(int64_t head) const { return groups == 1 ? 0 : head; }
-  int64_t group(int64_t row, int64_t g) const { return row * groups + g; }
-  // Slots that any token has reached: the lowest empty one is filled first.
-  int64_t used(int64_t row) const {
-    return seen[row] >= slots ? slots : std::max<int64_t>(seen[row], 0) + 1;
-  }
-};
-
-// (batch, heads, time, head_dim) or, with time = 1, (batch, heads, head_dim); bytes.
-struct Heads {
-  char* data;
-  int64_t row, head, time;
-
-  char* at(int64_t b, int64_t h, int64_t t) const { return data + b * row + h * head + t * time; }
-};
+// Rows of a head's keys or values from a slot on.
+inline Rows rows_of(const State& s, char* base, int64_t row, int64_t head, int64_t slot) {
+  return {base + s.row_offset(row, head, slot), s.row_bytes()};
+}
 
 // Calls f(begin, count) for every run of occupied columns in [begin, end).
 template <class F>
@@ -95,89 +68,5 @@ void for_runs(const int64_t* position, int64_t begin, int64_t end, F f) {
 }
 
 constexpr float kMinusInfinity = -__builtin_inff();
-
-inline Heads heads_of(const Tensor& x) {
-  const int64_t size = size_of(dtype_of(x));
-  const int64_t time = x.dim() == 4 ? x.stride(2) * size : 0;
-  return {static_cast<char*>(x.data_ptr()), x.stride(0) * size, x.stride(1) * size, time};
-}
-
-// Elements of head_dim adjacent.
-inline Tensor packed(const Tensor& x) {
-  return x.size(-1) == 1 || x.stride(-1) == 1 ? x : torch::stable::contiguous(x);
-}
-
-inline void check_heads(const Tensor& q, const Tensor& k, const Tensor& v, int64_t dimensions) {
-  STD_TORCH_CHECK(q.dim() == dimensions && k.dim() == dimensions && v.dim() == dimensions,
-                  "expected q, k and v with ", dimensions, " dimensions");
-  STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
-                  "expected q, k and v of one dtype");
-  STD_TORCH_CHECK(dtype_of(q) != DType::float64, "expected float32, bfloat16 or float16");
-  for (int64_t d = 0; d < dimensions; ++d) {
-    STD_TORCH_CHECK(k.size(d) == v.size(d), "expected k and v of one shape");
-    STD_TORCH_CHECK(d == 1 || k.size(d) == q.size(d), "expected q, k and v of one shape");
-  }
-  STD_TORCH_CHECK(k.size(1) > 0 && q.size(1) > 0 && q.size(1) % k.size(1) == 0,
-                  "expected a multiple of the key-value heads as query heads");
-  const int64_t head_dim = q.size(dimensions - 1);
-  STD_TORCH_CHECK(head_dim > 0 && head_dim % 8 == 0 && head_dim <= kLargestHeadDim,
-                  "expected a head_dim that is a multiple of 8, up to 256");
-}
-
-inline void check_contiguous(const Tensor& x, std::initializer_list<int64_t> sizes,
-                             ScalarType type) {
-  STD_TORCH_CHECK(x.dim() == static_cast<int64_t>(sizes.size()) && x.is_contiguous() &&
-                      x.scalar_type() == type &&
-                      std::equal(sizes.begin(), sizes.end(), x.sizes().begin()),
-                  "expected a contiguous state of one shape");
-}
-
-// The positions of a state without its keys and values.
-inline State marks_of(const Tensor& position, const Tensor& score, const Tensor& free,
-                      const Tensor& seen, const Tensor& last_evicted, ScoreKind kind) {
-  STD_TORCH_CHECK(position.dim() == 3 && position.size(2) >= 2,
-                  "expected positions of shape (B, 1 or Hkv, slots + 1)");
-  State s{};
-  s.batch = position.size(0);
-  s.groups = position.size(1);
-  s.slots = position.size(2);
-  const bool scored = kind == ScoreKind::accumulated;
-  check_contiguous(position, {s.batch, s.groups, s.slots}, ScalarType::Long);
-  check_contiguous(score, {s.batch, s.groups, scored ? s.slots : 0}, ScalarType::Float);
-  check_contiguous(free, {s.batch, s.groups}, ScalarType::Long);
-  check_contiguous(seen, {s.batch}, ScalarType::Long);
-  check_contiguous(last_evicted, {s.batch, s.groups}, ScalarType::Long);
-  s.position = static_cast<int64_t*>(position.data_ptr());
-  s.score = scored ? static_cast<float*>(score.data_ptr()) : nullptr;
-  s.free = static_cast<int64_t*>(free.data_ptr());
-  s.seen = static_cast<int64_t*>(seen.data_ptr());
-  s.last_evicted = static_cast<int64_t*>(last_evicted.data_ptr());
-  return s;
-}
-
-inline State state_of(const Tensor& k, const Tensor& keys, const Tensor& values, State s) {
-  s.kv_heads = k.size(1);
-  s.head_dim = k.size(k.dim() - 1);
-  s.dtype = dtype_of(k);
-  STD_TORCH_CHECK(k.size(0) == s.batch && (s.groups == 1 || s.groups == s.kv_heads),
-                  "expected a state of the batch and heads of k");
-  for (const Tensor* x : {&keys, &values}) {
-    check_contiguous(*x, {s.batch, s.kv_heads, s.slots, s.head_dim}, k.scalar_type());
-  }
-  s.keys = static_cast<char*>(keys.data_ptr());
-  s.values = static_cast<char*>(values.data_ptr());
-  return s;
-}
-
-inline Policy policy_of(int64_t score, int64_t sinks, int64_t recent) {
-  STD_TORCH_CHECK(0 <= score && score <= 2 && sinks >= 0 && recent >= 0, "expected a policy");
-  return {static_cast<ScoreKind>(score), sinks, recent};
-}
-
-inline const bool* mask_of(const OptionalTensor& valid, const Tensor& q) {
-  if (!valid) return nullptr;
-  check_contiguous(*valid, {q.size(0), q.size(2)}, ScalarType::Bool);
-  return static_cast<const bool*>(valid->data_ptr());
-}
 
 }  // namespace msrnn

@@ -51,7 +51,7 @@ class PromptRow {
     for (int64_t g = 0; g < s_.groups; ++g) {
       int64_t* position = position_.data() + g * columns_;
       std::copy_n(s_.position + s_.group(row_, g) * s_.slots, s_.slots, position);
-      position[std::clamp<int64_t>(s_.free[s_.group(row_, g)], 0, s_.slots - 1)] = -1;  // replaced
+      position[s_.free_slot(row_, g)] = -1;  // replaced
       most = std::max<int64_t>(
           most, std::count_if(position, position + s_.slots, [](int64_t p) { return p >= 0; }));
       for (int64_t i = 0; i < count; ++i) position[s_.slots + times_[i]] = s_.seen[row_] + i;
@@ -115,8 +115,9 @@ class PromptRow {
     auto attend = [&](Rows rows, int64_t column, int64_t n) {
       kernels_.logits(queries, heads, rows, n, s_.head_dim, p_.scale, logits + column, stride);
     };
-    for_runs(position, 0, s_.slots,
-             [&](int64_t slot, int64_t n) { attend(s_.rows(s_.keys, row_, head, slot), slot, n); });
+    for_runs(position, 0, s_.slots, [&](int64_t slot, int64_t n) {
+      attend(rows_of(s_, s_.keys, row_, head, slot), slot, n);
+    });
     for_runs(position, s_.slots, seen, [&](int64_t column, int64_t n) {
       attend({p_.k.at(row_, head, column - s_.slots), p_.k.time}, column, n);
     });
@@ -183,10 +184,10 @@ class PromptRow {
   void store(int64_t g, int64_t slot, int64_t t) const {
     const int64_t heads = s_.kv_heads / s_.groups;
     for (int64_t head = g * heads; head < (g + 1) * heads; ++head) {
-      std::memcpy(const_cast<char*>(s_.rows(s_.keys, row_, head, slot).data),
-                  p_.k.at(row_, head, t), s_.row_bytes());
-      std::memcpy(const_cast<char*>(s_.rows(s_.values, row_, head, slot).data),
-                  p_.v.at(row_, head, t), s_.row_bytes());
+      std::memcpy(s_.keys + s_.row_offset(row_, head, slot), p_.k.at(row_, head, t),
+                  s_.row_bytes());
+      std::memcpy(s_.values + s_.row_offset(row_, head, slot), p_.v.at(row_, head, t),
+                  s_.row_bytes());
     }
   }
 

@@ -5,45 +5,10 @@
 #include "scan.h"
 
 #include "../scan_ops.h"
-
-#if defined(MSRNN_EMULATED)
-#define MSRNN_DEVICE_KEY CPU
-#else
-#include <torch/csrc/stable/accelerator.h>
-#define MSRNN_DEVICE_KEY CUDA
-#if defined(MSRNN_TORCH_WITHOUT_CUDA)
-// Absent from the torch at hand, where the library still loads.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
-#endif
-#endif
+#include "on_device.h"
 
 namespace msrnn {
 namespace {
-
-#if defined(MSRNN_EMULATED)
-struct OnDevice {
-  explicit OnDevice(const Tensor&) {}
-  void* stream() const { return nullptr; }
-};
-#else
-// Makes the device of a tensor current.
-struct OnDevice {
-  int32_t index;
-  torch::stable::accelerator::DeviceGuard guard;
-
-  explicit OnDevice(const Tensor& x) : index(x.get_device_index()), guard(index) {}
-
-  void* stream() const {
-#if defined(MSRNN_TORCH_WITHOUT_CUDA)
-    STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr,
-                    "msrnn_ops was built with a torch without CUDA; build it again");
-#endif
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
-    return stream;
-  }
-};
-#endif
 
 // Whether a view can be read or written 16 bytes at a time.
 bool is_wide(const View& v, int64_t size, int64_t channels) {

@@ -49,6 +49,8 @@ FLAVOURS = {
     "undefined": ["-O1", "-g1", "-fsanitize=undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-O1", "-g1", "-fsanitize=thread"],
 }
+PARTS = {"driver": ("driver", "scan"), "step_driver": ("step_driver", "multi_state")}  # objects
+DRIVERS = tuple(PARTS)
 STRICT = {"EMULATION_STRICT_WARPS": "1"}
 LIMIT_SECONDS = 300  # of one program: beyond, it hangs
 JOBS = os.cpu_count() or 1
@@ -76,7 +78,7 @@ def is_current(target: Path, sources: Iterable[Path]) -> bool:
 
 
 def compile_one(source: Path, target: Path, flags: list[str], csrc: Path) -> None:
-    headers = [*csrc.rglob("*.h"), *csrc.rglob("*.cuh"), HERE / "cuda_on_cpu.h"]
+    headers = [*csrc.rglob("*.h"), *csrc.rglob("*.cuh"), *HERE.glob("*.h")]
     if is_current(target, [source, *headers]):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +105,8 @@ def build_selftest() -> Path:
     return folder / "selftest"
 
 
-def build_driver(flavour: str) -> Path:
+def build_drivers(flavour: str) -> list[Path]:
+    """That of the scans and that of multi-state attention."""
     folder, csrc = BUILD / flavour, ROOT / "csrc"
     jobs: dict[Path, Callable[[], object]] = {}
 
@@ -113,11 +116,15 @@ def build_driver(flavour: str) -> Path:
 
     for dtype in DTYPES:  # a sanitizer makes a kernel slow to compile: two of them will do
         add(csrc / f"cuda/scan_{dtype}.cu", flavour if dtype in SANITIZED else "plain")
-    add(HERE / "driver.cpp", flavour)
+    add(csrc / "cuda/multi_state.cu", flavour)
     add(csrc / "cuda/scan.cu", flavour)
+    for name in DRIVERS:
+        add(HERE / f"{name}.cpp", flavour)
     in_parallel([runtime, *jobs.values()])
-    compiler(*FLAVOURS[flavour], *jobs, runtime(), "-o", folder / "driver")
-    return folder / "driver"
+    for name in DRIVERS:
+        objects = [path for path in jobs if path.name.startswith(PARTS[name])]
+        compiler(*FLAVOURS[flavour], *objects, runtime(), "-o", folder / name)
+    return [folder / name for name in DRIVERS]
 
 
 # Running.
@@ -182,37 +189,45 @@ def selftest() -> str:
 
 
 def schedules() -> str:
-    driver = build_driver("plain")
+    drivers = build_drivers("plain")
     tried = [schedule(0, 1, resident) for resident in (1, 2, 4, 7)]
     for shuffle in (1, 2):
         tried += [schedule(shuffle, 10 * shuffle + r, r) for r in (1, 2, 4, 7)]
         tried += [schedule(shuffle, 100 * shuffle + r, r) for r in (2, 7)]
+    cases = 0
     with ThreadPoolExecutor(JOBS) as pool:
-        results = list(pool.map(lambda settings: run(driver, **settings), tried))
-    for settings, result in zip(tried, results, strict=True):
+        for driver in drivers:
+            results = list(pool.map(lambda s, driver=driver: run(driver, **s), tried))
+            cases += len(results[0].hashes())
+            for settings, result in zip(tried, results, strict=True):
+                expect_success(result)
+                for case, bits in result.hashes().items():
+                    if results[0].hashes()[case] != bits:
+                        raise Failure(f"{case}: other bits with {settings}")
+    return f"{cases} cases, the same bits under {len(tried)} schedules"
+
+
+def run_drivers(flavour: str, *arguments: str, **settings: str) -> int:
+    """How many cases were right."""
+    cases = 0
+    for driver in build_drivers(flavour):
+        result = run(driver, *arguments, **settings)
         expect_success(result)
-        for case, bits in result.hashes().items():
-            if results[0].hashes()[case] != bits:
-                raise Failure(f"{case}: other bits with {settings}")
-    return f"{len(results[0].hashes())} cases, the same bits under {len(tried)} schedules"
+        cases += len(result.hashes())
+    return cases
 
 
 def address() -> str:
-    result = run(build_driver("address"), "--quick", EMULATION_SHUFFLE="2")
-    expect_success(result)
-    return f"{len(result.hashes())} cases"
+    return f"{run_drivers('address', '--quick', EMULATION_SHUFFLE='2')} cases"
 
 
 def undefined() -> str:
-    result = run(build_driver("undefined"))
-    expect_success(result)
-    return f"{len(result.hashes())} cases"
+    return f"{run_drivers('undefined')} cases"
 
 
 def thread() -> str:
-    result = run(build_driver("thread"), "--quick", EMULATION_SHUFFLE="2", **STRICT)
-    expect_success(result)
-    return f"{len(result.hashes())} cases, no race"
+    cases = run_drivers("thread", "--quick", EMULATION_SHUFFLE="2", **STRICT)
+    return f"{cases} cases, no race"
 
 
 # Mutations.
@@ -223,6 +238,10 @@ class Mutation:
     title: str
     settings: dict[str, str] = field(default_factory=dict)
     replaced: list[tuple[list[str], list[str]]] = field(default_factory=list)
+
+    @property
+    def driver(self) -> str:
+        return "step_driver" if "multi_state" in self.settings["file"] else "driver"
 
     @property
     def flavour(self) -> str:
@@ -262,18 +281,19 @@ def build_mutant(mutation: Mutation, folder: Path) -> Path:
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     plant(mutation, folder / "csrc")
     flags = FLAVOURS[mutation.flavour]
-    driver = BUILD / mutation.flavour / "driver_float32.o"
+    driver = BUILD / mutation.flavour / f"{mutation.driver}_float32.o"
     if not mutation.settings["file"].endswith(".cuh"):  # the driver reads the other headers
         driver = folder / "driver.o"
-        compile_driver_of_mutants(driver, flags, folder / "csrc")
-    kernel = folder / "scan_float32.o"
-    compile_one(folder / "csrc/cuda/scan_float32.cu", kernel, flags, folder / "csrc")
+        compile_driver_of_mutants(mutation.driver, driver, flags, folder / "csrc")
+    kernel = folder / "kernel.o"
+    source = "scan_float32" if mutation.driver == "driver" else "multi_state"
+    compile_one(folder / f"csrc/cuda/{source}.cu", kernel, flags, folder / "csrc")
     compiler(*flags, driver, kernel, BUILD / "runtime.o", "-o", folder / "driver")
     return folder / "driver"
 
 
-def compile_driver_of_mutants(target: Path, flags: list[str], csrc: Path) -> None:
-    compile_one(HERE / "driver.cpp", target, [*flags, "-DONLY_FLOAT32"], csrc)
+def compile_driver_of_mutants(name: str, target: Path, flags: list[str], csrc: Path) -> None:
+    compile_one(HERE / f"{name}.cpp", target, [*flags, "-DONLY_FLOAT32"], csrc)
 
 
 def what_notices(mutation: Mutation, driver: Path) -> set[str]:
@@ -319,15 +339,16 @@ def check_mutation(path: Path) -> str:
 
 def mutations(chosen: str = "*") -> str:
     paths = sorted((ROOT / "tests/mutations").glob(f"{chosen}.txt"))
-    flavours = sorted({read_mutation(path).flavour for path in paths})
+    planted = [read_mutation(path) for path in paths]
+    drivers = sorted({(mutation.driver, mutation.flavour) for mutation in planted})
 
-    def driver_of(flavour: str) -> None:
-        target = BUILD / flavour / "driver_float32.o"
-        compile_driver_of_mutants(target, FLAVOURS[flavour], ROOT / "csrc")
+    def build(name: str, flavour: str) -> None:
+        target = BUILD / flavour / f"{name}_float32.o"
+        compile_driver_of_mutants(name, target, FLAVOURS[flavour], ROOT / "csrc")
 
     in_parallel([runtime])
     with ThreadPoolExecutor(JOBS) as pool:
-        list(pool.map(driver_of, flavours))
+        list(pool.map(lambda which: build(*which), drivers))
         wrong = [text for text in pool.map(check_mutation, paths) if text]
     if wrong or not paths:
         raise Failure("\n".join(wrong) or "no such mutation")

@@ -100,6 +100,8 @@ void queue_copy(AsyncCopy copy, Where where);
 void commit_copies();
 bool take_copy(int pending_groups, AsyncCopy* copy);  // the next one that a wait covers
 
+int resident_blocks();  // as EMULATION_RESIDENT has it
+
 // Returns false if no GPU could run such a grid.
 bool launch(dim3 grid, dim3 block, size_t shared_bytes, void (*thread)(void*), void* argument);
 

@@ -14,24 +14,18 @@
 // anything is wrong.
 //
 // With ONLY_FLOAT32 it has the cases of one dtype and links with scan_float32.cu alone.
+#include "driver.h"
+
 #include <cinttypes>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <functional>
-#include <memory>
 #include <string>
 #include <vector>
 
 #include "cuda/memory.h"
 #include "cuda/scan.h"
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#else
-#define ASAN_POISON_MEMORY_REGION(address, size)
-#define ASAN_UNPOISON_MEMORY_REGION(address, size)
-#endif
 
 #if defined(ONLY_FLOAT32)
 namespace msrnn {
@@ -256,92 +250,7 @@ std::vector<Case> all_cases() {
   return kept;
 }
 
-// Memory.
-
-class Random {
- public:
-  explicit Random(uint64_t seed) : state_(seed * 0x9E3779B97F4A7C15 | 1) {}
-  double uniform(double low, double high) {
-    state_ ^= state_ << 13, state_ ^= state_ >> 7, state_ ^= state_ << 17;
-    return low + (high - low) * static_cast<double>(state_ >> 11) * 0x1p-53;
-  }
-
- private:
-  uint64_t state_;
-};
-
-// Bytes between guards, all 0xFF: NaN in every dtype.
-class Memory {
- public:
-  explicit Memory(int64_t bytes) : bytes_(bytes), held_(new Line[lines()]) {
-    memset(held_.get(), 0xFF, lines() * sizeof(Line));
-    ASAN_POISON_MEMORY_REGION(all(), kGuard);
-    ASAN_POISON_MEMORY_REGION(data() + bytes_, rest());
-  }
-  ~Memory() { ASAN_UNPOISON_MEMORY_REGION(all(), lines() * sizeof(Line)); }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-
-  char* data() const { return all() + kGuard; }
-  int64_t bytes() const { return bytes_; }
-  bool guards_untouched() const {
-    ASAN_UNPOISON_MEMORY_REGION(all(), lines() * sizeof(Line));
-    return is_poison(all(), kGuard) && is_poison(data() + bytes_, rest());
-  }
-  static bool is_poison(const char* p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; ++i) {
-      if (p[i] != '\xFF') return false;
-    }
-    return true;
-  }
-
- private:
-  static constexpr int64_t kGuard = 256;
-  struct alignas(64) Line {
-    char bytes[64];
-  };
-  char* all() const { return held_[0].bytes; }
-  size_t lines() const { return (bytes_ + 2 * kGuard) / sizeof(Line) + 1; }
-  int64_t rest() const { return static_cast<int64_t>(lines() * sizeof(Line)) - kGuard - bytes_; }
-
-  int64_t bytes_;
-  std::unique_ptr<Line[]> held_;
-};
-
-int64_t size_of(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
-
-double load(DType dtype, const char* p) {
-  const auto as = [p]<class T>(T x) {
-    memcpy(&x, p, sizeof x);
-    return x;
-  };
-  switch (dtype) {
-    case DType::float32:
-      return as(float{});
-    case DType::float64:
-      return as(double{});
-    case DType::bfloat16:
-      return to_float(as(BFloat16{}));
-    default:
-      return to_float(as(Half{}));
-  }
-}
-
-void store(DType dtype, char* p, double x) {
-  const auto as = [p](auto value) { memcpy(p, &value, sizeof value); };
-  switch (dtype) {
-    case DType::float32:
-      return as(static_cast<float>(x));
-    case DType::float64:
-      return as(x);
-    case DType::bfloat16:
-      return as(to_bfloat16(static_cast<float>(x)));
-    default:
-      return as(to_half(static_cast<float>(x)));
-  }
-}
+// Tensors.
 
 // A tensor of (rows, time, channels) in the layout of a case, or a contiguous one of states.
 class Tensor {
@@ -687,20 +596,5 @@ bool run(const Case& c) {
 }  // namespace msrnn
 
 int main(int argc, char** argv) {
-  const std::vector<std::string> arguments(argv + 1, argv + argc);
-  const bool list = arguments == std::vector<std::string>{"--list"};
-  const bool quick = arguments == std::vector<std::string>{"--quick"};
-  size_t chosen = 0, wrong = 0;
-  for (const msrnn::Case& c : msrnn::all_cases()) {
-    bool named = arguments.empty() || list || (quick && c.quick);
-    for (const std::string& name : arguments) named = named || name == c.name;
-    if (!named) continue;
-    ++chosen;
-    if (list) std::puts(c.name.c_str());
-    if (!list && !msrnn::run(c)) ++wrong;
-    std::fflush(stdout);
-  }
-  const bool unknown = !arguments.empty() && !list && !quick && chosen != arguments.size();
-  if (unknown) std::puts("there is no such case");
-  return wrong > 0 || unknown;
+  return msrnn::run_cases(argc, argv, msrnn::all_cases(), msrnn::run);
 }

@@ -757,6 +757,8 @@ bool take_copy(int pending_groups, AsyncCopy* copy) {
   return true;
 }
 
+int resident_blocks() { return static_cast<int>(Settings::from_environment().resident); }
+
 bool launch(dim3 grid, dim3 block, size_t shared_bytes, void (*thread)(void*), void* argument) {
   if (!launchable(grid, block)) return false;
   const std::lock_guard lock(machine.mutex);

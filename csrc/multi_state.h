@@ -1,0 +1,64 @@
+// The state of multi-state attention as every backend sees it: raw pointers, no torch.
+#pragma once
+
+#include "cpu/numbers.h"
+#include "eviction.h"
+
+namespace msrnn {
+
+constexpr int64_t kLargestHeadDim = 256;
+
+// Tensors are contiguous.
+struct State {
+  char *keys, *values;  // (batch, kv_heads, slots, head_dim)
+  int64_t* position;    // (batch, groups, slots); -1: empty
+  float* score;         // likewise, or null
+  int64_t* free;        // (batch, groups): the slot of the next token
+  int64_t* last_evicted;
+  int64_t* seen;  // (batch)
+  int64_t batch, kv_heads, groups, slots, head_dim;
+  DType dtype;
+
+  MSRNN_FN int64_t row_bytes() const { return head_dim * (dtype == DType::float32 ? 4 : 2); }
+  MSRNN_FN int64_t row_offset(int64_t row, int64_t head, int64_t slot) const {  // bytes
+    return ((row * kv_heads + head) * slots + slot) * row_bytes();
+  }
+  MSRNN_FN int64_t group_of(int64_t head) const { return groups == 1 ? 0 : head; }
+  MSRNN_FN int64_t group(int64_t row, int64_t g) const { return row * groups + g; }
+  // Slots that any token has reached: the lowest empty one is filled first.
+  MSRNN_FN int64_t used(int64_t row) const {
+    const int64_t count = seen[row];
+    return count >= slots ? slots : count < 0 ? 1 : count + 1;
+  }
+  // The slot of the next token, in bounds whatever `free` holds.
+  MSRNN_FN int64_t free_slot(int64_t row, int64_t g) const {
+    const int64_t slot = free[group(row, g)];
+    return slot < 0 ? 0 : slot >= slots ? slots - 1 : slot;
+  }
+
+  // Drops the victim if no slot is left, and finds the next token a slot.
+  MSRNN_FN void evict(int64_t row, int64_t g, const Summary& found) const {
+    const int64_t i = group(row, g), offset = i * slots;
+    last_evicted[i] = -1;
+    if (found.occupied == slots && found.victim.slot >= 0) {
+      last_evicted[i] = found.victim.position;
+      free[i] = found.victim.slot;
+      position[offset + found.victim.slot] = -1;
+      if (score) score[offset + found.victim.slot] = 0;
+    } else {
+      free[i] = found.first_empty >= 0 ? found.first_empty : used(row);
+    }
+  }
+};
+
+// (batch, heads, time, head_dim) or, with time = 1, (batch, heads, head_dim); bytes.
+struct Heads {
+  char* data;
+  int64_t row, head, time;
+
+  MSRNN_FN char* at(int64_t b, int64_t h, int64_t t) const {
+    return data + b * row + h * head + t * time;
+  }
+};
+
+}  // namespace msrnn
