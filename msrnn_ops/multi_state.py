@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils import _pytree
 
-from msrnn_ops import _C, backend, reference
+from msrnn_ops import _C, backend, multi_state_device, reference
 from msrnn_ops.scan import _library
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -467,7 +467,7 @@ def _served(name: str, x: Tensor) -> bool:
     if backend.chosen() == "reference":
         return False
     if x.device.type != "cpu":
-        backend.require_device(name, x.device)
+        backend.require_device(name, x.device, "cuda")
     if x.dtype == torch.float64:
         raise TypeError(
             f"{name}: expected float32, bfloat16 or float16, got {x.dtype}; "
@@ -599,7 +599,7 @@ def evict(state: MultiState, scores: Tensor) -> None:
         raise ValueError(f"evict: expected scores on {state.device}, got {scores.device}")
     if backend.chosen() == "reference":
         return reference.evict(state, scores)
-    backend.require_device("evict", scores.device)
+    backend.require_device("evict", scores.device, "cuda")
     marks = (state.position, state.score, state.free, state.seen, state.last_evicted)
     _run("evict", scores.contiguous(), *marks, *state.policy._numbers)
 
@@ -837,3 +837,23 @@ for _name, _function in _fake.items():
     torch.library.register_fake(f"msrnn_ops::{_name}", _function)
 _library.impl("attend_sequence", _sequence_autograd, "Autograd")
 _library.impl("attend_prompt", _attend_prompt, "CPU")
+
+
+def _attend_prompt_on_device(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, *rest: Any
+) -> Tensor:
+    keys, values, position, _, free, *_ = rest
+    position = position.scatter(-1, free[..., None], -1)  # a token that waits is replaced
+    with torch.autocast(q.device.type, enabled=False):
+        out = multi_state_device.prompt_output(q, k, v, valid, keys, values, position, rest[-1])
+        multi_state_device.store_prompt(q, k, v, valid, *rest)
+    return out
+
+
+_on_device = {
+    "attend_prompt": _attend_prompt_on_device,
+    "store_prompt": multi_state_device.store_prompt,
+    "attend_sequence_backward": multi_state_device.attend_sequence_backward,
+}
+for _name, _function in _on_device.items():
+    _library.impl(_name, _function, "CUDA")

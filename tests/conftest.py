@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 import msrnn_ops as ms
+from msrnn_ops import multi_state
 
 if "MSRNN_TEST_KERNELS" in os.environ:  # the CUDA kernels, emulated, in place of the CPU's
     torch.ops.load_library(os.environ["MSRNN_TEST_KERNELS"])
+    for name, function in multi_state._on_device.items():
+        multi_state._library.impl(name, function, "CPU", allow_override=True)
 if "MSRNN_TEST_DEVICE" in os.environ:
     torch.set_default_device(os.environ["MSRNN_TEST_DEVICE"])
 

@@ -1,0 +1,212 @@
+"""Multi-state ops without a CUDA kernel, by PyTorch's: a prompt, and the backward of a sequence.
+
+Once a prompt or a training step, and mostly matrix products: those are in good hands there. Nothing
+waits for the device, and no T*T weights are held: some queries at a time meet all columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+_QUERIES_AT_ONCE = 256
+
+
+def _groups(x: Tensor, kv_heads: int) -> Tensor:
+    """(B, Hq, T, Dh) as (B, Hkv, Hq / Hkv, T, Dh), in float32."""
+    return x.unflatten(1, (kv_heads, -1)).float()
+
+
+def _parts(time: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, time, _QUERIES_AT_ONCE):
+        yield start, min(start + _QUERIES_AT_ONCE, time)
+
+
+def _softmax(logits: Tensor, visible: Tensor) -> Tensor:
+    """Over the visible columns; 0 elsewhere, also where a query sees none."""
+    return logits.masked_fill(~visible, -torch.inf).softmax(-1).masked_fill(~visible, 0)
+
+
+def _where_kept(kept: Tensor, x: Tensor) -> Tensor:
+    """Rows (B, Hkv, slots, Dh) of empty slots, which may hold anything, as zeros."""
+    return torch.where(kept[..., None], x, 0)
+
+
+def prompt_output(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attention of every query to the kept states and to the prompt up to itself."""
+    if q.numel() == 0:
+        return torch.zeros_like(q, memory_format=torch.contiguous_format)
+    kept = position >= 0
+    all_keys = torch.cat([_where_kept(kept, keys), k], 2)
+    all_values = torch.cat([_where_kept(kept, values), v], 2)
+    slots, time = keys.shape[2], q.shape[2]
+    step = torch.arange(time, device=q.device)
+    parts = []
+    for start, end in _parts(time):
+        tokens = (step[start:end, None] >= step[:end]).expand(q.shape[0], 1, -1, -1)
+        if valid is not None:
+            tokens = tokens & valid[:, None, None, :end]
+        states = kept[:, :, None].expand(-1, -1, end - start, -1)
+        visible = torch.cat([states, tokens.expand(-1, kept.shape[1], -1, -1)], 3)
+        if kept.shape[1] > 1:
+            visible = visible.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        parts.append(
+            scaled_dot_product_attention(
+                q[:, :, start:end],
+                all_keys[:, :, : slots + end],
+                all_values[:, :, : slots + end],
+                attn_mask=visible,
+                scale=scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+        )
+    out = torch.cat(parts, 2)
+    return out if valid is None else torch.where(valid[:, None, :, None], out, 0)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    keys: Tensor,
+    kept: Tensor,
+    real: Tensor,
+    every_query: bool,
+    scale: float,
+) -> Tensor:
+    """What each column, slots and then tokens, gets of the prompt's queries: (B, G, columns)."""
+    kv_heads, slots, time = k.shape[1], keys.shape[2], k.shape[2]
+    columns = torch.cat([_where_kept(kept, keys), k], 2).float().transpose(2, 3)[:, :, None]
+    step = torch.arange(time, device=q.device)
+    there = torch.cat([kept, real[:, None].expand(-1, kept.shape[1], -1)], 2)
+    total = columns.new_zeros(k.shape[0], kv_heads, slots + time)
+    if every_query:
+        parts = [(q[:, :, a:b], step[None, a:b].expand(len(q), -1)) for a, b in _parts(time)]
+    else:
+        last = torch.where(real, step, 0).amax(1, keepdim=True)  # (B, 1)
+        index = last[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+        parts = [(q.gather(2, index), last)]
+    for queries, times in parts:
+        before = step <= times[..., None]  # (B, queries, T)
+        before = torch.cat([before.new_ones(*times.shape, slots), before], -1)
+        before = before & real.gather(1, times)[..., None]
+        visible = (there[:, :, None] & before[:, None])[:, :, None]  # (B, G, 1, queries, columns)
+        weights = _softmax(_groups(queries, kv_heads) @ columns * scale, visible)
+        total += weights.sum((2, 3))
+    return total if kept.shape[1] > 1 else total.sum(1, keepdim=True)
+
+
+def store_prompt(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    score: Tensor,
+    free: Tensor,
+    seen: Tensor,
+    last_evicted: Tensor,
+    kind: int,
+    sinks: int,
+    recent: int,
+    scale: float,
+) -> None:
+    """Keeps N of the kept states and the prompt's tokens; the survivors among these are stored."""
+    time, slots, groups = k.shape[2], keys.shape[2], position.shape[1]
+    last_evicted.fill_(-1)
+    if k.shape[0] == 0 or time == 0:
+        return
+    real = torch.ones_like(seen[:, None].expand(-1, time), dtype=torch.bool)
+    real = real if valid is None else valid
+    count = real.sum(1)
+    old = position.scatter(-1, free[..., None], -1)  # a token that waits is replaced
+    new = torch.where(real, seen[:, None] + real.cumsum(1) - 1, -1)
+    column = torch.cat([old, new[:, None].expand(-1, groups, -1)], -1)  # its position, or -1
+    if kind == 0:
+        value = column.new_zeros(column.shape, dtype=torch.float32)
+    else:
+        value = _attention(q, k, keys, old >= 0, real, kind == 2, scale)
+    if kind == 2:
+        value[..., :slots] += score
+
+    # The order in which columns go: NaN first, then by score, of equals the oldest.
+    there = column >= 0
+    now = (seen + count - 1)[:, None, None]
+    unprotected = there & (column >= sinks) & (column <= now - recent)
+    key = torch.where(unprotected, torch.where(value.isnan(), -1, value), torch.inf)
+    by_position = column.argsort(-1)
+    going = by_position.gather(-1, key.gather(-1, by_position).argsort(dim=-1, stable=True))
+    nth_to_go = torch.arange(slots + time, device=q.device).expand_as(going)
+    rank = torch.empty_like(going).scatter_(-1, going, nth_to_go)
+    excess = torch.minimum(there.sum(-1) - (slots - 1), unprotected.sum(-1)).clamp_min(0)
+    stays = there & ~(unprotected & (rank < excess[..., None]))
+    lost = column.gather(-1, going.gather(-1, (excess - 1).clamp_min(0)[..., None]))[..., 0]
+    last_evicted.copy_(torch.where(excess > 0, lost, -1))
+
+    # The n-th surviving token takes the n-th empty slot.
+    survives, empty = stays[..., slots:], ~stays[..., :slots]
+    tokens = (~survives).to(torch.int8).argsort(dim=-1, stable=True)
+    nth = empty.cumsum(-1) - 1
+    takes = empty & (nth < survives.sum(-1, keepdim=True))
+    token = tokens.gather(-1, nth.clamp(0, time - 1))  # (B, G, slots)
+    stored = torch.where(takes, column[..., slots:].gather(-1, token), old)
+    stored = torch.where(empty & ~takes, -1, stored)
+    per_head = token.expand(-1, k.shape[1], -1)[..., None].expand_as(keys)
+    changed = (takes & (count > 0)[:, None, None]).expand(-1, k.shape[1], -1)[..., None]
+    keys.copy_(torch.where(changed, k.gather(2, per_head), keys))
+    values.copy_(torch.where(changed, v.gather(2, per_head), values))
+    any_token = (count > 0)[:, None]
+    if kind == 2:
+        kept_score = torch.where(takes, value[..., slots:].gather(-1, token), value[..., :slots])
+        kept_score = torch.where(stored >= 0, kept_score, 0)
+        score.copy_(torch.where(any_token[..., None], kept_score, score))
+    position.copy_(torch.where(any_token[..., None], stored, position))
+    slot = torch.arange(slots, device=q.device)
+    first = torch.where(stored < 0, slot, slots - 1).amin(-1)
+    free.copy_(torch.where(any_token, first, free))
+    seen += count
+
+
+def attend_sequence_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    expiry: Tensor,
+    valid: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of causal attention in which key j is visible to the queries j <= t < expiry[j]."""
+    kv_heads, time = k.shape[1], k.shape[2]
+    step = torch.arange(time, device=q.device)
+    keys, values = k.float()[:, :, None], v.float()[:, :, None]
+    grad_k, grad_v = torch.zeros_like(keys[:, :, 0]), torch.zeros_like(values[:, :, 0])
+    grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    for start, end in _parts(time):
+        query, grad = (_groups(x[:, :, start:end], kv_heads) for x in (q, grad_out))
+        times = step[start:end, None]
+        visible = (times >= step[:end]) & (times < expiry[:, :, None, :end])
+        if valid is not None:
+            visible = visible & valid[:, None, start:end, None]
+        key, value = keys[..., :end, :], values[..., :end, :]
+        weights = _softmax(query @ key.transpose(3, 4) * scale, visible[:, :, None])
+        grad_v[:, :, :end] += (weights.transpose(3, 4) @ grad).sum(2)
+        grad_weights = grad @ value.transpose(3, 4)
+        mean = (weights * grad_weights).sum(-1, keepdim=True)
+        grad_logits = weights * (grad_weights - mean) * scale
+        grad_q[:, :, start:end] = (grad_logits @ key).flatten(1, 2).to(q.dtype)
+        grad_k[:, :, :end] += (grad_logits.transpose(3, 4) @ query).sum(2)
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
