@@ -35,7 +35,8 @@ STABLE_ABI = [
     ("Py_LIMITED_API", "0x030A0000"),
 ]
 SCANS = [f"scan_{dtype}" for dtype in ("float32", "float64", "bfloat16", "float16")]
-KERNELS = ["multi_state", *SCANS, "scan"]  # the longest to compile first
+STEPS = [f"multi_state_{dtype}" for dtype in ("float32", "bfloat16", "float16")]
+KERNELS = [*SCANS, *STEPS, "multi_state", "evict", "scan"]  # the longest to compile first
 SANITIZE = os.environ.get("MSRNN_SANITIZE")  # e.g. address,undefined
 
 

@@ -843,17 +843,18 @@ def _attend_prompt_on_device(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, *rest: Any
 ) -> Tensor:
     keys, values, position, _, free, *_ = rest
-    position = position.scatter(-1, free[..., None], -1)  # a token that waits is replaced
+    waiting = free.clamp(0, position.shape[2] - 1)[..., None]
+    position = position.scatter(-1, waiting, -1)  # a token that waits is replaced
     with torch.autocast(q.device.type, enabled=False):
         out = multi_state_device.prompt_output(q, k, v, valid, keys, values, position, rest[-1])
         multi_state_device.store_prompt(q, k, v, valid, *rest)
     return out
 
 
-_on_device = {
+_on_device: dict[str, Callable[..., Any]] = {
     "attend_prompt": _attend_prompt_on_device,
     "store_prompt": multi_state_device.store_prompt,
     "attend_sequence_backward": multi_state_device.attend_sequence_backward,
 }
-for _name, _function in _on_device.items():
-    _library.impl(_name, _function, "CUDA")
+for _name, _by_torch in _on_device.items():
+    _library.impl(_name, _by_torch, "CUDA")

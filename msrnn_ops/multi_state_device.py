@@ -15,6 +15,22 @@ from torch.nn.functional import scaled_dot_product_attention
 _QUERIES_AT_ONCE = 256
 
 
+def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """For direct calls of the operators; the public functions have clearer words."""
+    shapes = f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+    fits = q.dim() == k.dim() == 4 and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
+    if not fits or k.shape != v.shape:
+        raise RuntimeError(f"expected q (B, Hq, T, Dh), k and v (B, Hkv, T, Dh), {shapes}")
+    if not q.shape[1] or not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise RuntimeError(f"expected a multiple of the key-value heads as query heads, {shapes}")
+
+
+def _check_shapes(shape: tuple[int, ...], *tensors: Tensor) -> None:
+    for x in tensors:
+        if x.shape != shape:
+            raise RuntimeError(f"expected a tensor of shape {shape}, got {tuple(x.shape)}")
+
+
 def _groups(x: Tensor, kv_heads: int) -> Tensor:
     """(B, Hq, T, Dh) as (B, Hkv, Hq / Hkv, T, Dh), in float32."""
     return x.unflatten(1, (kv_heads, -1)).float()
@@ -125,14 +141,19 @@ def store_prompt(
     scale: float,
 ) -> None:
     """Keeps N of the kept states and the prompt's tokens; the survivors among these are stored."""
-    time, slots, groups = k.shape[2], keys.shape[2], position.shape[1]
+    _check_tokens(q, k, v)
+    batch, groups, slots = position.shape
+    time = k.shape[2]
+    _check_shapes((batch, k.shape[1], slots, k.shape[3]), keys, values)
+    _check_shapes((batch, groups), free, last_evicted)
     last_evicted.fill_(-1)
     if k.shape[0] == 0 or time == 0:
         return
     real = torch.ones_like(seen[:, None].expand(-1, time), dtype=torch.bool)
     real = real if valid is None else valid
     count = real.sum(1)
-    old = position.scatter(-1, free[..., None], -1)  # a token that waits is replaced
+    waiting = free.clamp(0, slots - 1)[..., None]
+    old = position.scatter(-1, waiting, -1)  # a token that waits is replaced
     new = torch.where(real, seen[:, None] + real.cumsum(1) - 1, -1)
     column = torch.cat([old, new[:, None].expand(-1, groups, -1)], -1)  # its position, or -1
     if kind == 0:
@@ -190,6 +211,8 @@ def attend_sequence_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of causal attention in which key j is visible to the queries j <= t < expiry[j]."""
+    _check_tokens(q, k, v)
+    _check_shapes(tuple(q.shape), grad_out)
     kv_heads, time = k.shape[1], k.shape[2]
     step = torch.arange(time, device=q.device)
     keys, values = k.float()[:, :, None], v.float()[:, :, None]

@@ -1,8 +1,9 @@
 // The step kernel: a token of every row stored, attended for, scored, and one state evicted.
 //
 // Level by level:
-//   lane     16 bytes of a row of keys or values; 8 rows in flight. `lanes` neighbours have a row.
-//   warp     some rows of one key-value head, for 4 of its query heads at once. Keys: products with
+//   lane     16 bytes of a row of keys or values; 4 or 6 rows in flight. `lanes` neighbours have a
+//   row. warp     some rows of one key-value head, for 4 of its query heads at once. Keys: products
+//   with
 //            the queries, summed over the lanes. Values: sums weighted by exp2(logit - maximum).
 //   block    a range of slots of one row, all heads. Its logits, and then its weights, stay in
 //            shared memory: they are what a slot's score is made of once the maxima and sums of all
@@ -86,7 +87,9 @@ MSRNN_FN void round_to(Narrow* to, float x) {
 template <class T, int chunks>
 struct StepBlock {
   static constexpr int kElements = 16 / sizeof(T);
-  static constexpr int kRows = 8 / chunks;  // in flight of a lane
+  // In flight of a lane; with more, registers spill. 16 KB of a block, 32 KB of a multiprocessor:
+  // what 4.3 TB/s take in 1 us.
+  static constexpr int kRows = (sizeof(T) == 2 ? 4 : 6) / chunks;
   static constexpr int kQueries = kStepQueries;
 
   // A lane's part of a row, as numbers.
@@ -606,50 +609,64 @@ struct StepBlock {
   }
 };
 
-// What attend_scores leaves for later: the policy alone, a block a row.
-struct EvictCall {
-  State state;
-  Policy policy;
-  const float* scores;
-};
-
-__global__ void __launch_bounds__(kStepThreads)
-    evict_kernel(const __grid_constant__ EvictCall call) {
-  const State& s = call.state;
-  const int64_t row = blockIdx.x, used = s.used(row), now = s.seen[row];
-  auto* const of_warps = reinterpret_cast<Summary*>(dynamic_shared());
-  bool waiting = false;
-#pragma unroll 1
-  for (int64_t g = 0; g < s.groups; ++g) {
-    const int64_t offset = s.group(row, g) * s.slots;
-    if (s.position[offset + s.free_slot(row, g)] < 0) continue;  // for all threads alike
-    waiting = true;
-    Summary found;
-    for (int64_t slot = threadIdx.x; slot < used; slot += kStepThreads) {
-      const int64_t position = s.position[offset + slot];
-      float score = 0;
-      if (position >= 0 && call.policy.score != ScoreKind::position) {
-        score = call.scores[offset + slot];
-        if (s.score) s.score[offset + slot] = score += s.score[offset + slot];
-      }
-      found.look_at(call.policy, slot, position, score, now);
-    }
-    found = warp_summary(found);
-    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = found;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      for (int w = 1; w < kStepWarps; ++w) found.add(of_warps[w]);
-      s.evict(row, g, found);
-    }
-    __syncthreads();
-  }
-  if (waiting && threadIdx.x == 0) ++s.seen[row];
-}
-
 template <class T, int chunks>
 __global__ void __launch_bounds__(kStepThreads, 2)
     step_kernel(const __grid_constant__ StepCall call) {
   StepBlock<T, chunks>(call).run();
+}
+
+// Calls `with` for the kernel of a call: what both functions below share.
+template <class T, class With>
+cudaError_t with_step_kernel(StepCall& call, const With& with) {
+  const auto of = [&]<int chunks>(std::integral_constant<int, chunks>) {
+    call.shared = StepBlock<T, chunks>::lay_out_shared(call);
+    const auto bytes = static_cast<size_t>(call.shared.bytes);
+    if (auto e = allow_shared(step_kernel<T, chunks>, bytes)) return e;
+    return with(step_kernel<T, chunks>, bytes);
+  };
+  if constexpr (sizeof(T) * kLargestHeadDim > 32 * sizeof(Chunk)) {
+    if (call.state.row_bytes() > 32 * static_cast<int64_t>(sizeof(Chunk))) {
+      return of(std::integral_constant<int, 2>{});
+    }
+  }
+  return of(std::integral_constant<int, 1>{});
+}
+
+// Whether the blocks of a row can all be resident; and the launch. Defined once for each dtype, in
+// multi_state_<dtype>.cu.
+template <class T>
+cudaError_t step_fits_of(StepCall call, bool* fits) {
+  return with_step_kernel<T>(call, [&](auto kernel, size_t shared) {
+    int most = 0;
+    const cudaError_t error = resident_blocks(&most, kernel, kStepThreads, shared);
+    *fits = most >= call.plan.splits;
+    return error;
+  });
+}
+
+template <class T>
+cudaError_t launch_step_of(StepCall call, cudaStream_t stream) {
+  const StepExchange& exchange = call.exchange;
+  const int64_t cleared =
+      reinterpret_cast<char*>(exchange.summaries) - reinterpret_cast<char*>(exchange.ticket);
+  const auto blocks = static_cast<uint32_t>(call.state.batch * call.plan.splits);
+  return with_step_kernel<T>(call, [&](auto kernel, size_t shared) {
+    const auto launch_half = [&](bool attends, bool finishes, int64_t first, int64_t last) {
+      call.attends = attends;
+      call.finishes = finishes;
+      call.first = first;
+      call.last = last;
+      if (auto e = cudaMemsetAsync(exchange.ticket, 0, cleared, stream)) return e;
+      return launch(kernel, blocks, kStepThreads, shared, stream, call);
+    };
+    const int64_t first = call.first, last = call.last;
+    if (call.plan.one_launch) return launch_half(true, true, first, last);
+    for (int64_t t = first; t < last; ++t) {
+      if (auto e = launch_half(true, false, t, t + 1)) return e;
+      if (auto e = launch_half(false, true, t, t + 1)) return e;
+    }
+    return cudaSuccess;
+  });
 }
 
 }  // namespace gpu

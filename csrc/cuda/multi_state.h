@@ -117,7 +117,7 @@ const char* step_fits(const StepCall& call, bool* fits);
 
 // Launches one kernel, or, without `plan.one_launch`, two for each token. Returns what the CUDA
 // runtime says is wrong, or null.
-const char* launch_step(StepCall call, void* stream);
+const char* launch_step(const StepCall& call, void* stream);
 
 // Drops the lowest unprotected state of every row and group in which a token waits.
 const char* launch_evict(const State& state, const Policy& policy, const float* scores,

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "emulation" / "torch"
 SOURCES = [
     "tests/emulation/runtime.cpp",
-    *("csrc/cuda/multi_state.cpp", "csrc/cuda/multi_state.cu"),
+    *("csrc/cuda/multi_state.cpp", "csrc/cuda/multi_state.cu", "csrc/cuda/evict.cu"),
+    *(f"csrc/cuda/multi_state_{name}.cu" for name in ("float32", "bfloat16", "float16")),
     *("csrc/cuda/scan.cpp", "csrc/cuda/scan.cu"),
     *(f"csrc/cuda/scan_{name}.cu" for name in ("float32", "float64", "bfloat16", "float16")),
 ]

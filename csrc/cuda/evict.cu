@@ -1,0 +1,58 @@
+// The policy alone: the second half of a step, where ranks or others had a say in the scores.
+#include "multi_state.cuh"
+
+namespace msrnn {
+namespace gpu {
+
+// What attend_scores leaves for later: the policy alone, a block a row.
+struct EvictCall {
+  State state;
+  Policy policy;
+  const float* scores;
+};
+
+__global__ void __launch_bounds__(kStepThreads)
+    evict_kernel(const __grid_constant__ EvictCall call) {
+  const State& s = call.state;
+  const int64_t row = blockIdx.x, used = s.used(row), now = s.seen[row];
+  auto* const of_warps = reinterpret_cast<Summary*>(dynamic_shared());
+  bool waiting = false;
+#pragma unroll 1
+  for (int64_t g = 0; g < s.groups; ++g) {
+    const int64_t offset = s.group(row, g) * s.slots;
+    if (s.position[offset + s.free_slot(row, g)] < 0) continue;  // for all threads alike
+    waiting = true;
+    Summary found;
+    for (int64_t slot = threadIdx.x; slot < used; slot += kStepThreads) {
+      const int64_t position = s.position[offset + slot];
+      float score = 0;
+      if (position >= 0 && call.policy.score != ScoreKind::position) {
+        score = call.scores[offset + slot];
+        if (s.score) s.score[offset + slot] = score += s.score[offset + slot];
+      }
+      found.look_at(call.policy, slot, position, score, now);
+    }
+    found = warp_summary(found);
+    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = found;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      for (int w = 1; w < kStepWarps; ++w) found.add(of_warps[w]);
+      s.evict(row, g, found);
+    }
+    __syncthreads();
+  }
+  if (waiting && threadIdx.x == 0) ++s.seen[row];
+}
+
+}  // namespace gpu
+
+const char* launch_evict(const State& state, const Policy& policy, const float* scores,
+                         void* stream) {
+  const auto blocks = static_cast<uint32_t>(state.batch);
+  const cudaError_t error =
+      launch(gpu::evict_kernel, blocks, kStepThreads, kStepWarps * sizeof(Summary),
+             static_cast<cudaStream_t>(stream), gpu::EvictCall{state, policy, scores});
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace msrnn

@@ -1,0 +1,9 @@
+// The step of bfloat16 states; multi_state.cuh has the kernel.
+#include "multi_state.cuh"
+
+namespace msrnn {
+namespace gpu {
+template cudaError_t step_fits_of<BFloat16>(StepCall, bool*);
+template cudaError_t launch_step_of<BFloat16>(StepCall, cudaStream_t);
+}  // namespace gpu
+}  // namespace msrnn

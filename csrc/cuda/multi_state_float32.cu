@@ -1,0 +1,9 @@
+// The step of float32 states; multi_state.cuh has the kernel.
+#include "multi_state.cuh"
+
+namespace msrnn {
+namespace gpu {
+template cudaError_t step_fits_of<float>(StepCall, bool*);
+template cudaError_t launch_step_of<float>(StepCall, cudaStream_t);
+}  // namespace gpu
+}  // namespace msrnn
