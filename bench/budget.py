@@ -88,9 +88,15 @@ def nvcc_version() -> str:
     return re.findall(r"release (\S+),", text)[0]
 
 
-def compile_file(folder: Path, dtype: str, ptx: str, archs: list[str]) -> Path:
-    """The fatbin of one dtype; what ptxas says of its kernels lies beside it."""
-    fatbin = folder / f"{dtype}.{'_'.join(archs)}.fatbin"
+def source_of(kernel: str) -> str:
+    """The file that compiles a kernel, without its suffix."""
+    op, dtype, _ = kernel.split("/")
+    return f"multi_state_{dtype}" if op == "attend_evict" else f"scan_{dtype}"
+
+
+def compile_file(folder: Path, source: str, ptx: str, archs: list[str]) -> Path:
+    """The fatbin of one source; what ptxas says of its kernels lies beside it."""
+    fatbin = folder / f"{source}.{'_'.join(archs)}.fatbin"
     log = fatbin.with_suffix(".log")
     newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.*"))
     if log.exists() and log.stat().st_mtime > newest:
@@ -98,8 +104,8 @@ def compile_file(folder: Path, dtype: str, ptx: str, archs: list[str]) -> Path:
     started = time.time()
     codes = f"-gencode=arch=compute_{ptx},code=[{','.join(f'sm_{a}' for a in archs)}]"
     command = ["-std=c++20", "-O3", codes, "-fatbin", "-Xptxas", "-v"]
-    source = f"csrc/cuda/scan_{dtype}.cu"
-    log.write_text(output_of(tool("nvcc"), *command, source, "-o", str(fatbin)))
+    path = f"csrc/cuda/{source}.cu"
+    log.write_text(output_of(tool("nvcc"), *command, path, "-o", str(fatbin)))
     os.utime(log, (started, started))  # what is edited meanwhile is newer
     return fatbin
 
@@ -119,17 +125,18 @@ def memory_of(log: str) -> Iterator[tuple[str, list[int]]]:
 
 def code_of(cubin: Path, arch: str) -> Iterator[tuple[str, list[int]]]:
     """From the machine code: wide loads and stores, special functions, all instructions."""
-    load = "LDG" if arch == "75" else "LDGSTS"
     for kernel, lines in disassemble(cubin).items():
+        direct = arch == "75" or kernel.startswith("attend_evict")
+        load = "LDG" if direct else "LDGSTS"
         names = [opcode(line) for line in lines if not line.endswith(":")]
         wide = Counter(name.split(".")[0] for name in names if ".128" in name)
         special = sum(name.startswith("MUFU") for name in names)
         yield f"{kernel}/sm_{arch}", [wide[load], wide["STG"], special, len(names)]
 
 
-def measure_file(folder: Path, dtype: str, ptx: str, archs: list[str]) -> Usage:
-    """The budgets of the kernels of one dtype."""
-    fatbin = compile_file(folder, dtype, ptx, archs)
+def measure_file(folder: Path, source: str, ptx: str, archs: list[str]) -> Usage:
+    """The budgets of the kernels of one source."""
+    fatbin = compile_file(folder, source, ptx, archs)
     cubins = folder / fatbin.stem
     shutil.rmtree(cubins, ignore_errors=True)
     cubins.mkdir()
@@ -147,9 +154,9 @@ def measure(kernels: list[str], archs: list[str]) -> Usage:
     """The budgets of these kernels for these architectures."""
     folder = FOLDER / nvcc_version()
     folder.mkdir(parents=True, exist_ok=True)
-    dtypes = dict.fromkeys(kernel.split("/")[1] for kernel in kernels)
+    sources = dict.fromkeys(source_of(kernel) for kernel in kernels)
     shared = {ptx: [a for a in archs if PTX[a] == ptx] for ptx in (PTX[a] for a in archs)}
-    jobs = [(folder, dtype, ptx, same) for ptx, same in shared.items() for dtype in dtypes]
+    jobs = [(folder, source, ptx, same) for ptx, same in shared.items() for source in sources]
     jobs.sort(key=lambda job: len(job[3]), reverse=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = list(pool.map(lambda job: measure_file(*job), jobs))

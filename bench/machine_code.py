@@ -62,6 +62,11 @@ KERNELS = {  # by what a mangled name holds
         OPS.items(), DTYPES.items(), PASSES.items()
     )
 }
+# A step has two forms: a lane holds one piece of a row, or two (head_dim above 128 in float32).
+KERNELS |= {
+    f"{DTYPES[name].mangled}Li{pieces}E": f"attend_evict/{name}/{pieces}"
+    for name, pieces in (("float32", 1), ("float32", 2), ("bfloat16", 1), ("float16", 1))
+}
 
 
 def tool(name: str) -> str:
@@ -88,8 +93,8 @@ def output_of(*command: str, cwd: Path = ROOT) -> str:
 
 
 def kernel_name(mangled: str) -> str | None:
-    """Such as min_gru/bfloat16/forward; none for what is no scan kernel."""
-    found = re.search(r"scan_kernelINS_(\S+?Lb[01]E)EEvNS", mangled)
+    """Such as min_gru/bfloat16/forward; none for what is neither a scan nor a step."""
+    found = re.search(r"(?:scan_kernelINS_|step_kernelI)(\S+?L[bi]\dE)EEvNS", mangled)
     return KERNELS.get(found[1]) if found else None
 
 

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/multi_state.h"
 #include "cuda/scan.h"
 
 namespace py = pybind11;
@@ -61,6 +62,15 @@ py::dict scan_plan(bool backward, int64_t element_size, int64_t rows, int64_t ti
   return plan;
 }
 
+py::dict step_plan(int64_t rows, int64_t query_heads, int64_t slots, int64_t head_dim) {
+  const msrnn::StepPlan p = msrnn::step_plan(rows, query_heads, slots, head_dim);
+  py::dict plan;
+  plan["block_slots"] = p.block_slots;
+  plan["splits"] = p.splits;
+  plan["one_launch"] = p.one_launch;
+  return plan;
+}
+
 // Asks for huge pages under memory that is still to be touched: a large state is read 5 to 10 %
 // faster from them. It is only advice; nothing is reported.
 void prefer_huge_pages(uintptr_t address, size_t bytes) {
@@ -82,6 +92,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("time"), py::arg("channels"),
         "How the CUDA scans cut up a call: a pure function of its shape and dtype. With cu_seqlens "
         "rows is 1. workspace is in bytes.");
+  m.def("step_plan", &step_plan, py::arg("rows"), py::arg("query_heads"), py::arg("slots"),
+        py::arg("head_dim"),
+        "How the CUDA step of multi-state attention cuts up a call, a pure function of its shape: "
+        "the slots of a block, the blocks of a row, and whether these may wait for each other in "
+        "one launch. slots is that of the state, N + 1.");
   m.def("prefer_huge_pages", &prefer_huge_pages, py::arg("address"), py::arg("bytes"),
         "Advice to back untouched memory by huge pages.");
 }

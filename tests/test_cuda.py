@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from msrnn_ops._C import scan_plan
+from msrnn_ops._C import scan_plan, step_plan
 
 import msrnn_ops as ms
 
@@ -52,6 +52,30 @@ def test_plans_of_known_shapes() -> None:
     assert (step["threads"], step["tile_channels"], step["tiles"]) == (32, 256, 1)
 
 
+@given(
+    rows=st.integers(1, 300),
+    heads=st.integers(1, 256),
+    slots=st.integers(2, 200_000),
+    head_dim=st.integers(1, 32).map(lambda n: 8 * n),
+)
+def test_a_step_plan_covers_its_state(rows: int, heads: int, slots: int, head_dim: int) -> None:
+    plan = step_plan(rows, heads, slots, head_dim)
+    block, splits = plan["block_slots"], plan["splits"]
+    assert block % 32 == 0 and (splits - 1) * block < slots <= splits * block
+    assert plan["one_launch"] == (plan["splits"] <= 264)
+    shared = 4 * heads * plan["block_slots"] + 8 * 4 * head_dim * 4  # weights, staging
+    assert shared <= 48 * 1024 or plan["block_slots"] == 32
+
+
+def test_step_plans_of_known_shapes() -> None:
+    # Two blocks for each multiprocessor of a large GPU, one row or many.
+    assert step_plan(1, 32, 513, 128) == {"block_slots": 32, "splits": 17, "one_launch": True}
+    assert step_plan(1, 32, 8193, 128) == {"block_slots": 32, "splits": 257, "one_launch": True}
+    assert step_plan(1, 32, 65537, 128)["one_launch"]
+    assert step_plan(4, 32, 8193, 128)["splits"] == 65
+    assert step_plan(128, 32, 513, 128)["splits"] == 3
+
+
 @pytest.mark.skipif(ms.backends()["cuda"] == "ok", reason="CUDA can be used here")
 def test_an_unusable_backend_says_why() -> None:
     with pytest.raises(ValueError, match="'cuda' cannot be used"), ms.use_backend("cuda"):
@@ -64,6 +88,8 @@ def test_operators_are_registered_for_cuda() -> None:
     for name in [*names, "min_gru_joint", "min_lstm_joint"]:
         for op in (name, f"{name}_backward"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"msrnn_ops::{op}", "CUDA"), op
+    for op in ("attend_evict", "attend_scores", "evict", "attend_sequence"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"msrnn_ops::{op}", "CUDA"), op
     assert ms.build_info()["cuda_archs"]
 
 

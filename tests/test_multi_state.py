@@ -286,7 +286,7 @@ def test_sequence_makes_a_flex_attention_mask() -> None:
         def visible(b: Tensor, h: Tensor, t: Tensor, j: Tensor) -> Tensor:
             return (t >= j) & (t < expiry[b, h // shared, j])  # noqa: B023
 
-        mask = create_block_mask(visible, 2, 4, time, time, device="cpu")
+        mask = create_block_mask(visible, 2, 4, time, time, device=q.device)
         with warnings.catch_warnings():  # not compiled, so not fused: fine here
             warnings.simplefilter("ignore")
             flex = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)

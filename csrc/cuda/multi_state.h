@@ -20,14 +20,15 @@ constexpr int kStepQueries = 4;  // query heads that a warp attends for at once
 struct StepPlan {
   int64_t block_slots, splits;  // splits: blocks of a row
   // Whether the blocks of a row may wait for each other: there are few enough of them to be
-  // resident at once on a GPU of the smaller kind. Where they are not, two launches do the same.
+  // resident at once on a large GPU. On one where they are not (step_fits), two launches do the
+  // same.
   bool one_launch;
 };
 
 inline StepPlan step_plan(int64_t rows, int64_t query_heads, int64_t slots, int64_t head_dim) {
   // Two blocks for each of the 132 multiprocessors of a large GPU; below 32 slots a block spends
   // its time on the exchange. What a block keeps must fit the 64 KiB of the smallest GPU.
-  constexpr int64_t kEnoughBlocks = 264, kMostSplits = 128, kWord = 32;
+  constexpr int64_t kEnoughBlocks = 264, kWord = 32;
   const int64_t staging = kStepWarps * kStepQueries * head_dim * 4;
   const int64_t most = (int64_t{48} * 1024 - staging) / (4 * query_heads) / kWord * kWord;
   const int64_t wanted = (kEnoughBlocks + rows - 1) / (rows > 0 ? rows : 1);
@@ -36,7 +37,7 @@ inline StepPlan step_plan(int64_t rows, int64_t query_heads, int64_t slots, int6
   if (p.block_slots > most) p.block_slots = most;
   if (p.block_slots < kWord) p.block_slots = kWord;
   p.splits = (slots + p.block_slots - 1) / p.block_slots;
-  p.one_launch = p.splits <= kMostSplits;
+  p.one_launch = p.splits <= kEnoughBlocks;
   return p;
 }
 
