@@ -845,16 +845,26 @@ def _attend_prompt_on_device(
     keys, values, position, _, free, *_ = rest
     waiting = free.clamp(0, position.shape[2] - 1)[..., None]
     position = position.scatter(-1, waiting, -1)  # a token that waits is replaced
-    with torch.autocast(q.device.type, enabled=False):
-        out = multi_state_device.prompt_output(q, k, v, valid, keys, values, position, rest[-1])
-        multi_state_device.store_prompt(q, k, v, valid, *rest)
+    out = multi_state_device.prompt_output(q, k, v, valid, keys, values, position, rest[-1])
+    multi_state_device.store_prompt(q, k, v, valid, *rest)
     return out
 
 
+def _as_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What a kernel is by itself: without autocast, and at home with inference tensors."""
+
+    def run(q: Tensor, *args: Any) -> Any:
+        no_autocast = torch.autocast(q.device.type, enabled=False)
+        with no_autocast, torch._C._AutoDispatchBelowADInplaceOrView():
+            return function(q, *args)
+
+    return run
+
+
 _on_device: dict[str, Callable[..., Any]] = {
-    "attend_prompt": _attend_prompt_on_device,
-    "store_prompt": multi_state_device.store_prompt,
-    "attend_sequence_backward": multi_state_device.attend_sequence_backward,
+    "attend_prompt": _as_kernel(_attend_prompt_on_device),
+    "store_prompt": _as_kernel(multi_state_device.store_prompt),
+    "attend_sequence_backward": _as_kernel(multi_state_device.attend_sequence_backward),
 }
 for _name, _by_torch in _on_device.items():
     _library.impl(_name, _by_torch, "CUDA")

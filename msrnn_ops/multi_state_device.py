@@ -36,6 +36,13 @@ def _groups(x: Tensor, kv_heads: int) -> Tensor:
     return x.unflatten(1, (kv_heads, -1)).float()
 
 
+def _real(valid: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Padding, which may hold anything, as zeros."""
+    if valid is None:
+        return tensors
+    return tuple(torch.where(valid[:, None, :, None], x, 0) for x in tensors)
+
+
 def _parts(time: int) -> Iterator[tuple[int, int]]:
     for start in range(0, time, _QUERIES_AT_ONCE):
         yield start, min(start + _QUERIES_AT_ONCE, time)
@@ -64,6 +71,7 @@ def prompt_output(
     """Attention of every query to the kept states and to the prompt up to itself."""
     if q.numel() == 0:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
+    q, k, v = _real(valid, q, k, v)
     kept = position >= 0
     all_keys = torch.cat([_where_kept(kept, keys), k], 2)
     all_values = torch.cat([_where_kept(kept, values), v], 2)
@@ -149,6 +157,7 @@ def store_prompt(
     last_evicted.fill_(-1)
     if k.shape[0] == 0 or time == 0:
         return
+    q, k, v = _real(valid, q, k, v)
     real = torch.ones_like(seen[:, None].expand(-1, time), dtype=torch.bool)
     real = real if valid is None else valid
     count = real.sum(1)
@@ -213,6 +222,7 @@ def attend_sequence_backward(
     """Of causal attention in which key j is visible to the queries j <= t < expiry[j]."""
     _check_tokens(q, k, v)
     _check_shapes(tuple(q.shape), grad_out)
+    q, k, v, grad_out = _real(valid, q, k, v, grad_out)
     kv_heads, time = k.shape[1], k.shape[2]
     step = torch.arange(time, device=q.device)
     keys, values = k.float()[:, :, None], v.float()[:, :, None]

@@ -94,15 +94,31 @@ cudaError_t resident_blocks(int* count, Kernel kernel, int threads, size_t share
 template <class Kernel>
 cudaError_t allow_shared(Kernel kernel, size_t bytes) {
   if (bytes <= 48 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(bytes));
+  const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(bytes));
+  if (error) cudaGetLastError();  // it is told here, not by the next launch
+  return error;
 }
 
+// `together`: all blocks become resident at once, or the launch fails.
 template <class Arguments>
 cudaError_t launch(void (*kernel)(Arguments), uint32_t blocks, uint32_t threads, size_t shared,
-                   cudaStream_t stream, const Arguments& arguments) {
-  kernel<<<blocks, threads, shared, stream>>>(arguments);
-  return cudaGetLastError();
+                   cudaStream_t stream, const Arguments& arguments, bool together = false) {
+  if (!together) {
+    kernel<<<blocks, threads, shared, stream>>>(arguments);
+    return cudaGetLastError();
+  }
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &cooperative;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments);
 }
 
 }  // namespace msrnn
@@ -144,7 +160,7 @@ cudaError_t allow_shared(Kernel, size_t) {
 }
 template <class Arguments>
 cudaError_t launch(void (*kernel)(Arguments), uint32_t blocks, uint32_t threads, size_t shared,
-                   cudaStream_t stream, const Arguments& arguments) {
+                   cudaStream_t stream, const Arguments& arguments, bool = false) {
   return emulated::launch(kernel, dim3{blocks, 1, 1}, dim3{threads, 1, 1}, shared, stream,
                           arguments);
 }

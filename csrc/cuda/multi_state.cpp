@@ -54,7 +54,8 @@ void run(StepCall& call, const Tensor& like) {
   if (call.state.batch == 0 || call.last == call.first) return;
   const OnDevice device(like);
   if (call.plan.one_launch) {
-    const char* error = step_fits(call, &call.plan.one_launch);
+    const char* error = step_fits(call, &call.fits);
+    call.plan.one_launch = call.fits != Fits::not_at_all;
     STD_TORCH_CHECK(error == nullptr, "the step was not launched: ", error ? error : "");
   }
   const int64_t bytes = lay_out(call.plan, call.state, call.query_heads, nullptr, nullptr).bytes;

@@ -5,7 +5,7 @@
 namespace msrnn {
 namespace gpu {
 #define MSRNN_STEP(T)                                           \
-  extern template cudaError_t step_fits_of<T>(StepCall, bool*); \
+  extern template cudaError_t step_fits_of<T>(StepCall, Fits*); \
   extern template cudaError_t launch_step_of<T>(StepCall, cudaStream_t);
 MSRNN_STEP(float)
 MSRNN_STEP(BFloat16)
@@ -18,7 +18,7 @@ const char* text_of(cudaError_t error) {
 
 }  // namespace gpu
 
-const char* step_fits(const StepCall& call, bool* fits) {
+const char* step_fits(const StepCall& call, Fits* fits) {
   switch (call.state.dtype) {
     case DType::bfloat16:
       return gpu::text_of(gpu::step_fits_of<BFloat16>(call, fits));

@@ -15,21 +15,22 @@
 //   grid     rows, in any order. A sequence repeats all this for every token in the same launch;
 //            there a row's blocks do wait for the victim.
 //
-// Why it cannot dead-lock. Blocks take tickets in the order in which they start, and a row's
-// tickets follow each other. All blocks of a row can be resident at once (step_fits;
-// plan.one_launch). Take the first row that is not done: blocks of later rows hold later tickets,
-// so while one of its blocks has not started, only blocks of that row are there, fewer than can be,
-// and one more starts. Where a row has more blocks than the device holds, two launches do the same
-// work: between them the weights lie in memory, 4 bytes a query head and slot, and no block waits
-// for a later ticket. The bits are the same.
+// Why it cannot dead-lock. A grid that fits the device as a whole is launched as a cooperative one:
+// all of its blocks become resident, or none. Of a larger grid a row may take a quarter of the
+// device, and blocks take tickets in the order in which they start, those of a row one after the
+// other. Take the first row that is not done: blocks of later rows hold later tickets, so while one
+// of its blocks has not started, only blocks of that row are there, fewer than can be even beside
+// three other such grids, and one more starts. A row that is larger takes two launches, which do
+// the same work: between them the weights lie in memory, 4 bytes a query head and slot, and no
+// block waits for a later ticket. The bits are the same.
 //
 // Order. Sums over head_dim, slots, blocks and heads run in an order that the plan fixes, and a
-// minimum over unique positions has none: the same bits in every run and on every GPU.
+// minimum over unique positions has none: the same bits in every run.
 //
 // Memory. Keys and values once, 16 bytes at a time, whatever the query heads that share them: up to
 // 4 per pass over what was loaded; values of more are read again, from cache. The exchange, from
-// L2: a partial output a block (3 % of the bytes of 256 slots at 8 heads of 128 in bfloat16, 13 %
-// of 64), written and read once, and the maxima and sums of a row by each of its blocks.
+// L2: a partial output a block (3 % of the bytes of 256 slots at 8 heads of 128 in bfloat16, 25 %
+// of 32), written and read once, and the maxima and sums of a row by each of its blocks.
 #pragma once
 
 #include <cstring>
@@ -113,7 +114,9 @@ struct StepBlock {
       return here;
     };
     StepShared m{};
-    m.staging = take(kStepWarps * kQueries * static_cast<int32_t>(call.state.head_dim));
+    const auto units = call.state.kv_heads * ((heads / call.state.kv_heads + 3) / kQueries);
+    const auto staged = units > 4 ? 32 : kQueries * static_cast<int32_t>(call.state.head_dim);
+    m.staging = take(kStepWarps * staged);  // of a warp: 32 outputs, or its part of 4 query heads
     m.weights = take(heads * slots);
     m.maxima = take(heads);
     m.totals = take(heads);
@@ -624,10 +627,9 @@ cudaError_t with_step_kernel(StepCall& call, const With& with) {
     if (auto e = allow_shared(step_kernel<T, chunks>, bytes)) return e;
     return with(step_kernel<T, chunks>, bytes);
   };
-  if constexpr (sizeof(T) * kLargestHeadDim > 32 * sizeof(Chunk)) {
-    if (call.state.row_bytes() > 32 * static_cast<int64_t>(sizeof(Chunk))) {
-      return of(std::integral_constant<int, 2>{});
-    }
+  constexpr int64_t kOnePiece = 32 * sizeof(Chunk) / sizeof(T);  // elements of a row
+  if constexpr (kLargestHeadDim > kOnePiece) {
+    if (call.state.head_dim > kOnePiece) return of(std::integral_constant<int, 2>{});
   }
   return of(std::integral_constant<int, 1>{});
 }
@@ -635,11 +637,13 @@ cudaError_t with_step_kernel(StepCall& call, const With& with) {
 // Whether the blocks of a row can all be resident; and the launch. Defined once for each dtype, in
 // multi_state_<dtype>.cu.
 template <class T>
-cudaError_t step_fits_of(StepCall call, bool* fits) {
+cudaError_t step_fits_of(StepCall call, Fits* fits) {
   return with_step_kernel<T>(call, [&](auto kernel, size_t shared) {
     int most = 0;
     const cudaError_t error = resident_blocks(&most, kernel, kStepThreads, shared);
-    *fits = most >= call.plan.splits;
+    *fits = call.state.batch * call.plan.splits <= most ? Fits::whole
+            : 4 * call.plan.splits <= most              ? Fits::by_rows
+                                                        : Fits::not_at_all;
     return error;
   });
 }
@@ -657,7 +661,8 @@ cudaError_t launch_step_of(StepCall call, cudaStream_t stream) {
       call.first = first;
       call.last = last;
       if (auto e = cudaMemsetAsync(exchange.ticket, 0, cleared, stream)) return e;
-      return launch(kernel, blocks, kStepThreads, shared, stream, call);
+      const bool together = call.plan.one_launch && call.fits == Fits::whole;
+      return launch(kernel, blocks, kStepThreads, shared, stream, call, together);
     };
     const int64_t first = call.first, last = call.last;
     if (call.plan.one_launch) return launch_half(true, true, first, last);

@@ -41,6 +41,10 @@ inline StepPlan step_plan(int64_t rows, int64_t query_heads, int64_t slots, int6
   return p;
 }
 
+// What of a grid is resident for sure while blocks wait for each other: all of it, a quarter of the
+// device for every row, or less.
+enum class Fits : int32_t { whole, by_rows, not_at_all };
+
 // What the blocks of a row share, in global memory.
 struct StepExchange {
   uint32_t* ticket;    // the next block to start: those of a row follow each other
@@ -92,7 +96,8 @@ struct StepShared {
 
 // One call: tokens [first, last) of every row, one after the other.
 struct StepCall {
-  StepPlan plan;
+  StepPlan plan;  // one_launch only if the grid fits
+  Fits fits;
   State state;
   Policy policy;
   float scale;
@@ -113,8 +118,8 @@ struct StepCall {
   bool attends, finishes;  // which halves this launch does
 };
 
-// Whether the blocks of a row can all be resident on this device.
-const char* step_fits(const StepCall& call, bool* fits);
+// How this device holds the blocks of a call.
+const char* step_fits(const StepCall& call, Fits* fits);
 
 // Launches one kernel, or, without `plan.one_launch`, two for each token. Returns what the CUDA
 // runtime says is wrong, or null.

@@ -27,6 +27,7 @@
 //   EMULATION_SHUFFLE       0: blocks and threads in order; 1 (default): random threads;
 //                           2: blocks become resident in random order, too
 //   EMULATION_RESIDENT      blocks resident at once, default 4
+//   EMULATION_CLAIMED       blocks that a kernel is told can be resident, default as many as are
 //   EMULATION_SPINS         polls without progress that count as dead-lock, default 20 million
 //   EMULATION_STRICT_WARPS  1: shuffles and votes order no memory, as CUDA documents it, only
 //                           __syncwarp does; default 0. Matters to ThreadSanitizer only.
@@ -100,7 +101,7 @@ void queue_copy(AsyncCopy copy, Where where);
 void commit_copies();
 bool take_copy(int pending_groups, AsyncCopy* copy);  // the next one that a wait covers
 
-int resident_blocks();  // as EMULATION_RESIDENT has it
+int resident_blocks();  // what kernels are told
 
 // Returns false if no GPU could run such a grid.
 bool launch(dim3 grid, dim3 block, size_t shared_bytes, void (*thread)(void*), void* argument);

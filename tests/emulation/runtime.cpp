@@ -757,7 +757,11 @@ bool take_copy(int pending_groups, AsyncCopy* copy) {
   return true;
 }
 
-int resident_blocks() { return static_cast<int>(Settings::from_environment().resident); }
+int resident_blocks() {
+  const Settings settings = Settings::from_environment();
+  return static_cast<int>(
+      Settings::read("EMULATION_CLAIMED", static_cast<long>(settings.resident)));
+}
 
 bool launch(dim3 grid, dim3 block, size_t shared_bytes, void (*thread)(void*), void* argument) {
   if (!launchable(grid, block)) return false;

@@ -22,14 +22,14 @@
 namespace msrnn {
 namespace gpu {
 template <class T>
-cudaError_t step_fits_of(StepCall, bool*);
+cudaError_t step_fits_of(StepCall, Fits*);
 template <class T>
 cudaError_t launch_step_of(StepCall, cudaStream_t);
-extern template cudaError_t step_fits_of<float>(StepCall, bool*);
+extern template cudaError_t step_fits_of<float>(StepCall, Fits*);
 extern template cudaError_t launch_step_of<float>(StepCall, cudaStream_t);
 }  // namespace gpu
 
-const char* step_fits(const StepCall& call, bool* fits) {
+const char* step_fits(const StepCall& call, Fits* fits) {
   return cudaGetErrorString(gpu::step_fits_of<float>(call, fits));
 }
 const char* launch_step(const StepCall& call, void* stream) {
@@ -294,7 +294,8 @@ bool run(const Case& c) {
   call.evicting = c.mode != Mode::halves;
   call.scores = c.mode == Mode::halves ? reinterpret_cast<float*>(d.scores.data()) : nullptr;
   call.plan = step_plan(c.rows, c.query_heads, d.slots, c.head_dim);
-  if (call.plan.one_launch) step_fits(call, &call.plan.one_launch);
+  step_fits(call, &call.fits);
+  call.plan.one_launch = call.plan.one_launch && call.fits != Fits::not_at_all;
   const Memory workspace(lay_out(call.plan, call.state, c.query_heads, nullptr, nullptr).bytes);
   lay_out(call.plan, call.state, c.query_heads, workspace.data(), &call.exchange);
   const auto at_token = [&](int64_t t) {
