@@ -3,7 +3,7 @@
 // Tiles form aligned groups. A tile publishes its span, waits for the spans of the tiles before it
 // in its group and for the carry of the group before, and folds these in order; the last tile of a
 // group publishes the group's carry. So the order of every operation is fixed by shape: results are
-// the same bits for any schedule, any GPU and any run. The price, against folding from whatever
+// the same bits for any schedule and any run. The price, against folding from whatever
 // carry is already there: a tile reads on average half a group of spans, 8 x 12 bytes a channel and
 // 256 steps (6 % of the bytes of a bfloat16 minGRU, from L2), and a chain advances one group, 4096
 // steps, per exchange.
