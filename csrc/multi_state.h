@@ -61,4 +61,15 @@ struct Heads {
   }
 };
 
+// One token of every row: attention and, with `evicting`, the policy.
+struct TokenStep {
+  State state;
+  Policy policy;
+  float scale;
+  bool evicting;
+  int64_t query_heads;
+  Heads q, k, v, out;
+  float* scores;  // (batch, groups, slots): the attention that each slot got; or null
+};
+
 }  // namespace msrnn

@@ -92,4 +92,68 @@ inline const bool* mask_of(const OptionalTensor& valid, const Tensor& q) {
   return static_cast<const bool*>(valid->data_ptr());
 }
 
+inline TokenStep step_of(const State& state, const Policy& policy, double scale, bool evicting,
+                         const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                         float* scores) {
+  return {state,       policy,      static_cast<float>(scale),
+          evicting,    q.size(1),   heads_of(q),
+          heads_of(k), heads_of(v), heads_of(out),
+          scores};
+}
+
+// The ops of one token. A backend makes tensors readable for its kernels, runs a step, and evicts.
+template <class Backend>
+struct StepOps {
+  static Tensor attend_evict(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+                             const Tensor& keys, const Tensor& values, const Tensor& position,
+                             const Tensor& score, const Tensor& free, const Tensor& seen,
+                             const Tensor& last_evicted, int64_t kind, int64_t sinks,
+                             int64_t recent, double scale) {
+    check_heads(q_in, k_in, v_in, 3);
+    const Policy policy = policy_of(kind, sinks, recent);
+    const Tensor q = Backend::readable(q_in), k = Backend::readable(k_in),
+                 v = Backend::readable(v_in);
+    const State marks = marks_of(position, score, free, seen, last_evicted, policy.score);
+    const State state = state_of(k, keys, values, marks);
+    Tensor out = torch::stable::new_empty(q, q.sizes());
+    Backend::run(step_of(state, policy, scale, true, q, k, v, out, nullptr), q);
+    return out;
+  }
+
+  static std::tuple<Tensor, Tensor> attend_scores(const Tensor& q_in, const Tensor& k_in,
+                                                  const Tensor& v_in, const Tensor& keys,
+                                                  const Tensor& values, const Tensor& position,
+                                                  const Tensor& free, const Tensor& seen,
+                                                  double scale) {
+    check_heads(q_in, k_in, v_in, 3);
+    const Tensor q = Backend::readable(q_in), k = Backend::readable(k_in),
+                 v = Backend::readable(v_in);
+    Tensor scores = torch::stable::new_zeros(position, position.sizes(), ScalarType::Float);
+    const Tensor none = torch::stable::new_empty(position, {position.size(0), position.size(1), 0},
+                                                 ScalarType::Float);
+    const State marks = marks_of(position, none, free, seen, free, ScoreKind::attention);
+    const State state = state_of(k, keys, values, marks);
+    Tensor out = torch::stable::new_empty(q, q.sizes());
+    auto* sums = static_cast<float*>(scores.data_ptr());
+    Backend::run(step_of(state, {}, scale, false, q, k, v, out, sums), q);
+    return {out, scores};
+  }
+
+  static void evict(const Tensor& scores, const Tensor& position, const Tensor& score,
+                    const Tensor& free, const Tensor& seen, const Tensor& last_evicted,
+                    int64_t kind, int64_t sinks, int64_t recent) {
+    const Policy policy = policy_of(kind, sinks, recent);
+    const State s = marks_of(position, score, free, seen, last_evicted, policy.score);
+    check_contiguous(scores, {s.batch, s.groups, s.slots}, ScalarType::Float);
+    Backend::evict(s, policy, scores);
+  }
+};
+
+template <class Backend>
+void register_steps(torch::stable::detail::StableLibrary& m) {
+  m.impl("attend_evict", TORCH_BOX(&StepOps<Backend>::attend_evict));
+  m.impl("attend_scores", TORCH_BOX(&StepOps<Backend>::attend_scores));
+  m.impl("evict", TORCH_BOX(&StepOps<Backend>::evict));
+}
+
 }  // namespace msrnn

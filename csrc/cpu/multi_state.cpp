@@ -60,17 +60,6 @@ Summary summarize(const State& s, const Policy& policy, int64_t row, int64_t g, 
   return found;
 }
 
-// One token of the rows in `rows`: attention, and with `evicting` the policy.
-struct Step {
-  State state;
-  Policy policy;
-  float scale;
-  bool evicting;
-  int64_t query_heads;
-  Heads q, k, v, out;
-  float* scores;  // (batch, groups, slots), or null
-};
-
 void wait_for(const uint32_t& counter, uint32_t value) {
   std::atomic_ref<const uint32_t> shared(counter);
   for (int spins = 0; shared.load(std::memory_order_acquire) != value; ++spins) {
@@ -84,7 +73,7 @@ bool is_last(uint32_t& counter, uint32_t count) {
 
 class StepRun {
  public:
-  StepRun(const Step& step, const std::vector<int64_t>& rows, int64_t time)
+  StepRun(const TokenStep& step, const std::vector<int64_t>& rows, int64_t time)
       : step_(step),
         s_(step.state),
         rows_(rows),
@@ -294,7 +283,7 @@ class StepRun {
     ++s_.seen[row];
   }
 
-  const Step& step_;
+  const TokenStep& step_;
   const State& s_;
   const std::vector<int64_t>& rows_;
   const int64_t time_;
@@ -316,72 +305,25 @@ std::vector<int64_t> all_rows(int64_t batch) {
   return rows;
 }
 
-Tensor attend_evict(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& keys,
-                    const Tensor& values, const Tensor& position, const Tensor& score,
-                    const Tensor& free, const Tensor& seen, const Tensor& last_evicted,
-                    int64_t kind, int64_t sinks, int64_t recent, double scale) {
-  check_heads(q_in, k_in, v_in, 3);
-  const Policy policy = policy_of(kind, sinks, recent);
-  const Tensor q = packed(q_in), k = packed(k_in), v = packed(v_in);
-  Tensor out = torch::stable::new_empty(q, q.sizes());
-  const State marks = marks_of(position, score, free, seen, last_evicted, policy.score);
-  const Step step{state_of(k, keys, values, marks),
-                  policy,
-                  static_cast<float>(scale),
-                  true,
-                  q.size(1),
-                  heads_of(q),
-                  heads_of(k),
-                  heads_of(v),
-                  heads_of(out),
-                  nullptr};
-  if (step.state.batch > 0) StepRun(step, all_rows(step.state.batch), 0).run();
-  return out;
-}
-
-std::tuple<Tensor, Tensor> attend_scores(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-                                         const Tensor& keys, const Tensor& values,
-                                         const Tensor& position, const Tensor& free,
-                                         const Tensor& seen, double scale) {
-  check_heads(q_in, k_in, v_in, 3);
-  const Tensor q = packed(q_in), k = packed(k_in), v = packed(v_in);
-  Tensor out = torch::stable::new_empty(q, q.sizes());
-  Tensor scores = torch::stable::new_zeros(position, position.sizes(), ScalarType::Float);
-  const Tensor none = torch::stable::new_empty(position, {position.size(0), position.size(1), 0},
-                                               ScalarType::Float);
-  const State marks = marks_of(position, none, free, seen, free, ScoreKind::attention);
-  const Step step{state_of(k, keys, values, marks),
-                  {},
-                  static_cast<float>(scale),
-                  false,
-                  q.size(1),
-                  heads_of(q),
-                  heads_of(k),
-                  heads_of(v),
-                  heads_of(out),
-                  static_cast<float*>(scores.data_ptr())};
-  if (step.state.batch > 0) StepRun(step, all_rows(step.state.batch), 0).run();
-  return {out, scores};
-}
-
-void evict(const Tensor& scores, const Tensor& position, const Tensor& score, const Tensor& free,
-           const Tensor& seen, const Tensor& last_evicted, int64_t kind, int64_t sinks,
-           int64_t recent) {
-  const Policy policy = policy_of(kind, sinks, recent);
-  const State s = marks_of(position, score, free, seen, last_evicted, policy.score);
-  check_contiguous(scores, {s.batch, s.groups, s.slots}, ScalarType::Float);
-  const auto* sums = static_cast<const float*>(scores.data_ptr());
-  for (int64_t row = 0; row < s.batch; ++row) {
-    bool waiting = false;
-    for (int64_t g = 0; g < s.groups; ++g) {
-      const int64_t i = s.group(row, g);
-      if (s.position[i * s.slots + s.free_slot(row, g)] < 0) continue;
-      waiting = true;
-      s.evict(row, g, summarize(s, policy, row, g, 0, s.used(row), sums + i * s.slots));
-    }
-    if (waiting) ++s.seen[row];
+struct Cpu {
+  static Tensor readable(const Tensor& x) { return packed(x); }
+  static void run(const TokenStep& step, const Tensor&) {
+    if (step.state.batch > 0) StepRun(step, all_rows(step.state.batch), 0).run();
   }
-}
+  static void evict(const State& s, const Policy& policy, const Tensor& scores) {
+    const auto* sums = static_cast<const float*>(scores.data_ptr());
+    for (int64_t row = 0; row < s.batch; ++row) {
+      bool waiting = false;
+      for (int64_t g = 0; g < s.groups; ++g) {
+        const int64_t i = s.group(row, g);
+        if (s.position[i * s.slots + s.free_slot(row, g)] < 0) continue;
+        waiting = true;
+        s.evict(row, g, summarize(s, policy, row, g, 0, s.used(row), sums + i * s.slots));
+      }
+      if (waiting) ++s.seen[row];
+    }
+  }
+};
 
 std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q_in, const Tensor& k_in,
                                            const Tensor& v_in, OptionalTensor valid, int64_t kept,
@@ -419,10 +361,7 @@ std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q_in, const Tensor& k_i
                     slots,
                     head_dim,
                     dtype_of(k)};
-  const Step step{state,       policy,      static_cast<float>(scale),
-                  true,        q.size(1),   heads_of(q),
-                  heads_of(k), heads_of(v), heads_of(out),
-                  nullptr};
+  const TokenStep step = step_of(state, policy, scale, true, q, k, v, out, nullptr);
   const bool* mask = mask_of(valid, q);
   std::vector<std::vector<int64_t>> times(batch);  // of each row's positions
   std::vector<int64_t> rows;
@@ -451,9 +390,7 @@ std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q_in, const Tensor& k_i
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(msrnn_ops, CPU, m) {
-  m.impl("attend_evict", TORCH_BOX(&attend_evict));
-  m.impl("attend_scores", TORCH_BOX(&attend_scores));
-  m.impl("evict", TORCH_BOX(&evict));
+  register_steps<Cpu>(m);
   m.impl("attend_sequence", TORCH_BOX(&attend_sequence));
 }
 

@@ -28,25 +28,27 @@ void check_aligned(const State& s) {
       "expected keys and values of a state aligned to 16 bytes");
 }
 
-StepCall describe(const State& state, const Policy& policy, double scale, const Tensor& q,
-                  const Tensor& k, const Tensor& v, const Tensor& out) {
+StepCall describe(const TokenStep& step) {
   constexpr int64_t kMost = int64_t{1} << 31;
+  const State& state = step.state;
   check_aligned(state);
   StepCall call{};
   call.state = state;
-  call.policy = policy;
-  call.scale = static_cast<float>(scale);
-  call.query_heads = q.size(1);
+  call.policy = step.policy;
+  call.scale = step.scale;
+  call.query_heads = step.query_heads;
   call.plan = step_plan(state.batch, call.query_heads, state.slots, state.head_dim);
   STD_TORCH_CHECK(state.slots < kMost && state.batch * call.plan.splits < kMost,
                   "expected fewer rows and slots");
   STD_TORCH_CHECK(call.query_heads <= 256, "expected at most 256 query heads");
   call.first = 0;
   call.last = 1;
-  call.q = heads_of(q);
-  call.k = heads_of(k);
-  call.v = heads_of(v);
-  call.out = heads_of(out);
+  call.q = step.q;
+  call.k = step.k;
+  call.v = step.v;
+  call.out = step.out;
+  call.evicting = step.evicting;
+  call.scores = step.scores;
   return call;
 }
 
@@ -66,50 +68,20 @@ void run(StepCall& call, const Tensor& like) {
   STD_TORCH_CHECK(error == nullptr, "the step was not launched: ", error ? error : "");
 }
 
-Tensor attend_evict(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& keys,
-                    const Tensor& values, const Tensor& position, const Tensor& score,
-                    const Tensor& free, const Tensor& seen, const Tensor& last_evicted,
-                    int64_t kind, int64_t sinks, int64_t recent, double scale) {
-  check_heads(q_in, k_in, v_in, 3);
-  const Policy policy = policy_of(kind, sinks, recent);
-  const Tensor q = readable(q_in), k = readable(k_in), v = readable(v_in);
-  Tensor out = torch::stable::new_empty(q, q.sizes());
-  const State marks = marks_of(position, score, free, seen, last_evicted, policy.score);
-  StepCall call = describe(state_of(k, keys, values, marks), policy, scale, q, k, v, out);
-  call.evicting = true;
-  run(call, q);
-  return out;
-}
-
-std::tuple<Tensor, Tensor> attend_scores(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-                                         const Tensor& keys, const Tensor& values,
-                                         const Tensor& position, const Tensor& free,
-                                         const Tensor& seen, double scale) {
-  check_heads(q_in, k_in, v_in, 3);
-  const Tensor q = readable(q_in), k = readable(k_in), v = readable(v_in);
-  Tensor out = torch::stable::new_empty(q, q.sizes());
-  Tensor scores = torch::stable::new_zeros(position, position.sizes(), ScalarType::Float);
-  const Tensor none = torch::stable::new_empty(position, {position.size(0), position.size(1), 0},
-                                               ScalarType::Float);
-  const State marks = marks_of(position, none, free, seen, free, ScoreKind::attention);
-  StepCall call = describe(state_of(k, keys, values, marks), {}, scale, q, k, v, out);
-  call.scores = static_cast<float*>(scores.data_ptr());
-  run(call, q);
-  return {out, scores};
-}
-
-void evict(const Tensor& scores, const Tensor& position, const Tensor& score, const Tensor& free,
-           const Tensor& seen, const Tensor& last_evicted, int64_t kind, int64_t sinks,
-           int64_t recent) {
-  const Policy policy = policy_of(kind, sinks, recent);
-  const State s = marks_of(position, score, free, seen, last_evicted, policy.score);
-  check_contiguous(scores, {s.batch, s.groups, s.slots}, ScalarType::Float);
-  if (s.batch == 0) return;
-  const OnDevice device(scores);
-  const auto* sums = static_cast<const float*>(scores.data_ptr());
-  const char* error = launch_evict(s, policy, sums, device.stream());
-  STD_TORCH_CHECK(error == nullptr, "evict was not launched: ", error ? error : "");
-}
+struct Cuda {
+  static Tensor readable(const Tensor& x) { return msrnn::readable(x); }
+  static void run(const TokenStep& step, const Tensor& like) {
+    StepCall call = describe(step);
+    msrnn::run(call, like);
+  }
+  static void evict(const State& s, const Policy& policy, const Tensor& scores) {
+    if (s.batch == 0) return;
+    const OnDevice device(scores);
+    const auto* sums = static_cast<const float*>(scores.data_ptr());
+    const char* error = launch_evict(s, policy, sums, device.stream());
+    STD_TORCH_CHECK(error == nullptr, "evict was not launched: ", error ? error : "");
+  }
+};
 
 std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q_in, const Tensor& k_in,
                                            const Tensor& v_in, OptionalTensor valid, int64_t kept,
@@ -141,8 +113,8 @@ std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q_in, const Tensor& k_i
   Tensor score =
       torch::stable::new_zeros(q, {batch, groups, scored ? slots : 0}, ScalarType::Float);
   const State marks = marks_of(position, score, free, seen, last_evicted, policy.score);
-  StepCall call = describe(state_of(k, keys, values, marks), policy, scale, q, k, v, out);
-  call.evicting = true;
+  const State state = state_of(k, keys, values, marks);
+  StepCall call = describe(step_of(state, policy, scale, true, q, k, v, out, nullptr));
   call.last = call.time = time;
   call.valid = mask_of(valid, q);
   call.expiry = static_cast<int64_t*>(expiry.data_ptr());
@@ -154,9 +126,7 @@ std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q_in, const Tensor& k_i
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(msrnn_ops, MSRNN_DEVICE_KEY, m) {
-  m.impl("attend_evict", TORCH_BOX(&attend_evict));
-  m.impl("attend_scores", TORCH_BOX(&attend_scores));
-  m.impl("evict", TORCH_BOX(&evict));
+  register_steps<Cuda>(m);
   m.impl("attend_sequence", TORCH_BOX(&attend_sequence));
 }
 
