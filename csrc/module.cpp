@@ -62,8 +62,10 @@ py::dict scan_plan(bool backward, int64_t element_size, int64_t rows, int64_t ti
   return plan;
 }
 
-py::dict step_plan(int64_t rows, int64_t query_heads, int64_t slots, int64_t head_dim) {
-  const msrnn::StepPlan p = msrnn::step_plan(rows, query_heads, slots, head_dim);
+py::dict step_plan(int64_t rows, int64_t query_heads, int64_t kv_heads, int64_t slots,
+                   int64_t head_dim, int64_t element_size) {
+  const msrnn::StepPlan p =
+      msrnn::step_plan(rows, query_heads, kv_heads, slots, head_dim, element_size);
   py::dict plan;
   plan["block_slots"] = p.block_slots;
   plan["splits"] = p.splits;
@@ -92,9 +94,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("time"), py::arg("channels"),
         "How the CUDA scans cut up a call: a pure function of its shape and dtype. With cu_seqlens "
         "rows is 1. workspace is in bytes.");
-  m.def("step_plan", &step_plan, py::arg("rows"), py::arg("query_heads"), py::arg("slots"),
-        py::arg("head_dim"),
-        "How the CUDA step of multi-state attention cuts up a call, a pure function of its shape: "
+  m.def("step_plan", &step_plan, py::arg("rows"), py::arg("query_heads"),
+        py::arg("kv_heads"), py::arg("slots"), py::arg("head_dim"), py::arg("element_size"),
+        "How the CUDA step of multi-state attention cuts up a call, a pure function of its shape "
+        "and dtype: "
         "the slots of a block, the blocks of a row, and whether these may wait for each other in "
         "one launch. slots is that of the state, N + 1.");
   m.def("prefer_huge_pages", &prefer_huge_pages, py::arg("address"), py::arg("bytes"),

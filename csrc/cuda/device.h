@@ -22,6 +22,14 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
 __device__ __forceinline__ void store_release(uint32_t* p, uint32_t x) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
+__device__ __forceinline__ unsigned long long load_acquire(const unsigned long long* p) {
+  unsigned long long x;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
+  return x;
+}
+__device__ __forceinline__ void store_release(unsigned long long* p, unsigned long long x) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
+}
 // A plain load that no cache of this multiprocessor answers.
 template <class T>
 __device__ __forceinline__ T load_coherent(const T* p) {
@@ -70,6 +78,31 @@ __device__ __forceinline__ float larger_propagating(float a, float b) {
   return a > b || a != a ? a : b;
 #endif
 }
+
+// Tensor cores for 16-bit numbers, in the shape and layout of m16n8k16: sum += left * right.
+#if __CUDA_ARCH__ >= 800
+constexpr bool kTensorCores = true;
+#else
+constexpr bool kTensorCores = false;
+#endif
+#define MSRNN_MMA(type)                                                      \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])               \
+      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]))
+__device__ __forceinline__ void multiply_add(BFloat16, float (&sum)[4], const uint32_t (&left)[4],
+                                             const uint32_t (&right)[2]) {
+#if __CUDA_ARCH__ >= 800
+  MSRNN_MMA("bf16");
+#endif
+}
+__device__ __forceinline__ void multiply_add(Half, float (&sum)[4], const uint32_t (&left)[4],
+                                             const uint32_t (&right)[2]) {
+#if __CUDA_ARCH__ >= 800
+  MSRNN_MMA("f16");
+#endif
+}
+#undef MSRNN_MMA
 
 __device__ __forceinline__ char* dynamic_shared() {
   extern __shared__ __align__(128) char msrnn_shared[];
@@ -134,6 +167,12 @@ namespace msrnn {
 using emulated::spin_pause;
 inline uint32_t load_acquire(const uint32_t* p) { return emulated::load_acquire(p); }
 inline void store_release(uint32_t* p, uint32_t x) { emulated::store_release(p, x); }
+inline unsigned long long load_acquire(const unsigned long long* p) {
+  return emulated::load_acquire(p);
+}
+inline void store_release(unsigned long long* p, unsigned long long x) {
+  emulated::store_release(p, x);
+}
 template <class T>
 T load_coherent(const T* p) {
   return emulated::load_plain_coherent(p);
@@ -147,6 +186,16 @@ inline float exp2_approximate(float x) { return ::exp2_approx(x); }
 inline float log2_approximate(float x) { return ::log2_approx(x); }
 inline float reciprocal_approximate(float x) { return ::reciprocal_approx(x); }
 inline float larger_propagating(float a, float b) { return a > b || a != a ? a : b; }
+#if defined(EMULATED_WITHOUT_TENSOR_CORES)
+constexpr bool kTensorCores = false;
+#else
+constexpr bool kTensorCores = true;
+#endif
+template <class Narrow>
+void multiply_add(Narrow, float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
+  const auto value = [](uint16_t bits) { return double{to_float(Narrow{bits})}; };
+  ::mma_m16n8k16(sum, left, right, value);
+}
 inline char* dynamic_shared() { return static_cast<char*>(msrnn_dynamic_shared()); }
 
 template <class Kernel>

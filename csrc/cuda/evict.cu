@@ -1,5 +1,5 @@
 // The policy alone: the second half of a step, where ranks or others had a say in the scores.
-#include "multi_state.cuh"
+#include "step_block.h"
 
 namespace msrnn {
 namespace gpu {

@@ -18,7 +18,7 @@ struct Stored {  // float and double
   static constexpr int count = 16 / sizeof(T);
   using V = Number<T, true>;
 
-  static MSRNN_FN void unpack(const Chunk& chunk, V (&x)[count]) {
+  static MSRNN_FN void unpack(Chunk chunk, V (&x)[count]) {
     memcpy(static_cast<void*>(x), &chunk, 16);
   }
   static MSRNN_FN Chunk pack(const V (&x)[count]) {
@@ -27,6 +27,22 @@ struct Stored {  // float and double
     return chunk;
   }
 };
+
+// 16 bytes that no cache of this multiprocessor answers.
+MSRNN_FN Chunk load_coherent_chunk(const void* p) {
+  const auto* const halves = static_cast<const unsigned long long*>(p);
+#if defined(__CUDACC__)
+  const ulonglong2 x = __ldcg(reinterpret_cast<const ulonglong2*>(halves));
+#else
+  const unsigned long long x[2] = {load_coherent(halves), load_coherent(halves + 1)};
+#endif
+  Chunk chunk;
+  memcpy(&chunk, &x, sizeof chunk);
+  return chunk;
+}
+// Pairs of two words' low halves, and of their high ones.
+MSRNN_FN uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xFFFF) | b << 16; }
+MSRNN_FN uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xFFFF0000u); }
 
 #if defined(__CUDACC__)
 MSRNN_FN float low_half(BFloat16, uint32_t w) { return __uint_as_float(w << 16); }
@@ -67,7 +83,7 @@ struct StoredNarrow {
   static constexpr int count = 8;
   using V = Brief;
 
-  static MSRNN_FN void unpack(const Chunk& chunk, V (&x)[8]) {
+  static MSRNN_FN void unpack(Chunk chunk, V (&x)[8]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       x[2 * i] = V(low_half(Narrow{}, chunk.word[i]));

@@ -37,7 +37,8 @@ StepCall describe(const TokenStep& step) {
   call.policy = step.policy;
   call.scale = step.scale;
   call.query_heads = step.query_heads;
-  call.plan = step_plan(state.batch, call.query_heads, state.slots, state.head_dim);
+  call.plan = step_plan(state.batch, call.query_heads, state.kv_heads, state.slots, state.head_dim,
+                        size_of(state.dtype));
   STD_TORCH_CHECK(state.slots < kMost && state.batch * call.plan.splits < kMost,
                   "expected fewer rows and slots");
   STD_TORCH_CHECK(call.query_heads <= 256, "expected at most 256 query heads");

@@ -33,50 +33,14 @@
 // of 32), written and read once, and the maxima and sums of a row by each of its blocks.
 #pragma once
 
-#include <cstring>
+#include <atomic>
+#include <type_traits>
 
-#include "memory.h"
-#include "multi_state.h"
+#include "step_fma.h"
+#include "step_mma.h"
 
 namespace msrnn {
 namespace gpu {
-
-// 2^x is one instruction; logits are kept in powers of 2.
-constexpr float kPowersOf2 = 1.44269504f;
-
-MSRNN_FN float negative_infinity() { return -kInfinity; }
-
-// The larger of two, not NaN where one is a number.
-MSRNN_FN float larger_of(float a, float b) { return fmaxf(a, b); }
-
-MSRNN_FN float warp_sum(float x) {
-#pragma unroll
-  for (int apart = 16; apart > 0; apart /= 2) x += __shfl_xor_sync(~0u, x, apart);
-  return x;
-}
-MSRNN_FN float warp_largest(float x) {
-#pragma unroll
-  for (int apart = 16; apart > 0; apart /= 2) x = larger_of(x, __shfl_xor_sync(~0u, x, apart));
-  return x;
-}
-MSRNN_FN Summary warp_summary(Summary x) {
-#pragma unroll
-  for (int apart = 16; apart > 0; apart /= 2) {
-    Summary other;
-    other.victim.score = __shfl_xor_sync(~0u, x.victim.score, apart);
-    other.victim.position = __shfl_xor_sync(~0u, x.victim.position, apart);
-    other.victim.slot = __shfl_xor_sync(~0u, x.victim.slot, apart);
-    other.occupied = __shfl_xor_sync(~0u, x.occupied, apart);
-    other.first_empty = __shfl_xor_sync(~0u, x.first_empty, apart);
-    x.add(other);
-  }
-  return x;
-}
-
-// The factor of what was summed against `maximum`, where the largest of all is `largest`.
-MSRNN_FN float rescale(float maximum, float largest) {
-  return exp2_approximate(maximum - (largest == negative_infinity() ? 0 : largest));
-}
 
 MSRNN_FN void round_to(float* to, float x) { *to = x; }
 template <class Narrow>
@@ -84,387 +48,150 @@ MSRNN_FN void round_to(Narrow* to, float x) {
   to->bits = static_cast<uint16_t>(two_halves(Narrow{}, x, 0));
 }
 
-// One block at work. T is what tensors hold; `chunks`: 16-byte chunks of a row that a lane has.
-template <class T, int chunks>
-struct StepBlock {
-  static constexpr int kElements = 16 / sizeof(T);
-  // In flight of a lane; with more, registers spill. 16 KB of a block, 32 KB of a multiprocessor:
-  // what 4.3 TB/s take in 1 us.
-  static constexpr int kRows = (sizeof(T) == 2 ? 4 : 6) / chunks;
-  static constexpr int kQueries = kStepQueries;
+// One block at work, on tensors of T.
+template <class T, class Products>
+struct Step : StepBlock {
+  MSRNN_FN explicit Step(const StepCall& c) : StepBlock(c) {}
 
-  // A lane's part of a row, as numbers.
-  struct Piece {
-    float x[chunks * kElements];
-  };
-
-  const StepCall& call;
-  const State& s;
-  int row, split;
-
-  MSRNN_FN explicit StepBlock(const StepCall& c) : call(c), s(c.state), row(0), split(0) {}
-
-  static StepShared lay_out_shared(const StepCall& call) {
-    const auto heads = static_cast<int32_t>(call.query_heads);
-    const auto slots = static_cast<int32_t>(call.plan.block_slots);
-    int32_t at = 0;
-    const auto take = [&](int32_t words) {
-      const int32_t here = at;
-      at += 4 * words;
-      return here;
-    };
-    StepShared m{};
-    const auto units = call.state.kv_heads * ((heads / call.state.kv_heads + 3) / kQueries);
-    const auto staged = units > 4 ? 32 : kQueries * static_cast<int32_t>(call.state.head_dim);
-    m.staging = take(kStepWarps * staged);  // of a warp: 32 outputs, or its part of 4 query heads
-    m.weights = take(heads * slots);
-    m.maxima = take(heads);
-    m.totals = take(heads);
-    m.factors = take(heads);
-    m.occupied = take(static_cast<int32_t>(call.state.groups) * slots / 32);
-    m.ticket = take(1);
-    m.bytes = at;
-    return m;
-  }
-
-  template <class X>
-  static MSRNN_FN X* in_shared(int offset) {
-    return reinterpret_cast<X*>(dynamic_shared() + offset);
-  }
-  // [query head][block slot]: logits, then weights; in the end [group][block slot]: scores.
-  MSRNN_FN float* weights(int head) const {
-    return in_shared<float>(call.shared.weights) + head * block_slots();
-  }
-  // [query head]: the maximum of this block's logits, then the factor of its weights in the softmax
-  // of the row; the maximum of the row's logits; 1 / the row's sum.
-  MSRNN_FN float* maxima() const { return in_shared<float>(call.shared.maxima); }
-  MSRNN_FN float* totals() const { return in_shared<float>(call.shared.totals); }
-  MSRNN_FN float* factors() const { return in_shared<float>(call.shared.factors); }
-  // [group][block slot / 32]: a bit for each slot that holds a state.
-  MSRNN_FN uint32_t* occupied(int group) const {
-    return in_shared<uint32_t>(call.shared.occupied) + group * (block_slots() / 32);
-  }
-  // [warp][query of the warp][head_dim]
-  MSRNN_FN float* staging() const { return in_shared<float>(call.shared.staging); }
-
-  static MSRNN_FN int warp() { return threadIdx.x / 32; }
-  static MSRNN_FN int lane() { return threadIdx.x % 32; }
-  MSRNN_FN int block_slots() const { return static_cast<int>(call.plan.block_slots); }
-  MSRNN_FN int splits() const { return static_cast<int>(call.plan.splits); }
-  MSRNN_FN int heads() const { return static_cast<int>(call.query_heads); }
-  MSRNN_FN int kv_heads() const { return static_cast<int>(s.kv_heads); }
-  MSRNN_FN int head_dim() const { return static_cast<int>(s.head_dim); }
-  // Query heads that share keys and values.
-  MSRNN_FN int sharing() const { return heads() / kv_heads(); }
-  MSRNN_FN int begin() const { return split * block_slots(); }  // the block's first slot
-  MSRNN_FN int row_chunks() const { return head_dim() / kElements; }
-
-  // Neighbouring lanes that have a row, a power of 2, and this lane's place among them.
-  MSRNN_FN int lanes() const {
-    int n = 4;
-    while (n < 32 && n * chunks < row_chunks()) n *= 2;
-    return n;
-  }
-
-  // Where this block's share of something of [row][split][count] starts.
-  MSRNN_FN int64_t share(int other, int64_t count) const {
-    return (static_cast<int64_t>(row) * splits() + other) * count;
-  }
-
-  static MSRNN_FN Piece unpack(const Chunk (&raw)[chunks], float factor = 1) {
-    Piece piece;
-#pragma unroll
-    for (int i = 0; i < chunks; ++i) {
-      typename Stored<T>::V x[kElements];
-      Stored<T>::unpack(raw[i], x);
-#pragma unroll
-      for (int e = 0; e < kElements; ++e) piece.x[i * kElements + e] = factor * x[e].v;
-    }
-    return piece;
-  }
-  // A lane's chunks of a row; zeros where it has none.
-  MSRNN_FN void load(const char* from, bool present, int place, int lanes,
-                     Chunk (&raw)[chunks]) const {
-#pragma unroll
-    for (int i = 0; i < chunks; ++i) {
-      const int chunk = i * lanes + place;
-      raw[i] = {};
-      if (present && chunk < row_chunks()) raw[i] = reinterpret_cast<const Chunk*>(from)[chunk];
-    }
-  }
-
-  // Stores the token of time t in the rows of `free` that are this block's.
-  MSRNN_FN void store_token(int t, int end) const {
-    const int per_head = row_chunks();
-    for (int i = threadIdx.x; i < kv_heads() * per_head; i += kStepThreads) {
-      const int head = i / per_head, chunk = i % per_head;
-      const int slot = static_cast<int>(s.free_slot(row, s.group_of(head)));
-      if (slot < begin() || slot >= end) continue;
-      const int64_t to = s.row_offset(row, head, slot);
-      reinterpret_cast<Chunk*>(s.keys + to)[chunk] =
-          reinterpret_cast<const Chunk*>(call.k.at(row, head, t))[chunk];
-      reinterpret_cast<Chunk*>(s.values + to)[chunk] =
-          reinterpret_cast<const Chunk*>(call.v.at(row, head, t))[chunk];
-    }
-    for (int g = threadIdx.x; g < s.groups; g += kStepThreads) {
-      const int slot = static_cast<int>(s.free_slot(row, g));
-      if (slot >= begin() && slot < end) {
-        s.position[s.group(row, g) * s.slots + slot] = s.seen[row];
-      }
-    }
-  }
-
-  MSRNN_FN void mark_occupied(int end) const {
-    const int words = block_slots() / 32;
-    for (int i = warp(); i < static_cast<int>(s.groups) * words; i += kStepWarps) {
-      const int g = i / words, slot = begin() + i % words * 32 + lane();
-      const bool there = slot < end && s.position[s.group(row, g) * s.slots + slot] >= 0;
-      const uint32_t bits = __ballot_sync(~0u, there);
-      if (lane() == 0) occupied(g)[i % words] = bits;
-    }
-  }
-  MSRNN_FN bool is_occupied(int group, int slot) const {  // a slot of this block
-    return occupied(group)[slot / 32] >> slot % 32 & 1;
-  }
-
-  // Sums four numbers over `lanes` lanes; lane i * lanes / 4 of them has the i-th sum.
-  static MSRNN_FN float sum_each(const float (&x)[kQueries], int place, int lanes) {
-    const bool high = place & (lanes / 2), odd = place & (lanes / 4);
-    const float a = (high ? x[2] : x[0]) + __shfl_xor_sync(~0u, high ? x[0] : x[2], lanes / 2);
-    const float b = (high ? x[3] : x[1]) + __shfl_xor_sync(~0u, high ? x[1] : x[3], lanes / 2);
-    float sum = (odd ? b : a) + __shfl_xor_sync(~0u, odd ? a : b, lanes / 4);
-    for (int apart = lanes / 8; apart > 0; apart /= 2) sum += __shfl_xor_sync(~0u, sum, apart);
-    return sum;
-  }
-
-  // From the keys to logits, some rows of one head a warp at a time.
-  MSRNN_FN void multiply_keys(int t, int end) const {
-    const int lanes = this->lanes(), place = lane() % lanes, sub_row = lane() / lanes;
-    const int at_once = 32 / lanes, tile = kRows * at_once;
-    const int tiles = (end - begin() + tile - 1) / tile;
-    const float factor = call.scale * kPowersOf2;
+  // From logits to weights against the block's own maximum, and their sum to the row. Eight lanes
+  // have a head.
+  MSRNN_FN void exponentiate(int slots) const {
+    const int place = lane() % 8;
 #pragma unroll 1
-    for (int i = warp(); i < tiles * kv_heads(); i += kStepWarps) {
-      const int head = i % kv_heads(), first = i / kv_heads() * tile;  // slot of this block
-      Chunk raw[kRows][chunks];
-      const char* from = s.keys + s.row_offset(row, head, begin() + first + sub_row);
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const bool present = begin() + first + r * at_once + sub_row < end;
-        load(from + r * at_once * s.row_bytes(), present, place, lanes, raw[r]);
-      }
-#pragma unroll 1
-      for (int q = 0; q < sharing(); q += kQueries) {
-        Piece query[kQueries];
-#pragma unroll
-        for (int k = 0; k < kQueries; ++k) {
-          Chunk chunk[chunks];
-          const bool present = q + k < sharing();
-          const int query_head = head * sharing() + (present ? q + k : q);
-          load(call.q.at(row, query_head, t), present, place, lanes, chunk);
-          query[k] = unpack(chunk, factor);
-        }
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const Piece key = unpack(raw[r]);
-          float dot[kQueries];
-#pragma unroll
-          for (int k = 0; k < kQueries; ++k) {
-            dot[k] = 0;
-#pragma unroll
-            for (int e = 0; e < chunks * kElements; ++e) {
-              dot[k] = fmaf(query[k].x[e], key.x[e], dot[k]);
-            }
-          }
-          const float sum = sum_each(dot, place, lanes);
-          const int slot = first + r * at_once + sub_row, k = place / (lanes / 4);
-          if (place % (lanes / 4) == 0 && q + k < sharing() && slot < block_slots()) {
-            weights(head * sharing() + q + k)[slot] = sum;
-          }
-        }
-      }
-    }
-  }
-
-  // From logits to weights against the block's own maximum; their maximum and sum to the row.
-  MSRNN_FN void exponentiate(int end) const {
-    const int count = end - begin();
-#pragma unroll 1
-    for (int head = warp(); head < heads(); head += kStepWarps) {
+    for (int first = 0; first < heads(); first += kStepThreads / 8) {
+      const int mine = first + threadIdx.x / 8, head = mine < heads() ? mine : 0;
+      const int count = mine < heads() ? slots : 0;
       const int g = static_cast<int>(s.group_of(head / sharing()));
       float* const w = weights(head);
-      float largest = negative_infinity();
-      for (int i = lane(); i < count; i += 32) {
+      float largest = negative_infinity(), sum = 0;
+#pragma unroll 4
+      for (int i = place; i < count; i += 8) {
         if (is_occupied(g, i)) largest = larger_of(largest, w[i]);
       }
-      largest = warp_largest(largest);
-      float sum = 0;
-      for (int i = lane(); i < block_slots(); i += 32) {
+#pragma unroll
+      for (int apart = 4; apart > 0; apart /= 2) {
+        largest = larger_of(largest, __shfl_xor_sync(~0u, largest, apart));
+      }
+#pragma unroll 4
+      for (int i = place; count > 0 && i < block_slots(); i += 8) {
         const bool there = i < count && is_occupied(g, i);
         w[i] = there ? rescale(w[i], largest) : 0;
         sum += w[i];
       }
-      sum = warp_sum(sum);
-      if (lane() == 0) {
-        maxima()[head] = largest;
-        const int64_t at = share(split, heads()) + head;
-        call.exchange.maxima[at] = largest;
-        call.exchange.sums[at] = sum;
-      }
+#pragma unroll
+      for (int apart = 4; apart > 0; apart /= 2) sum += __shfl_xor_sync(~0u, sum, apart);
+      if (place > 0 || count == 0) continue;
+      maxima()[head] = largest;
+      call.exchange.sums[share(split, heads()) + head] = {largest, sum};
     }
   }
 
-  // Weighted sums of the values: a warp takes 4 query heads of a key-value head; with few of those,
-  // several warps share the slots, in turn.
-  MSRNN_FN void add_values(int end) const {
-    const int lanes = this->lanes(), place = lane() % lanes, sub_row = lane() / lanes;
-    const int at_once = 32 / lanes, tile = kRows * at_once;
-    const int quads = (sharing() + kQueries - 1) / kQueries, units = kv_heads() * quads;
-    const int parts = units > 4 ? 1 : units > 2 ? 2 : units > 1 ? 4 : 8, part = warp() % parts;
-    float* const to_row = call.exchange.parts + share(split, heads()) * head_dim();
-#pragma unroll 1
-    for (int unit = warp() / parts; unit < units; unit += kStepWarps / parts) {
-      const int head = unit / quads, q = unit % quads * kQueries;
-      const int group = static_cast<int>(s.group_of(head)), query_head = head * sharing() + q;
-      const int present = sharing() - q < kQueries ? sharing() - q : kQueries;
-      Piece sum[kQueries] = {};
-#pragma unroll 1
-      for (int first = part * tile; begin() + first < end; first += parts * tile) {
-        Chunk raw[kRows][chunks];
-        const char* from = s.values + s.row_offset(row, head, begin() + first + sub_row);
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const int slot = first + r * at_once + sub_row;  // an empty one may hold anything
-          const bool there = begin() + slot < end && is_occupied(group, slot);
-          load(from + r * at_once * s.row_bytes(), there, place, lanes, raw[r]);
-        }
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const int slot = first + r * at_once + sub_row;
-          const Piece value = unpack(raw[r]);
-#pragma unroll
-          for (int k = 0; k < kQueries; ++k) {
-            const bool has = k < present && slot < block_slots();
-            const float weight = has ? weights(query_head + k)[slot] : 0;
-#pragma unroll
-            for (int e = 0; e < chunks * kElements; ++e) {
-              sum[k].x[e] = fmaf(weight, value.x[e], sum[k].x[e]);
-            }
-          }
-        }
-      }
-      for (int apart = lanes; apart < 32; apart *= 2) {
-#pragma unroll
-        for (int k = 0; k < kQueries; ++k) {
-#pragma unroll
-          for (float& x : sum[k].x) x += __shfl_xor_sync(~0u, x, apart);
-        }
-      }
-      float* const to =
-          parts > 1 ? staging() + warp() * kQueries * head_dim() : to_row + query_head * head_dim();
-#pragma unroll
-      for (int k = 0; k < kQueries; ++k) {
-#pragma unroll
-        for (int i = 0; i < chunks; ++i) {
-          const int chunk = i * lanes + place;
-          if (sub_row > 0 || k >= present || chunk >= row_chunks()) continue;
-          auto* const at = reinterpret_cast<Chunk*>(to + k * head_dim() + chunk * kElements);
-#pragma unroll
-          for (int j = 0; j < kElements / 4; ++j) {
-            memcpy(&at[j], &sum[k].x[i * kElements + 4 * j], sizeof(Chunk));
-          }
-        }
-      }
-    }
-    if (parts == 1) return;
-    __syncthreads();
-    for (int i = threadIdx.x; i < heads() * head_dim(); i += kStepThreads) {
-      const int query_head = i / head_dim(), d = i % head_dim();
-      const int unit = query_head / sharing() * quads + query_head % sharing() / kQueries;
-      const int k = query_head % sharing() % kQueries;
-      float sum = 0;
-      for (int p = 0; p < parts; ++p) {
-        sum += staging()[((unit * parts + p) * kQueries + k) * head_dim() + d];
-      }
-      to_row[i] = sum;
-    }
-  }
-
+  MSRNN_FN Flag token_of(int t) const { return call.token + (t - call.first); }
   // Waits for blocks [0, count) of this row.
-  MSRNN_FN void await(const uint32_t* flags, int count, uint32_t token) const {
+  MSRNN_FN void await(const Flag* flags, int count, Flag token) const {
+#pragma unroll 1
     for (int i = threadIdx.x; i < count; i += kStepThreads) {
-      while (load_acquire(flags + i) < token) spin_pause();
+      while (load_acquire(flags + i) != token) spin_pause();
     }
     __syncthreads();
   }
   // After everything that this block has written.
-  MSRNN_FN void tell(uint32_t* flag, uint32_t token) const {
+  MSRNN_FN void tell(Flag* flag, Flag token) const {
     __syncthreads();
     if (threadIdx.x == 0) store_release(flag, token);
   }
 
-  // The softmax over the row: for every query head its maximum and 1 / its sum.
+  // The softmax over the row: for every query head its maximum and 1 / its sum. Warps share the
+  // blocks, lanes the heads.
   MSRNN_FN void find_totals(int active) const {
+    auto* const of_warps = reinterpret_cast<LogitSum*>(staging());
 #pragma unroll 1
-    for (int head = warp(); head < heads(); head += kStepWarps) {
-      const float* const m = call.exchange.maxima + share(0, heads()) + head;
-      const float* const sums = call.exchange.sums + share(0, heads()) + head;
-      float largest = negative_infinity(), sum = 0;
-      for (int i = lane(); i < active; i += 32) {
-        largest = larger_of(largest, load_coherent(m + i * heads()));
+    for (int first = 0; first < heads(); first += 32) {
+      const int head = first + lane();
+      LogitSum total{negative_infinity(), 0};
+      if (head < heads()) {
+        const LogitSum* const sums = call.exchange.sums + share(0, heads()) + head;
+#pragma unroll 4
+        for (int i = warp(); i < active; i += kStepWarps) {
+          add(total, load_coherent_sum(sums + i * heads()));
+        }
       }
-      largest = warp_largest(largest);
-      for (int i = lane(); i < active; i += 32) {
-        sum = fmaf(load_coherent(sums + i * heads()),
-                   rescale(load_coherent(m + i * heads()), largest), sum);
+      of_warps[threadIdx.x] = total;
+      __syncthreads();
+      if (warp() == 0 && head < heads()) {
+#pragma unroll
+        for (int w = 1; w < kStepWarps; ++w) add(total, of_warps[32 * w + lane()]);
+        totals()[head] = total.largest;
+        factors()[head] = 1 / total.sum;
+        maxima()[head] = rescale(maxima()[head], total.largest) / total.sum;
       }
-      sum = warp_sum(sum);
-      if (lane() == 0) {
-        totals()[head] = largest;
-        factors()[head] = 1 / sum;
-        maxima()[head] = rescale(maxima()[head], largest) / sum;
-      }
+      __syncthreads();
     }
   }
+  static MSRNN_FN LogitSum load_coherent_sum(const LogitSum* p) {
+    const auto bits = load_coherent(reinterpret_cast<const unsigned long long*>(p));
+    LogitSum sum;
+    memcpy(&sum, &bits, sizeof sum);
+    return sum;
+  }
+  static MSRNN_FN void add(LogitSum& total, const LogitSum& x) {
+    const float largest = larger_of(total.largest, x.largest);
+    total.sum =
+        fmaf(total.sum, rescale(total.largest, largest), x.sum * rescale(x.largest, largest));
+    total.largest = largest;
+  }
 
-  // This block's slice of the output: the partial ones of all blocks in order. Warps share the
-  // blocks, lanes the elements.
+  // This block's slice of the output: the partial ones of all blocks in order, 4 elements a thread.
+  // Where the slice is short, threads share the blocks.
   MSRNN_FN void combine_outputs(int t, int active) const {
-    const int size = heads() * head_dim();
-    const int slice = (size + active - 1) / active;
+    const int size = heads() * head_dim() / 4, slice = (size + active - 1) / active;
     const int from = split * slice, to = from + slice < size ? from + slice : size;
-    const float* const parts = call.exchange.parts + share(0, size);
-    const float* const m = call.exchange.maxima + share(0, heads());
+    const float* const parts = call.exchange.parts + share(0, 4 * size);
+    const LogitSum* const sums = call.exchange.sums + share(0, heads());
+    int width = 4;
+    while (width < slice && width < kStepThreads) width *= 2;
+    const int sharing = kStepThreads / width, part = threadIdx.x / width;
+    auto* const of_threads = reinterpret_cast<Chunk*>(staging());
 #pragma unroll 1
-    for (int first = from; first < to; first += 32) {
-      const int i = first + lane(), head = i / head_dim();
-      float sum = 0;
+    for (int first = from; first < to; first += width) {
+      const int i = first + threadIdx.x % width, head = 4 * i / head_dim();
+      Number<float> sum[4] = {};
       if (i < to) {
         const float largest = totals()[head];
 #pragma unroll 4
-        for (int p = warp(); p < active; p += kStepWarps) {
-          const float factor = rescale(load_coherent(m + p * heads() + head), largest);
-          sum = fmaf(load_coherent(parts + static_cast<int64_t>(p) * size + i), factor, sum);
+        for (int p = part; p < active; p += sharing) {
+          const float factor = rescale(load_coherent(&sums[p * heads() + head].largest), largest);
+          add(sum, load_coherent_chunk(parts + 4 * (static_cast<int64_t>(p) * size + i)), factor);
         }
       }
-      staging()[warp() * 32 + lane()] = sum;
+      of_threads[threadIdx.x] = Stored<float>::pack(sum);
       __syncthreads();
-      if (warp() == 0 && i < to) {
-        for (int w = 1; w < kStepWarps; ++w) sum += staging()[w * 32 + lane()];
-        T* const out = reinterpret_cast<T*>(call.out.at(row, head, t)) + i % head_dim();
-        round_to(out, sum * factors()[head]);
+      if (part == 0 && i < to) {
+#pragma unroll 4
+        for (int p = 1; p < sharing; ++p) add(sum, of_threads[p * width + threadIdx.x], 1);
+        T* const out = reinterpret_cast<T*>(call.out.at(row, head, t)) + 4 * i % head_dim();
+#pragma unroll
+        for (int j = 0; j < 4; ++j) round_to(out + j, sum[j].v * factors()[head]);
       }
       __syncthreads();
     }
+  }
+  static MSRNN_FN void add(Number<float> (&sum)[4], const Chunk& chunk, float factor) {
+    Number<float> x[4];
+    Stored<float>::unpack(chunk, x);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sum[j].v = fmaf(x[j].v, factor, sum[j].v);
   }
 
   // The attention that each slot of this block got, summed over the query heads of its group; in
   // place of the group's first weights.
   MSRNN_FN void add_heads(int count) const {
     const int groups = static_cast<int>(s.groups), each = heads() / groups;
+#pragma unroll 1
     for (int i = threadIdx.x; i < groups * count; i += kStepThreads) {
       const int g = i / count, slot = i % count;
       float sum = 0;
+#pragma unroll 8
       for (int head = g * each; head < (g + 1) * each; ++head) {
         sum = fmaf(weights(head)[slot], maxima()[head], sum);
       }
@@ -480,6 +207,7 @@ struct StepBlock {
     for (int g = warp(); g < groups; g += kStepWarps) {
       const int64_t offset = s.group(row, g) * s.slots + begin();
       Summary found;
+#pragma unroll 1
       for (int i = lane(); i < count; i += 32) {
         const bool there = is_occupied(g, i);
         const float sum = weights(g * each)[i];
@@ -500,11 +228,13 @@ struct StepBlock {
   }
 
   // The last block of a row: what goes of the row.
-  MSRNN_FN void evict(int t, int active) const {
+  MSRNN_FN void evict(int t) const {
+    const int active = blocks_of(static_cast<int>(s.used(row)));
     const int groups = static_cast<int>(s.groups);
 #pragma unroll 1
     for (int g = warp(); g < groups; g += kStepWarps) {
       Summary found;
+#pragma unroll 1
       for (int i = lane(); i < active; i += 32) {
         found.add(call.exchange.summaries[share(i, groups) + g]);
       }
@@ -527,58 +257,66 @@ struct StepBlock {
     }
   }
 
-  MSRNN_FN void run_token(int t, uint32_t token) {
+  // Blocks that have a slot in use.
+  MSRNN_FN int blocks_of(int used) const { return (used + block_slots() - 1) / block_slots(); }
+
+  MSRNN_FN void run_token(int t) {
     const StepExchange& exchange = call.exchange;
-    const int64_t first = share(0, 1);
-    const int used = static_cast<int>(s.used(row));
-    const int active = (used + block_slots() - 1) / block_slots();  // blocks with a slot in use
+    const int used = static_cast<int>(s.used(row)), active = blocks_of(used);
     if (split < active) {
-      const int end = begin() + block_slots() < used ? begin() + block_slots() : used;
+      const int rest = used - begin(), count = rest < block_slots() ? rest : block_slots();
       if (call.attends) {
-        attend(t, end);
+        attend(t, count);
         if (!call.finishes) return pass_weights(true);
-        tell(exchange.attended + first + split, token);
-        await(exchange.attended + first, active, token);
+        tell(exchange.attended + share(split, 1), token_of(t));
+        await(exchange.attended + share(0, 1), active, token_of(t));
       } else {
-        mark_occupied(end);
+        mark_occupied(count);
         pass_weights(false);
         __syncthreads();
       }
-      finish(t, end, active);
+      finish(t, count, active);
     }
-    if (!call.evicting || !call.finishes) return;
+    if (!call.finishes) return;
+    const Flag token = token_of(t);
+    const bool last = t == call.last - 1, alone = call.last - call.first == 1;
     if (split < splits() - 1) {
-      tell(exchange.decided + first + split, token);
-    } else {  // nobody reads the row's marks any more
+      tell(exchange.decided + share(split, 1), token);
+    } else {  // nobody reads the row's marks and flags any more
       __syncthreads();
-      await(exchange.decided + first, splits() - 1, token);
-      evict(t, active);
-      if (call.last - call.first > 1) tell(exchange.finished + row, token);
+      await(exchange.decided + share(0, 1), splits() - 1, token);
+      if (call.evicting) evict(t);
+      if (!last) tell(exchange.finished + row, token);
     }
-    if (call.last - call.first > 1) await(exchange.finished + row, 1, token);
+    if (!last) return await(exchange.finished + row, 1, token);
+    if (!alone || split < splits() - 1) return;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < splits(); i += kStepThreads) {
+      exchange.attended[share(i, 1)] = exchange.decided[share(i, 1)] = 0;
+    }
   }
-  MSRNN_FN void attend(int t, int end) const {
-    store_token(t, end);
+  MSRNN_FN void attend(int t, int count) const {
+    store_token(t, count);
     __syncthreads();
-    mark_occupied(end);
-    multiply_keys(t, end);
+    mark_occupied(count);
+    Products(*this).multiply_keys(t, count);
     __syncthreads();
-    exponentiate(end);
+    exponentiate(count);
     __syncthreads();
-    add_values(end);
+    Products(*this).add_values(count);
   }
-  MSRNN_FN void finish(int t, int end, int active) const {
+  MSRNN_FN void finish(int t, int count, int active) const {
     find_totals(active);
-    __syncthreads();
     combine_outputs(t, active);
-    if (call.scores || call.policy.score != ScoreKind::position) add_heads(end - begin());
+    if (call.scores || call.policy.score != ScoreKind::position) add_heads(count);
     __syncthreads();
-    if (call.scores || call.evicting) summarize(end - begin());
+    if (call.scores || call.evicting) summarize(count);
   }
 
   // Between two launches, the weights and their maxima.
   MSRNN_FN void pass_weights(bool out) const {
     float* const memory = call.exchange.weights + share(split, heads()) * block_slots();
+#pragma unroll 1
     for (int i = threadIdx.x; i < heads() * block_slots(); i += kStepThreads) {
       if (out) {
         memory[i] = weights(0)[i];
@@ -587,22 +325,26 @@ struct StepBlock {
       }
     }
     if (out) return;
+#pragma unroll 1
     for (int head = threadIdx.x; head < heads(); head += kStepThreads) {
-      maxima()[head] = call.exchange.maxima[share(split, heads()) + head];
+      maxima()[head] = call.exchange.sums[share(split, heads()) + head].largest;
     }
   }
 
   MSRNN_FN void run() {
-    uint32_t* const ticket = in_shared<uint32_t>(call.shared.ticket);
-    if (threadIdx.x == 0) *ticket = atomicAdd(call.exchange.ticket, 1u);
-    __syncthreads();
-    row = static_cast<int>(*ticket / splits());
-    split = static_cast<int>(*ticket % splits());
-    uint32_t token = 0;
+    uint32_t index = blockIdx.x;
+    if (call.ticketed) {
+      uint32_t* const ticket = in_shared<uint32_t>(call.shared.ticket);
+      if (threadIdx.x == 0) *ticket = atomicAdd(call.exchange.ticket, 1u);
+      __syncthreads();
+      index = *ticket;
+    }
+    row = static_cast<int>(index / splits());
+    split = static_cast<int>(index % splits());
 #pragma unroll 1
     for (int t = call.first; t < call.last; ++t) {
       if (!call.valid || call.valid[row * call.time + t]) {
-        run_token(t, ++token);
+        run_token(t);
       } else if (split == 0) {
         for (int g = threadIdx.x; g < s.groups; g += kStepThreads) {
           call.expiry[s.group(row, g) * call.time + t] = t;
@@ -615,14 +357,17 @@ struct StepBlock {
 template <class T, int chunks>
 __global__ void __launch_bounds__(kStepThreads, 2)
     step_kernel(const __grid_constant__ StepCall call) {
-  StepBlock<T, chunks>(call).run();
+  constexpr bool mma = kTensorCores && sizeof(T) == 2;
+  using Products = std::conditional_t<mma, MmaProducts<T>, FmaProducts<T, chunks>>;
+  Step<T, Products>(call).run();
 }
 
 // Calls `with` for the kernel of a call: what both functions below share.
 template <class T, class With>
 cudaError_t with_step_kernel(StepCall& call, const With& with) {
   const auto of = [&]<int chunks>(std::integral_constant<int, chunks>) {
-    call.shared = StepBlock<T, chunks>::lay_out_shared(call);
+    call.shared = lay_out_shared(call);
+    call.sharing = static_cast<int32_t>(call.query_heads / call.state.kv_heads);
     const auto bytes = static_cast<size_t>(call.shared.bytes);
     if (auto e = allow_shared(step_kernel<T, chunks>, bytes)) return e;
     return with(step_kernel<T, chunks>, bytes);
@@ -648,20 +393,29 @@ cudaError_t step_fits_of(StepCall call, Fits* fits) {
   });
 }
 
+// As many numbers in a row that no launch has had: the first of them.
+inline Flag new_tokens(int64_t count) {
+  static std::atomic<Flag> next{0x9E3779B97F4A7C15};
+  return next.fetch_add(static_cast<Flag>(count));
+}
+
 template <class T>
 cudaError_t launch_step_of(StepCall call, cudaStream_t stream) {
-  const StepExchange& exchange = call.exchange;
-  const int64_t cleared =
-      reinterpret_cast<char*>(exchange.summaries) - reinterpret_cast<char*>(exchange.ticket);
   const auto blocks = static_cast<uint32_t>(call.state.batch * call.plan.splits);
+  const auto flags = reinterpret_cast<char*>(call.exchange.summaries) -
+                     reinterpret_cast<char*>(call.exchange.ticket);
   return with_step_kernel<T>(call, [&](auto kernel, size_t shared) {
     const auto launch_half = [&](bool attends, bool finishes, int64_t first, int64_t last) {
       call.attends = attends;
       call.finishes = finishes;
       call.first = first;
       call.last = last;
-      if (auto e = cudaMemsetAsync(exchange.ticket, 0, cleared, stream)) return e;
+      if (call.token == 0) call.token = new_tokens(last - first);
       const bool together = call.plan.one_launch && call.fits == Fits::whole;
+      call.ticketed = !together;
+      if (call.ticketed || last - first > 1) {
+        if (auto e = cudaMemsetAsync(call.exchange.ticket, 0, flags, stream)) return e;
+      }
       return launch(kernel, blocks, kStepThreads, shared, stream, call, together);
     };
     const int64_t first = call.first, last = call.last;

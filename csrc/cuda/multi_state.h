@@ -11,7 +11,9 @@ namespace msrnn {
 
 constexpr int kStepThreads = 256;
 constexpr int kStepWarps = kStepThreads / 32;
-constexpr int kStepQueries = 4;  // query heads that a warp attends for at once
+// Where a block has so few units of work that its warps share them, it adds up its output in shared
+// memory: at most this many numbers.
+constexpr int64_t kStepStaged = 4096;
 
 // How a row is cut up: a block takes `block_slots` neighbouring slots of all heads, so that their
 // attention weights, which every head adds to a slot's score, never leave it.
@@ -25,42 +27,66 @@ struct StepPlan {
   bool one_launch;
 };
 
-inline StepPlan step_plan(int64_t rows, int64_t query_heads, int64_t slots, int64_t head_dim) {
-  // Two blocks for each of the 132 multiprocessors of a large GPU; below 32 slots a block spends
-  // its time on the exchange. What a block keeps must fit the 64 KiB of the smallest GPU.
-  constexpr int64_t kEnoughBlocks = 264, kWord = 32;
-  const int64_t staging = kStepWarps * kStepQueries * head_dim * 4;
-  const int64_t most = (int64_t{48} * 1024 - staging) / (4 * query_heads) / kWord * kWord;
-  const int64_t wanted = (kEnoughBlocks + rows - 1) / (rows > 0 ? rows : 1);
-  StepPlan p{};
-  p.block_slots = padded((slots + wanted - 1) / wanted, kWord);
-  if (p.block_slots > most) p.block_slots = most;
-  if (p.block_slots < kWord) p.block_slots = kWord;
-  p.splits = (slots + p.block_slots - 1) / p.block_slots;
-  p.one_launch = p.splits <= kEnoughBlocks;
-  return p;
+inline StepPlan step_plan(int64_t rows, int64_t query_heads, int64_t kv_heads, int64_t slots,
+                          int64_t head_dim, int64_t element_size) {
+  // What a block keeps must fit the 64 KiB of the smallest GPU. Below 32 slots it would spend its
+  // time on the exchange.
+  constexpr int64_t kProcessors = 132, kWord = 32;  // of a large GPU
+  const int64_t most = (int64_t{12} * 1024 - kStepStaged) / query_heads / kWord * kWord;
+  const int64_t row = 2 * kv_heads * head_dim * element_size;  // bytes of a slot
+  StepPlan best{};
+  double least = 0;
+  for (int64_t block_slots = kWord; block_slots <= most || block_slots == kWord;
+       block_slots += kWord) {
+    const int64_t splits = (slots + block_slots - 1) / block_slots;
+    // Bytes that a multiprocessor moves; those of the exchange, from L2, count half. All blocks of
+    // a row read the sums of all, and write and read one output.
+    const int64_t exchanged = query_heads * (8 * splits + 8 * head_dim);
+    // Two blocks run beside each other. One alone is not twice as fast: it waits more for memory.
+    const int64_t blocks = rows * splits, pairs = blocks / (2 * kProcessors);
+    const int64_t rest = blocks % (2 * kProcessors);
+    const double last = rest == 0 ? 0 : rest <= kProcessors ? 1.15 : 2;
+    const double cost = (2 * static_cast<double>(pairs) + last) *
+                        static_cast<double>(block_slots * row + exchanged / 2);
+    if (block_slots == kWord || cost < least) {
+      best = {block_slots, splits, splits <= 2 * kProcessors};
+      least = cost;
+    }
+    if (splits == 1) break;
+  }
+  return best;
 }
 
 // What of a grid is resident for sure while blocks wait for each other: all of it, a quarter of the
 // device for every row, or less.
 enum class Fits : int32_t { whole, by_rows, not_at_all };
 
+// Of some logits in powers of 2: the largest, and the sum of their weights 2^(logit - largest).
+struct alignas(8) LogitSum {
+  float largest, sum;
+};
+
+// A flag between blocks: the token of the last thing that is done. Tokens are numbers that no
+// other launch has and that no other memory holds but by an accident of 1 in 2^64: the launch of
+// one token need not clear the flags beforehand, which would take longer than any of its phases. A
+// CUDA graph repeats a launch, token and all: the last block of a row clears them afterwards.
+using Flag = unsigned long long;
+
 // What the blocks of a row share, in global memory.
 struct StepExchange {
   uint32_t* ticket;    // the next block to start: those of a row follow each other
-  uint32_t* attended;  // [row][split]: tokens whose partial outputs are there
-  uint32_t* decided;   // [row][split]: tokens whose summaries are there
-  uint32_t* finished;  // [row]: tokens that are done
+  Flag* attended;      // [row][split]: sums and outputs of a token are there
+  Flag* decided;       // [row][split]: summaries of a token are there
+  Flag* finished;      // [row]: a token is done
   Summary* summaries;  // [row][split][group]
-  float* maxima;       // [row][split][query head]: of the logits, in powers of 2
-  float* sums;         // [row][split][query head]: of the weights against that maximum
+  LogitSum* sums;      // [row][split][query head]
   float* parts;        // [row][split][query head][head_dim]: values summed with those weights
   float* weights;      // [row][split][query head][block slot]: two launches only
 };
 
-// Bytes of the exchange, and how many of them must be zero before a launch.
+// Bytes of the exchange, and of the ticket and the flags, with which it begins.
 struct StepWorkspace {
-  int64_t bytes, cleared;
+  int64_t bytes, flags;
 };
 
 // Lays the exchange out at `memory`, which may be null to learn the size.
@@ -79,13 +105,12 @@ inline StepWorkspace lay_out(const StepPlan& p, const State& s, int64_t query_he
   take(e.attended, blocks);
   take(e.decided, blocks);
   take(e.finished, s.batch);
-  const int64_t cleared = at;
+  const int64_t flags = at;
   take(e.summaries, blocks * s.groups);
-  take(e.maxima, blocks * query_heads);
   take(e.sums, blocks * query_heads);
   take(e.parts, blocks * query_heads * s.head_dim);
   take(e.weights, p.one_launch ? 0 : blocks * query_heads * p.block_slots);
-  return {at, cleared};
+  return {at, flags};
 }
 
 // Where a block keeps what in shared memory, in bytes; StepBlock says what each is.
@@ -113,10 +138,37 @@ struct StepCall {
   int64_t* expiry;    // (batch, groups, time)
   int64_t* times;     // (batch, time): of each position
 
+  Flag token;  // of the first token; 0: a new one
   StepExchange exchange;
   StepShared shared;       // filled in by the launch, like these:
+  int32_t sharing;         // query heads of a key-value head
   bool attends, finishes;  // which halves this launch does
+  bool ticketed;           // blocks of later rows may have to wait for room
 };
+
+inline StepShared lay_out_shared(const StepCall& call) {
+  const auto heads = static_cast<int32_t>(call.query_heads);
+  const auto slots = static_cast<int32_t>(call.plan.block_slots);
+  const int64_t outputs = heads * call.state.head_dim;
+  const bool staged = call.state.kv_heads <= kStepWarps / 2 && outputs <= kStepStaged;
+  int32_t at = 0;
+  const auto take = [&](int32_t words) {
+    const int32_t here = at;
+    at += 4 * words;
+    return here;
+  };
+  StepShared m{};
+  m.staging =
+      take(staged && outputs > 4 * kStepThreads ? static_cast<int32_t>(outputs) : 4 * kStepThreads);
+  m.weights = take(heads * slots);
+  m.maxima = take(heads);
+  m.totals = take(heads);
+  m.factors = take(heads);
+  m.occupied = take(static_cast<int32_t>(call.state.groups) * slots / 32);
+  m.ticket = take(1);
+  m.bytes = at;
+  return m;
+}
 
 // How this device holds the blocks of a call.
 const char* step_fits(const StepCall& call, Fits* fits);

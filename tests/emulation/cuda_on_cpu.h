@@ -79,6 +79,10 @@ struct Coordinates {
   dim3 block_dim, grid_dim;
 };
 
+struct Factors {  // of one lane
+  uint32_t left[4], right[2];
+};
+
 struct AsyncCopy {
   void* shared;
   const void* global;
@@ -91,6 +95,7 @@ void sync_block(Where where);
 void sync_warp(uint32_t mask, Where where);
 uint64_t shuffle(uint32_t mask, uint64_t value, int source_lane, Where where);
 uint32_t ballot(uint32_t mask, bool vote, Where where);
+const Factors* bring(const Factors& mine, Where where);  // those of all 32 lanes
 
 void scheduling_point();  // others may run here
 void poll(Where where);   // others must run here
@@ -185,6 +190,33 @@ inline int __any_sync(unsigned mask, int predicate, Where where = Where::current
 
 inline int __all_sync(unsigned mask, int predicate, Where where = Where::current()) {
   return runtime::ballot(mask, predicate == 0, where) == 0;
+}
+
+// Tensor cores: sum += left * right, 16 x 16 times 16 x 8 numbers of 16 bits, in the layout that
+// PTX documents. Products are exact; their sum is rounded towards zero, once, which is about the
+// worst that hardware does.
+template <class Value>
+void mma_m16n8k16(float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right)[2],
+                  Value value, Where where = Where::current()) {
+  runtime::Factors mine;
+  std::memcpy(mine.left, left, sizeof mine.left);
+  std::memcpy(mine.right, right, sizeof mine.right);
+  const runtime::Factors* const lanes = runtime::bring(mine, where);
+  const auto half = [&](uint32_t word, int i) {
+    return value(static_cast<uint16_t>(word >> 16 * i));
+  };
+  const int lane = runtime::running->lane;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    double total = sum[i];
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t a = lanes[row % 8 * 4 + k % 8 / 2].left[row / 8 + k / 8 * 2];
+      const uint32_t b = lanes[column * 4 + k % 8 / 2].right[k / 8];
+      total += half(a, k % 2) * half(b, k % 2);
+    }
+    sum[i] = static_cast<float>(total);
+    if (std::fabs(sum[i]) > std::fabs(total)) sum[i] = std::nextafter(sum[i], 0.0f);
+  }
 }
 
 // Bits and fast math.

@@ -169,12 +169,23 @@ struct CopyQueue {
   }
 };
 
-enum class Doing { starts, waits_for_block, waits_for_warp, shuffles, votes, polls, runs, ended };
+enum class Doing {
+  starts,
+  waits_for_block,
+  waits_for_warp,
+  shuffles,
+  votes,
+  multiplies,
+  polls,
+  runs,
+  ended
+};
 
 const char* describe(Doing doing) {
   constexpr const char* kTexts[] = {
-      "not started", "at __syncthreads", "at __syncwarp",       "at a shuffle",
-      "at a vote",   "polling",          "runnable, last seen", "ended"};
+      "not started",  "at __syncthreads",    "at __syncwarp",
+      "at a shuffle", "at a vote",           "at a multiplication of matrices",
+      "polling",      "runnable, last seen", "ended"};
   return kTexts[static_cast<int>(doing)];
 }
 
@@ -199,7 +210,7 @@ struct alignas(64) Thread {
   }
 };
 
-// Lanes that meet in an operation of their warp: __syncwarp, a shuffle or a vote.
+// Lanes that meet in an operation of their warp: __syncwarp, a shuffle, a vote or a multiplication.
 struct Meeting {
   uint32_t mask;
   uint32_t arrived = 0;
@@ -219,6 +230,8 @@ struct Warp {
   uint64_t values[kLanes];
   uint64_t results[kLanes];
   uint8_t sources[kLanes];
+  Factors factors[kLanes];
+  Factors brought[kLanes];
 
   // By mask. Lanes of different masks may be in different meetings, and are not ordered by them.
   Meeting meetings[kLanes];
@@ -471,7 +484,10 @@ uint64_t result_of_lane(const Warp& warp, const Meeting& meeting, uint32_t lane)
 
 // Hands out the results and makes all lanes that arrived runnable.
 void end_meeting(Warp& warp, Meeting& meeting) {
-  if (meeting.operation != Doing::waits_for_warp) {
+  if (meeting.operation == Doing::multiplies) {
+    if (meeting.arrived != ~0u) die("a multiplication of matrices without all lanes of the warp");
+    std::memcpy(warp.brought, warp.factors, sizeof warp.brought);
+  } else if (meeting.operation != Doing::waits_for_warp) {
     for (uint32_t lane = 0; lane < kLanes; ++lane) {
       if (meeting.arrived >> lane & 1) warp.results[lane] = result_of_lane(warp, meeting, lane);
     }
@@ -714,6 +730,14 @@ uint64_t shuffle(uint32_t mask, uint64_t value, int source_lane, Where where) {
 
 uint32_t ballot(uint32_t mask, bool vote, Where where) {
   return static_cast<uint32_t>(meet(Doing::votes, mask, vote, where));
+}
+
+// What it returns stays until all lanes have come to the next one.
+const Factors* bring(const Factors& mine, Where where) {
+  const Thread& self = *machine.thread;
+  self.warp->factors[self.at.lane] = mine;
+  meet(Doing::multiplies, ~0u, /*vote=*/false, where);
+  return self.warp->brought;
 }
 
 void scheduling_point() {

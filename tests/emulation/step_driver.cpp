@@ -293,11 +293,12 @@ bool run(const Case& c) {
   call.query_heads = c.query_heads;
   call.evicting = c.mode != Mode::halves;
   call.scores = c.mode == Mode::halves ? reinterpret_cast<float*>(d.scores.data()) : nullptr;
-  call.plan = step_plan(c.rows, c.query_heads, d.slots, c.head_dim);
+  call.plan = step_plan(c.rows, c.query_heads, c.kv_heads, d.slots, c.head_dim, size_of(c.dtype));
   step_fits(call, &call.fits);
   call.plan.one_launch = call.plan.one_launch && call.fits != Fits::not_at_all;
   const Memory workspace(lay_out(call.plan, call.state, c.query_heads, nullptr, nullptr).bytes);
   lay_out(call.plan, call.state, c.query_heads, workspace.data(), &call.exchange);
+  call.token = c.rows == 1 ? 77 : 0;  // the same for every launch, as a CUDA graph has it; or new
   const auto at_token = [&](int64_t t) {
     call.q = d.heads(d.q, c.query_heads, t);
     call.k = d.heads(d.k, c.kv_heads, t);
