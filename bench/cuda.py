@@ -18,7 +18,7 @@ from rich import get_console
 from torch import Tensor, nn
 
 import msrnn_ops as ms
-from bench import cuda_peers, peers
+from bench import cuda_peers, cuda_steps, peers
 from bench.cuda_measure import Call, Gpu, release, worst_error
 from bench.measure import Timing
 from bench.peers import Function, Op, Shape
@@ -346,6 +346,8 @@ def measures(
     return {
         "limits": lambda: run_limits(gpu, seconds),
         "ops": lambda: run_ops(gpu, names, shapes or SHAPES, seconds, full),
+        "steps": lambda: cuda_steps.run_steps(gpu, seconds, full),
+        "decoding": lambda: cuda_steps.run_decoding(gpu, seconds),
         "layers": lambda: run_layers(gpu, _LAYERS, seconds),
         "small": lambda: run_small(gpu, seconds),
     }

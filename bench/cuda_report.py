@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bench.cuda_steps import ATTENDING, COPY, H2O, READ, SCORED
+from bench.steps import IN_PLACE, OFFICIAL, TOVA, WINDOW
 from bench.table import Table, dimensions, duration, number, op_label, unit_of
 
 _OURS = "msrnn_ops"
@@ -76,6 +78,60 @@ def _peers(rows: Sequence[dict[str, Any]]) -> Table:
     return Table("Peers", note, columns, cells, labels=4)
 
 
+def _steps(rows: Sequence[dict[str, Any]]) -> Table:
+    """Our step against the limits and the best that only attends."""
+    named = (COPY, READ, *ATTENDING, SCORED, IN_PLACE, OFFICIAL, WINDOW, H2O)
+    cells = []
+    for row in rows:
+        results = row["competitors"]
+
+        def ratio(name: str, results: dict[str, Any] = results) -> str:
+            if "time" not in results.get(name, {}):
+                return results.get(name, {}).get("failed", "")
+            return f"{results[name]['time']['median'] / results[TOVA]['time']['median']:.2f}×"
+
+        words = [row["dtype"], dimensions(row["heads"]), f"{row['batch']}×{row['slots']:,}"]
+        figures = [""] * 2
+        if "time" in results[TOVA]:
+            rate = row["traffic"] / results[TOVA]["time"]["median"]
+            figures = [f"{rate / 1e9:,.0f}", f"{row['error']:.0e}"]
+        cells.append([*words, _time(results[TOVA]), *figures, *map(ratio, named)])
+    note = (
+        "attend_evict under TOVA, a full state, the L2 emptied before each repetition. GB/s of "
+        "keys and values; error of the output against float64. Then how many times as long as "
+        "ours: a copy and a read of as many bytes; what attends alone; what also evicts; our own "
+        "other policies."
+    )
+    columns = ("", "Hq×Hkv×Dh", "B×slots", TOVA, "GB/s", "error", *named)
+    return Table("One decode step", note, columns, cells, labels=3)
+
+
+def _decoding(found: dict[str, Any]) -> Table:
+    rows = found["rows"]
+    ran = [row for row in rows if "time" in row]
+    best = {
+        name: max(row["tokens_per_second"] for row in ran if row["name"] == name)
+        for name in dict.fromkeys(row["name"] for row in ran)
+    }
+    full = best.get("full cache")
+    cells = []
+    for row in rows:
+        words = [row["name"], f"{row['slots']:,}", str(row["batch"])]
+        if "time" not in row:
+            cells.append([*words, row["failed"], "", ""])
+            continue
+        rate = row["tokens_per_second"]
+        gain = f"{rate / full:.2f}×" if full else ""
+        cells.append([*words, f"{rate:,.0f}", f"{row['bytes'] / 2**30:.2f} GiB", gain])
+    note = (
+        f"{found['layers']} layers of LLaMA-2-7B's shape with random weights, in bfloat16, no "
+        f"embeddings, in one CUDA graph; {found['context']:,} tokens, all kept or some. "
+        "The last column is over the full cache at its best batch that fits in memory."
+    )
+    columns = ("kept", "slots", "batch", "tokens/s", "keys and values", "over full")
+    return Table("Decoding", note, columns, cells, labels=2)
+
+
 def _layers(rows: Sequence[dict[str, Any]]) -> Table:
     pairs = (("minGRU", "nn.GRU"), ("minLSTM", "nn.LSTM"))
     cells = []
@@ -109,6 +165,8 @@ def tables(results: dict[str, Any]) -> list[Table]:
         found.append(_ops([row for row in rows if row["pass"] == which], which))
     if any(len(row["competitors"]) > 1 for row in rows):
         found.append(_peers(rows))
+    found += [_steps(results["steps"])] if "steps" in results else []
+    found += [_decoding(results["decoding"])] if "decoding" in results else []
     found += [_layers(results["layers"])] if "layers" in results else []
     found += [_small(results["small"])] if "small" in results else []
     return found

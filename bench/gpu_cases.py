@@ -1,8 +1,10 @@
 """Child processes of ``bench.gpu_check``: short calls for the sanitizers, and a stress test.
 
-``python -m bench.gpu_cases sanitizer`` makes every kernel run once or twice on small tensors.
+``python -m bench.gpu_cases scans`` and ``steps`` make every kernel run once or twice on small
+tensors.
 ``python -m bench.gpu_cases stress FILE`` repeats long scans, whose blocks hand the state on to one
-another, under load and from two streams, and compares every repetition with the first bit by bit.
+another, and steps of large states, whose blocks wait for each other, under load and from two
+streams, and compares every repetition with the first bit by bit.
 """
 
 from __future__ import annotations
@@ -13,26 +15,31 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import msrnn_ops as ms
 from bench import peers
 from bench.cuda_measure import worst_error
 from bench.peers import Shape
+from bench.steps import Heads, Tokens, error_of_step, full_state
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _SANITIZED: tuple[Shape, ...] = ((2, 300, 40), (1, 3000, 64), (3, 77, 33), (1, 1, 5))
 _PACKED = (0, 1, 130, 130, 701, 900)  # ends of sequences side by side: one step, none, odd lengths
+_HEADS = (Heads(8, 2, 64), Heads(6, 1, 136), Heads(4, 4, 8))
 _STRESSED: tuple[Shape, ...] = ((1, 1 << 20, 64), (2, 300_000, 100))
+# Batch and slots: a grid that fits, one that takes tickets, and rows too large for either.
+_STRESSED_STATES = ((1, 8192), (24, 4096), (3, 40_000))
 _REPETITIONS = 200
 _PRODUCTS = 4  # matrix products beside each repetition
 _WIDTH = 4096  # of those matrices
 _SAMPLE = 16  # channels whose error is taken
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the largest error
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 
 # The sanitizers.
@@ -52,7 +59,7 @@ def _sanitize(
         torch.autograd.grad(outputs, (*inputs, state), grads)
 
 
-def sanitizer(device: torch.device) -> None:
+def scans(device: torch.device) -> None:
     shapes = [(shape, False) for shape in _SANITIZED] + [((1, _PACKED[-1], 40), True)]
     cases = list(itertools.product(peers.OPS.values(), shapes, _DTYPES))
     for op, (shape, packed), dtype in cases:
@@ -60,11 +67,58 @@ def sanitizer(device: torch.device) -> None:
     print(len(cases), "cases")
 
 
+def steps(device: torch.device) -> None:
+    """A prompt, tokens, the two halves of a token, and a sequence with its gradients."""
+    slots, batch, time = 70, 2, 90
+    policies = ms.Policy.tova(slots), ms.Policy.h2o(slots, recent=9, scope="head")
+    cases = list(itertools.product(_HEADS, policies, (*_DTYPES, torch.float16)))
+    for heads, policy, dtype in cases:
+
+        def draw(count: int, *times: int, dim: int = heads.dim, dtype: Any = dtype) -> Tensor:
+            return torch.randn(batch, count, *times, dim).to(dtype).to(device)
+
+        state = ms.MultiState(
+            policy, batch=batch, kv_heads=heads.kv, head_dim=heads.dim, dtype=dtype, device=device
+        )
+        counts = heads.query, heads.kv, heads.kv
+        ms.attend_prompt(*(draw(n, time) for n in counts), state)
+        for _ in range(3):
+            ms.attend_evict(*(draw(n) for n in counts), state)
+            ms.evict(state, ms.attend_scores(*(draw(n) for n in counts), state)[1])
+        inputs = [draw(n, time).requires_grad_() for n in counts]
+        out, _ = ms.attend_sequence(*inputs, policy)
+        torch.autograd.grad(out, inputs, draw(heads.query, time))
+    print(len(cases), "cases")
+
+
 # Stress.
 
 
 class _Case:
-    """A scan forward and backward, and what it gave the first time."""
+    """What is repeated, and what it gave the first time."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    first: tuple[Tensor, ...]
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def error(self) -> float:
+        """Against float64."""
+        raise NotImplementedError
+
+    def differs(self, outputs: tuple[Tensor, ...]) -> Tensor:
+        """Whether any bit does, on the device: nothing waits for the host."""
+        pairs = zip(outputs, self.first, strict=True)
+        return torch.stack(
+            [(x.view(torch.uint8) != y.view(torch.uint8)).any() for x, y in pairs]
+        ).any()
+
+
+class _Scan(_Case):
+    """A scan forward and backward."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -78,18 +132,34 @@ class _Case:
         h = self.op.ours(*self.inputs)
         return (h.detach(), *torch.autograd.grad(h, self.inputs, self.grad))
 
-    def differs(self, outputs: tuple[Tensor, ...]) -> Tensor:
-        """Whether any bit does, on the device: nothing waits for the host."""
-        bits = _BITS[self.dtype]
-        pairs = zip(outputs, self.first, strict=True)
-        return torch.stack([(x.view(bits) != y.view(bits)).any() for x, y in pairs]).any()
-
     def error(self) -> float:
         def sample(x: Tensor) -> Tensor:
             return x.detach()[:1, :, :_SAMPLE].cpu()
 
         h, grads = peers.truth(self.op, tuple(map(sample, self.inputs)), sample(self.grad))
         return worst_error([sample(x) for x in self.first], (h, *grads))
+
+
+class _Steps(_Case):
+    """Some tokens of a full state."""
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.shape, self.dtype, self.device = shape, dtype, device
+        batch, slots = shape
+        with device:
+            self.state = full_state(ms.Policy.h2o(slots, recent=slots // 2), batch, dtype)
+            self.tokens = Tokens.draw(batch, dtype)
+        self.first = self.outputs()
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        state = torch.utils._pytree.tree_map(torch.clone, self.state)
+        outs = [ms.attend_evict(*token, state) for token in self.tokens.drawn[:3]]
+        return (*outs, state.position, state.score, state.free)
+
+    def error(self) -> float:
+        state = torch.utils._pytree.tree_map(torch.clone, self.state)
+        return error_of_step(state, Tokens(list(self.tokens.drawn)))
 
 
 def _alone(case: _Case, count: Tensor) -> None:
@@ -112,7 +182,7 @@ def _beside_products(case: _Case, count: Tensor) -> None:
 
 
 def _two_streams(case: _Case, count: Tensor) -> None:
-    """Two scans at once compete for the multiprocessors."""
+    """Two at once compete for the multiprocessors."""
     streams = [torch.cuda.Stream() for _ in range(2)]
     counts = [torch.zeros_like(count) for _ in streams]
     for stream in streams:
@@ -133,7 +203,7 @@ def _replayed(case: _Case, count: Tensor) -> None:
         outputs = case.outputs()
     for _ in range(_REPETITIONS):
         for x in outputs:
-            x.fill_(math.nan)
+            x.view(torch.uint8).fill_(0xFF)
         graph.replay()
         count += case.differs(outputs)
 
@@ -175,28 +245,35 @@ def _stress_case(case: _Case) -> Iterator[dict[str, Any]]:
 
 def stress(device: torch.device, path: Path) -> None:
     rows: list[dict[str, Any]] = []
-    for shape, dtype in itertools.product(_STRESSED, _DTYPES):
-        for row in _stress_case(_Case(shape, dtype, device)):
+    cases: list[Callable[[], _Case]] = [
+        partial(kind, shape, dtype, device)
+        for kind, shapes in ((_Steps, _STRESSED_STATES), (_Scan, _STRESSED))
+        for shape, dtype in itertools.product(shapes, _DTYPES)
+    ]
+    for make in cases:
+        for row in _stress_case(make()):
             rows.append(row)
             print(row, flush=True)
             path.write_text(json.dumps(rows), "utf-8")
         torch.cuda.empty_cache()
-    for shape, dtype in itertools.product(_STRESSED, _DTYPES):  # last: a profiler slows launches
-        blocks = _blocks(_Case(shape, dtype, device))
-        head = {"shape": shape, "dtype": str(dtype).removeprefix("torch.")}
-        rows.append({**head, "mode": "largest launch", "blocks": blocks, "mismatches": 0})
+    for make in cases:  # last: a profiler slows launches
+        case = make()
+        head = {"shape": case.shape, "dtype": str(case.dtype).removeprefix("torch.")}
+        rows.append({**head, "mode": "largest launch", "blocks": _blocks(case), "mismatches": 0})
         path.write_text(json.dumps(rows), "utf-8")
 
 
 def main() -> None:
     device = torch.device("cuda")
     match sys.argv[1:]:
-        case ["sanitizer"]:
-            sanitizer(device)
+        case ["scans"]:
+            scans(device)
+        case ["steps"]:
+            steps(device)
         case ["stress", path]:
             stress(device, Path(path))
         case _:
-            raise SystemExit("usage: python -m bench.gpu_cases sanitizer | stress FILE")
+            raise SystemExit("usage: python -m bench.gpu_cases scans | steps | stress FILE")
 
 
 if __name__ == "__main__":

@@ -36,8 +36,16 @@ Result = dict[str, Any]
 
 _ROOT = Path(__file__).resolve().parent.parent
 _SECONDS = 525.0  # of all steps together
-_TESTS = ("tests/test_scan.py", "tests/test_torch.py")
-_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+_TESTS = tuple(
+    f"tests/test_{name}.py" for name in ("scan", "torch", "multi_state", "torch_multi_state")
+)
+# Not initcheck of steps: their blocks poll flags that nobody has written yet, on purpose.
+_TOOLS = {
+    "memcheck": ("scans", "steps"),
+    "racecheck": ("scans", "steps"),
+    "synccheck": ("scans", "steps"),
+    "initcheck": ("scans",),
+}
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
 _FOLDERS = re.compile(r"(?:(?<![\w./])|(?<=-I)|(?<=-L))/(?!/)(?:[\w.+@~-]+/)+")
 _TAIL = 20  # lines of output that the results keep of a step that failed
@@ -163,16 +171,16 @@ def test(check: Check) -> Result:
         report = Path(folder, "junit.xml")
         command = _python("-m", "pytest", "-q", "-p", "no:cacheprovider", *_TESTS, *parallel)
         environment = {"MSRNN_TEST_DEVICE": "cuda", "OMP_NUM_THREADS": "1"}
-        child = check.run([*command, f"--junitxml={report}"], 200, environment)
+        child = check.run([*command, f"--junitxml={report}"], 300, environment)
         counts = _counts(report) if report.exists() else {}
     return {**child.result(), "workers": workers, **counts}
 
 
-def _sanitize(check: Check, program: str, tool: str) -> Result:
+def _sanitize(check: Check, program: str, tool: str, cases: str) -> Result:
     options = ["--tool", tool]
     if tool == "memcheck":  # torch probes the driver with calls that are meant to fail
         options += ["--report-api-errors", "no"]
-    case = _python("-m", "bench.gpu_cases", "sanitizer")
+    case = _python("-m", "bench.gpu_cases", cases)
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # every tensor has bounds of its own
     child = check.run([program, *options, *case], 60, environment)
     summary = _SUMMARY.search(child.output)
@@ -192,8 +200,9 @@ def sanitizer(check: Check) -> Result:
     if program is None:
         return {"status": UNAVAILABLE, "reason": "compute-sanitizer not found"}
     with ThreadPoolExecutor() as pool:  # side by side: they mostly wait for their own host code
-        results = pool.map(lambda tool: _sanitize(check, program, tool), _TOOLS)
-    tools = dict(zip(_TOOLS, results, strict=True))
+        runs = [(tool, cases) for tool, both in _TOOLS.items() for cases in both]
+        results = pool.map(lambda run: _sanitize(check, program, *run), runs)
+    tools = {f"{tool} {cases}": found for (tool, cases), found in zip(runs, results, strict=True)}
     states = {result["status"] for result in tools.values()}
     status = next(state for state in (FAILED, OK, UNAVAILABLE) if state in states)
     return {"status": status, "tools": tools}

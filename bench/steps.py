@@ -19,7 +19,17 @@ from bench.measure import interleaved, largest_error
 
 Call = Callable[[], Tensor]
 
-QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+
+@dataclass(frozen=True)
+class Heads:
+    """The shape of an attention layer."""
+
+    query: int = 32
+    kv: int = 8
+    dim: int = 128
+
+
+GROUPED = Heads()
 _SLOTS = (512, 2048, 8192)
 _FULL_SLOTS = (*_SLOTS, 65536)
 _BATCHES = (1, 4)
@@ -36,20 +46,22 @@ class Tokens:
     drawn: list[tuple[Tensor, Tensor, Tensor]]
 
     @staticmethod
-    def draw(batch: int, dtype: torch.dtype) -> Tokens:
-        def random(heads: int) -> Tensor:
-            return torch.randn(batch, heads, HEAD_DIM).to(dtype)
+    def draw(batch: int, dtype: torch.dtype, heads: Heads = GROUPED) -> Tokens:
+        def random(count: int) -> Tensor:
+            return torch.randn(batch, count, heads.dim).to(dtype)
 
-        return Tokens([(random(QUERY_HEADS), random(KV_HEADS), random(KV_HEADS)) for _ in range(8)])
+        return Tokens([(random(heads.query), random(heads.kv), random(heads.kv)) for _ in range(8)])
 
     def next(self) -> tuple[Tensor, Tensor, Tensor]:
         self.drawn.append(self.drawn.pop(0))
         return self.drawn[-1]
 
 
-def full_state(policy: ms.Policy, batch: int, dtype: torch.dtype) -> ms.MultiState:
+def full_state(
+    policy: ms.Policy, batch: int, dtype: torch.dtype, heads: Heads = GROUPED
+) -> ms.MultiState:
     """A state that has seen as many tokens as it has slots."""
-    state = ms.MultiState(policy, batch=batch, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype=dtype)
+    state = ms.MultiState(policy, batch=batch, kv_heads=heads.kv, head_dim=heads.dim, dtype=dtype)
     slots = policy.slots
     state.keys.normal_()
     state.values.normal_()
@@ -65,18 +77,19 @@ def ours(state: ms.MultiState, tokens: Tokens) -> Call:
 
 def official(keys: Tensor, values: Tensor, tokens: Tokens) -> Call:
     """The published procedure: concatenate, eager weights, mean, top-k, sort, gather."""
-    slots, shared = keys.shape[2], QUERY_HEADS // KV_HEADS
+    slots, kv_heads, head_dim = keys.shape[2], keys.shape[1], keys.shape[3]
+    shared = tokens.drawn[0][0].shape[1] // kv_heads
     kept = [keys, values]
 
     def step() -> Tensor:
         q, k, v = tokens.next()
         k, v = (torch.cat([x, y[:, :, None]], 2) for x, y in zip(kept, (k, v), strict=True))
         wide_k, wide_v = (x.repeat_interleave(shared, 1) for x in (k, v))
-        logits = q[:, :, None] @ wide_k.transpose(2, 3) * HEAD_DIM**-0.5
+        logits = q[:, :, None] @ wide_k.transpose(2, 3) * head_dim**-0.5
         weights = logits.softmax(-1, dtype=torch.float32)
         out = (weights.to(q.dtype) @ wide_v)[:, :, 0]
         index = weights[:, :, -1].mean(1).topk(slots, -1).indices.sort().values
-        index = index[:, None, :, None].expand(-1, KV_HEADS, -1, HEAD_DIM)
+        index = index[:, None, :, None].expand(-1, kv_heads, -1, head_dim)
         kept[:] = k.gather(2, index), v.gather(2, index)
         return out
 
@@ -85,7 +98,7 @@ def official(keys: Tensor, values: Tensor, tokens: Tokens) -> Call:
 
 def in_place(keys: Tensor, values: Tensor, tokens: Tokens) -> Call:
     """Grouped matmul, argmin and one overwritten slot: what a careful PyTorch user writes."""
-    batch = keys.shape[0]
+    batch, kv_heads, _, head_dim = keys.shape
     keys, values = (torch.cat([x, x[:, :, :1]], 2) for x in (keys, values))
     free, rows = torch.full((batch,), keys.shape[2] - 1), torch.arange(batch)
 
@@ -93,8 +106,8 @@ def in_place(keys: Tensor, values: Tensor, tokens: Tokens) -> Call:
         nonlocal free
         q, k, v = tokens.next()
         keys[rows, :, free], values[rows, :, free] = k, v
-        grouped = q.unflatten(1, (KV_HEADS, -1))
-        logits = (grouped @ keys.transpose(2, 3)).float() * HEAD_DIM**-0.5
+        grouped = q.unflatten(1, (kv_heads, -1))
+        logits = (grouped @ keys.transpose(2, 3)).float() * head_dim**-0.5
         weights = logits.softmax(-1)
         out = (weights.to(q.dtype) @ values).flatten(1, 2)
         free = weights.flatten(1, 2).mean(1).argmin(-1)
@@ -111,23 +124,22 @@ def attention_alone(keys: Tensor, values: Tensor, tokens: Tokens) -> Call:
     return step
 
 
-def _error(policy: ms.Policy, batch: int, dtype: torch.dtype) -> float:
-    """Of our output against float64, over the largest true value."""
-    state, tokens = full_state(policy, batch, dtype), Tokens.draw(batch, dtype)
-    keys, values = state.keys.double(), state.values.double()
-    q, k, v = tokens.next()
+def error_of_step(state: ms.MultiState, tokens: Tokens) -> float:
+    """Of our output's first row against float64, over the largest true value."""
+    keys, values = state.keys[:1].double(), state.values[:1].double()
+    q, k, v = (x[:1].double() for x in tokens.next())
     keys[:, :, -1], values[:, :, -1] = k, v
     tokens.drawn.insert(0, tokens.drawn.pop())  # the same token again
-    grouped = q.double().unflatten(1, (KV_HEADS, -1))
-    weights = (grouped @ keys.transpose(2, 3) * HEAD_DIM**-0.5).softmax(-1)
-    return largest_error([ours(state, tokens)()], [(weights @ values).flatten(1, 2)])
+    grouped = q.unflatten(1, (keys.shape[1], -1))
+    weights = (grouped @ keys.transpose(2, 3) * keys.shape[3] ** -0.5).softmax(-1)
+    return largest_error([ours(state, tokens)()[:1]], [(weights @ values).flatten(1, 2)])
 
 
 @torch.no_grad()
 def _run_step(slots: int, batch: int, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
     torch.manual_seed(0)
-    error = _error(ms.Policy.tova(slots), batch, dtype)
     tokens = Tokens.draw(batch, dtype)
+    error = error_of_step(full_state(ms.Policy.tova(slots), batch, dtype), tokens)
     tova = full_state(ms.Policy.tova(slots), batch, dtype)
     window = full_state(ms.Policy.window(slots), batch, dtype)
     keys, values = (x[:, :, :slots].clone() for x in (tova.keys, tova.values))
@@ -173,7 +185,7 @@ def run_loop(seconds: float) -> dict[str, Any]:
     policy = ms.Policy.tova(_LOOP_SLOTS)
 
     def cache(length: int) -> tuple[Tensor, Tensor]:
-        x = torch.randn(1, KV_HEADS, length, HEAD_DIM, dtype=dtype)
+        x = torch.randn(1, GROUPED.kv, length, GROUPED.dim, dtype=dtype)
         return x, x.clone()
 
     def of_states() -> tuple[list[Call], int]:

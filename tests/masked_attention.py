@@ -15,22 +15,23 @@ NEAR = 1e-5  # relative distance of two float32 scores that may be taken for eac
 
 
 class Row:
-    """One row. Every token stays; ``visible`` (G, T) says which are still attended to."""
+    """One row, on the CPU. Every token stays; ``visible`` (G, T) says which are attended to."""
 
     def __init__(self, policy: ms.Policy, kv_heads: int) -> None:
         self.policy = policy
         self.groups = kv_heads if policy.scope == "head" else 1
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self.visible = torch.zeros(self.groups, 0, dtype=torch.bool)
-        self.total = torch.zeros(self.groups, 0, dtype=torch.float64)
+        self.visible = torch.zeros(self.groups, 0, dtype=torch.bool, device="cpu")
+        self.total = torch.zeros(self.groups, 0, dtype=torch.float64, device="cpu")
         self.near_ties = 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Output (Hq, Dh) of one more token, and its attention (G, T) averaged over heads."""
-        self.keys.append(k.double())
-        self.values.append(v.double())
-        one = torch.ones(self.groups, 1)
+        q, k, v = (x.cpu().double() for x in (q, k, v))
+        self.keys.append(k)
+        self.values.append(v)
+        one = torch.ones(self.groups, 1, device="cpu")
         self.visible = torch.cat([self.visible, one.bool()], 1)
         self.total = torch.cat([self.total, one.double() * 0], 1)
         kv_heads, head_dim = k.shape
@@ -38,7 +39,7 @@ class Row:
         keys = torch.stack(self.keys, 1).repeat_interleave(shared, 0)  # (Hq, T, Dh)
         values = torch.stack(self.values, 1).repeat_interleave(shared, 0)
         seen = self.visible.repeat_interleave(q.shape[0] // self.groups, 0)  # (Hq, T)
-        logits = torch.einsum("hd,htd->ht", q.double(), keys) / head_dim**0.5
+        logits = torch.einsum("hd,htd->ht", q, keys) / head_dim**0.5
         weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
         mean = weights.unflatten(0, (self.groups, -1)).mean(1)
         self.total += mean
@@ -74,7 +75,8 @@ class Row:
     ) -> Tensor:
         """q (Hq, T, Dh): every token attended, then one reduction."""
         if q.shape[1] == 0:
-            return q.double()
+            return q.cpu().double()
+        q, k, v = (x.cpu() for x in (q, k, v))
         outs = []
         for t in range(q.shape[1]):
             out, mean = self.attend(q[:, t], k[:, t], v[:, t])

@@ -162,7 +162,7 @@ def test_multi_state_is_a_tree_and_can_be_copied() -> None:
         copy.deepcopy(state),
         pickle.loads(pickle.dumps(state)),
         torch.load(buffer),
-        state.to("cpu"),
+        state.to(state.keys.device),
     ]
     token = torch.randn(3, 2, 1, 8)
     expected = ms.attend_evict(*token, state)
@@ -211,7 +211,8 @@ def test_multi_state_to_reset_repr_nbytes() -> None:
     marks = 2 * 4 * 8 + 2 * 8 + 2 * 8 + 2 * 8  # position, free, seen, last_evicted
     assert state.nbytes == 2 * (2 * 4 * 4 * 16 * 4) + marks
     assert half.nbytes == 2 * (2 * 4 * 4 * 16 * 2) + marks
-    for word in ("attention", "slots=3", "kept [3, 3] of 3", "seen [5, 5]", "bfloat16", "cpu"):
+    words = ["attention", "slots=3", "kept [3, 3] of 3", "seen [5, 5]", "bfloat16"]
+    for word in (*words, half.keys.device.type):
         assert word in repr(half)
     on_meta = ms.MultiState(ms.Policy.tova(3), batch=2, kv_heads=4, head_dim=16, device="meta")
     assert "meta" in repr(on_meta) and state.to("meta").keys.device.type == "meta"
