@@ -74,20 +74,23 @@ def steps(device: torch.device) -> None:
     cases = list(itertools.product(_HEADS, policies, (*_DTYPES, torch.float16)))
     for heads, policy, dtype in cases:
 
-        def draw(count: int, *times: int, dim: int = heads.dim, dtype: Any = dtype) -> Tensor:
-            return torch.randn(batch, count, *times, dim).to(dtype).to(device)
+        def draw(*times: int, heads: Heads = heads, dtype: Any = dtype) -> list[Tensor]:
+            counts = heads.query, heads.kv, heads.kv
+            drawn = [torch.randn(batch, n, *times, heads.dim) for n in counts]
+            return [x.to(dtype).to(device) for x in drawn]
 
         state = ms.MultiState(
             policy, batch=batch, kv_heads=heads.kv, head_dim=heads.dim, dtype=dtype, device=device
         )
-        counts = heads.query, heads.kv, heads.kv
-        ms.attend_prompt(*(draw(n, time) for n in counts), state)
+        q, k, v = draw(time)
+        ms.attend_prompt(q, k, v, state)
         for _ in range(3):
-            ms.attend_evict(*(draw(n) for n in counts), state)
-            ms.evict(state, ms.attend_scores(*(draw(n) for n in counts), state)[1])
-        inputs = [draw(n, time).requires_grad_() for n in counts]
-        out, _ = ms.attend_sequence(*inputs, policy)
-        torch.autograd.grad(out, inputs, draw(heads.query, time))
+            q, k, v = draw()
+            ms.attend_evict(q, k, v, state)
+            ms.evict(state, ms.attend_scores(q, k, v, state)[1])
+        q, k, v = (x.requires_grad_() for x in draw(time))
+        out, _ = ms.attend_sequence(q, k, v, policy)
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
     print(len(cases), "cases")
 
 
@@ -120,7 +123,7 @@ class _Case:
 class _Scan(_Case):
     """A scan forward and backward."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         torch.manual_seed(0)
         self.op, self.shape, self.dtype, self.device = peers.OPS["min_gru"], shape, dtype, device
         with device:
@@ -143,7 +146,7 @@ class _Scan(_Case):
 class _Steps(_Case):
     """Some tokens of a full state."""
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         torch.manual_seed(0)
         self.shape, self.dtype, self.device = shape, dtype, device
         batch, slots = shape
