@@ -1,7 +1,8 @@
 """Multi-state ops without a CUDA kernel, by PyTorch's: a prompt, and the backward of a sequence.
 
 Once a prompt or a training step, and mostly matrix products: those are in good hands there. Nothing
-waits for the device, and no T*T weights are held: some queries at a time meet all columns.
+waits for the device, and no T*T weights are held: as many queries at a time meet all columns as
+memory allows.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-_QUERIES_AT_ONCE = 256
+_WEIGHTS_AT_ONCE = 1 << 25  # of all rows and heads: 128 MB
 
 
 def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -31,9 +32,14 @@ def _check_shapes(shape: tuple[int, ...], *tensors: Tensor) -> None:
             raise RuntimeError(f"expected a tensor of shape {shape}, got {tuple(x.shape)}")
 
 
-def _groups(x: Tensor, kv_heads: int) -> Tensor:
-    """(B, Hq, T, Dh) as (B, Hkv, Hq / Hkv, T, Dh), in float32."""
-    return x.unflatten(1, (kv_heads, -1)).float()
+def _fold(x: Tensor, kv_heads: int) -> Tensor:
+    """(B, Hq, T, Dh) as (B, Hkv, Hq / Hkv * T, Dh): heads that share keys are so many queries."""
+    return x.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+
+
+def _fold_mask(visible: Tensor, sharing: int) -> Tensor:
+    """(B, G, queries, columns) likewise."""
+    return visible[:, :, None].expand(-1, -1, sharing, -1, -1).flatten(2, 3)
 
 
 def _real(valid: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -43,9 +49,12 @@ def _real(valid: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.where(valid[:, None, :, None], x, 0) for x in tensors)
 
 
-def _parts(time: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, time, _QUERIES_AT_ONCE):
-        yield start, min(start + _QUERIES_AT_ONCE, time)
+def _parts(q: Tensor, columns: int) -> Iterator[tuple[int, int]]:
+    """Ranges of queries (B, Hq, T, Dh) that meet so many columns at once."""
+    batch, heads, time, _ = q.shape
+    most = max(1, _WEIGHTS_AT_ONCE // max(1, batch * heads * columns))
+    for start in range(0, time, most):
+        yield start, min(start + most, time)
 
 
 def _softmax(logits: Tensor, visible: Tensor) -> Tensor:
@@ -75,27 +84,24 @@ def prompt_output(
     kept = position >= 0
     all_keys = torch.cat([_where_kept(kept, keys), k], 2)
     all_values = torch.cat([_where_kept(kept, values), v], 2)
-    slots, time = keys.shape[2], q.shape[2]
+    slots, time, kv_heads = keys.shape[2], q.shape[2], k.shape[1]
+    sharing = q.shape[1] // kv_heads
     step = torch.arange(time, device=q.device)
     parts = []
-    for start, end in _parts(time):
+    for start, end in _parts(q, slots + time):
         tokens = (step[start:end, None] >= step[:end]).expand(q.shape[0], 1, -1, -1)
         if valid is not None:
             tokens = tokens & valid[:, None, None, :end]
         states = kept[:, :, None].expand(-1, -1, end - start, -1)
         visible = torch.cat([states, tokens.expand(-1, kept.shape[1], -1, -1)], 3)
-        if kept.shape[1] > 1:
-            visible = visible.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        parts.append(
-            scaled_dot_product_attention(
-                q[:, :, start:end],
-                all_keys[:, :, : slots + end],
-                all_values[:, :, : slots + end],
-                attn_mask=visible,
-                scale=scale,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
+        out = scaled_dot_product_attention(
+            _fold(q[:, :, start:end], kv_heads),
+            all_keys[:, :, : slots + end],
+            all_values[:, :, : slots + end],
+            attn_mask=_fold_mask(visible, sharing),
+            scale=scale,
         )
+        parts.append(out.unflatten(2, (sharing, -1)).flatten(1, 2))
     out = torch.cat(parts, 2)
     return out if valid is None else torch.where(valid[:, None, :, None], out, 0)
 
@@ -111,12 +117,13 @@ def _attention(
 ) -> Tensor:
     """What each column, slots and then tokens, gets of the prompt's queries: (B, G, columns)."""
     kv_heads, slots, time = k.shape[1], keys.shape[2], k.shape[2]
-    columns = torch.cat([_where_kept(kept, keys), k], 2).float().transpose(2, 3)[:, :, None]
+    columns = torch.cat([_where_kept(kept, keys), k], 2).float().transpose(2, 3)
     step = torch.arange(time, device=q.device)
     there = torch.cat([kept, real[:, None].expand(-1, kept.shape[1], -1)], 2)
     total = columns.new_zeros(k.shape[0], kv_heads, slots + time)
     if every_query:
-        parts = [(q[:, :, a:b], step[None, a:b].expand(len(q), -1)) for a, b in _parts(time)]
+        ranges = _parts(q, slots + time)
+        parts = [(q[:, :, a:b], step[None, a:b].expand(len(q), -1)) for a, b in ranges]
     else:
         last = torch.where(real, step, 0).amax(1, keepdim=True)  # (B, 1)
         index = last[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
@@ -125,9 +132,8 @@ def _attention(
         before = step <= times[..., None]  # (B, queries, T)
         before = torch.cat([before.new_ones(*times.shape, slots), before], -1)
         before = before & real.gather(1, times)[..., None]
-        visible = (there[:, :, None] & before[:, None])[:, :, None]  # (B, G, 1, queries, columns)
-        weights = _softmax(_groups(queries, kv_heads) @ columns * scale, visible)
-        total += weights.sum((2, 3))
+        visible = _fold_mask(there[:, :, None] & before[:, None], q.shape[1] // kv_heads)
+        total += _softmax(_fold(queries, kv_heads).float() @ columns * scale, visible).sum(2)
     return total if kept.shape[1] > 1 else total.sum(1, keepdim=True)
 
 
@@ -224,22 +230,25 @@ def attend_sequence_backward(
     _check_shapes(tuple(q.shape), grad_out)
     q, k, v, grad_out = _real(valid, q, k, v, grad_out)
     kv_heads, time = k.shape[1], k.shape[2]
+    sharing = q.shape[1] // kv_heads
     step = torch.arange(time, device=q.device)
-    keys, values = k.float()[:, :, None], v.float()[:, :, None]
-    grad_k, grad_v = torch.zeros_like(keys[:, :, 0]), torch.zeros_like(values[:, :, 0])
+    keys, values = k.float(), v.float()
+    grad_k, grad_v = torch.zeros_like(keys), torch.zeros_like(values)
     grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    for start, end in _parts(time):
-        query, grad = (_groups(x[:, :, start:end], kv_heads) for x in (q, grad_out))
+    for start, end in _parts(q, time):
+        query, grad = (_fold(x[:, :, start:end], kv_heads).float() for x in (q, grad_out))
         times = step[start:end, None]
         visible = (times >= step[:end]) & (times < expiry[:, :, None, :end])
         if valid is not None:
             visible = visible & valid[:, None, start:end, None]
-        key, value = keys[..., :end, :], values[..., :end, :]
-        weights = _softmax(query @ key.transpose(3, 4) * scale, visible[:, :, None])
-        grad_v[:, :, :end] += (weights.transpose(3, 4) @ grad).sum(2)
-        grad_weights = grad @ value.transpose(3, 4)
+        key, value = keys[:, :, :end], values[:, :, :end]
+        logits = query @ key.transpose(2, 3) * scale
+        weights = _softmax(logits, _fold_mask(visible, sharing))
+        grad_v[:, :, :end] += weights.transpose(2, 3) @ grad
+        grad_weights = grad @ value.transpose(2, 3)
         mean = (weights * grad_weights).sum(-1, keepdim=True)
         grad_logits = weights * (grad_weights - mean) * scale
-        grad_q[:, :, start:end] = (grad_logits @ key).flatten(1, 2).to(q.dtype)
-        grad_k[:, :, :end] += (grad_logits.transpose(3, 4) @ query).sum(2)
+        grad_query = (grad_logits @ key).unflatten(2, (sharing, -1)).flatten(1, 2)
+        grad_q[:, :, start:end] = grad_query.to(q.dtype)
+        grad_k[:, :, :end] += grad_logits.transpose(2, 3) @ query
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)

@@ -66,9 +66,9 @@ def test_a_step_plan_covers_its_state(
     heads = kv_heads * sharing
     plan = step_plan(rows, heads, kv_heads, slots, head_dim, element_size)
     block, splits = plan["block_slots"], plan["splits"]
-    assert block % 32 == 0 and (splits - 1) * block < slots <= splits * block
+    assert (splits - 1) * block < slots <= splits * block
     assert plan["one_launch"] == (splits <= 264)
-    assert 4 * heads * block + 16 * 1024 <= 48 * 1024 or block == 32  # weights, outputs
+    assert 4 * heads * -(-block // 32) * 32 + 16 * 1024 <= 48 * 1024 or block <= 32  # shared memory
 
 
 def test_step_plans_of_known_shapes() -> None:
@@ -76,14 +76,16 @@ def test_step_plans_of_known_shapes() -> None:
         found = step_plan(rows, 32, 8, slots, 128, 2)
         return found["block_slots"], found["splits"], found["one_launch"]
 
-    # 132 multiprocessors have work, but no row more blocks than pay for what they tell each other.
-    assert plan(1, 513) == (32, 17, True)
+    # Two blocks for each of 132 multiprocessors, or one where more would only exchange more; of
+    # many rows, so many that the last multiprocessors finish with the first.
+    assert plan(1, 513) == (31, 17, True)
     assert plan(1, 4097) == (32, 129, True)
-    assert plan(1, 8193) == (64, 129, True)
-    assert plan(1, 65537) == (256, 257, True)
-    assert plan(1, 131073) == (256, 513, False)
-    assert plan(4, 8193) == (128, 65, True)
-    assert plan(128, 513) == (96, 6, True)
+    assert plan(1, 8193) == (63, 131, True)
+    assert plan(1, 65537) == (249, 264, True)
+    assert plan(1, 131073) == (249, 527, False)
+    assert plan(4, 8193) == (125, 66, True)
+    assert plan(16, 1025) == (65, 16, True)
+    assert plan(128, 513) == (129, 4, True)
 
 
 @pytest.mark.skipif(ms.backends()["cuda"] == "ok", reason="CUDA can be used here")

@@ -18,7 +18,7 @@ struct Stored {  // float and double
   static constexpr int count = 16 / sizeof(T);
   using V = Number<T, true>;
 
-  static MSRNN_FN void unpack(Chunk chunk, V (&x)[count]) {
+  static MSRNN_FN void unpack(const Chunk& chunk, V (&x)[count]) {
     memcpy(static_cast<void*>(x), &chunk, 16);
   }
   static MSRNN_FN Chunk pack(const V (&x)[count]) {
@@ -28,6 +28,8 @@ struct Stored {  // float and double
   }
 };
 
+// 16 bytes from an aligned address, in registers: a reference to them would be copied by bytes.
+MSRNN_FN Chunk chunk_at(const void* p) { return *static_cast<const Chunk*>(p); }
 // 16 bytes that no cache of this multiprocessor answers.
 MSRNN_FN Chunk load_coherent_chunk(const void* p) {
   const auto* const halves = static_cast<const unsigned long long*>(p);
@@ -83,7 +85,7 @@ struct StoredNarrow {
   static constexpr int count = 8;
   using V = Brief;
 
-  static MSRNN_FN void unpack(Chunk chunk, V (&x)[8]) {
+  static MSRNN_FN void unpack(const Chunk& chunk, V (&x)[8]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       x[2 * i] = V(low_half(Narrow{}, chunk.word[i]));

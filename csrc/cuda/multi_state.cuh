@@ -73,7 +73,7 @@ struct Step : StepBlock {
         largest = larger_of(largest, __shfl_xor_sync(~0u, largest, apart));
       }
 #pragma unroll 4
-      for (int i = place; count > 0 && i < block_slots(); i += 8) {
+      for (int i = place; count > 0 && i < padded_slots(); i += 8) {
         const bool there = i < count && is_occupied(g, i);
         w[i] = there ? rescale(w[i], largest) : 0;
         sum += w[i];
@@ -168,7 +168,8 @@ struct Step : StepBlock {
       __syncthreads();
       if (part == 0 && i < to) {
 #pragma unroll 4
-        for (int p = 1; p < sharing; ++p) add(sum, of_threads[p * width + threadIdx.x], 1);
+        for (int p = 1; p < sharing; ++p)
+          add(sum, chunk_at(of_threads + p * width + threadIdx.x), 1);
         T* const out = reinterpret_cast<T*>(call.out.at(row, head, t)) + 4 * i % head_dim();
 #pragma unroll
         for (int j = 0; j < 4; ++j) round_to(out + j, sum[j].v * factors()[head]);
@@ -315,9 +316,9 @@ struct Step : StepBlock {
 
   // Between two launches, the weights and their maxima.
   MSRNN_FN void pass_weights(bool out) const {
-    float* const memory = call.exchange.weights + share(split, heads()) * block_slots();
+    float* const memory = call.exchange.weights + share(split, heads()) * padded_slots();
 #pragma unroll 1
-    for (int i = threadIdx.x; i < heads() * block_slots(); i += kStepThreads) {
+    for (int i = threadIdx.x; i < heads() * padded_slots(); i += kStepThreads) {
       if (out) {
         memory[i] = weights(0)[i];
       } else {

@@ -25,34 +25,42 @@ struct StepPlan {
   // resident at once on a large GPU. On one where they are not (step_fits), two launches do the
   // same.
   bool one_launch;
+
+  // Slots that a block has room for.
+  int64_t padded_slots() const { return padded(block_slots, 32); }
 };
 
 inline StepPlan step_plan(int64_t rows, int64_t query_heads, int64_t kv_heads, int64_t slots,
                           int64_t head_dim, int64_t element_size) {
   // What a block keeps must fit the 64 KiB of the smallest GPU. Below 32 slots it would spend its
   // time on the exchange.
-  constexpr int64_t kProcessors = 132, kWord = 32;  // of a large GPU
-  const int64_t most = (int64_t{12} * 1024 - kStepStaged) / query_heads / kWord * kWord;
+  constexpr int64_t kProcessors = 132, kFewest = 32;  // multiprocessors of a large GPU
+  const int64_t room = (int64_t{12} * 1024 - kStepStaged) / query_heads / kFewest * kFewest;
+  const int64_t most = room > kFewest ? room : kFewest;
+  const int64_t least_splits = (slots + most - 1) / most;
+  const int64_t most_splits = (slots + kFewest - 1) / kFewest;
   const int64_t row = 2 * kv_heads * head_dim * element_size;  // bytes of a slot
   StepPlan best{};
   double least = 0;
-  for (int64_t block_slots = kWord; block_slots <= most || block_slots == kWord;
-       block_slots += kWord) {
-    const int64_t splits = (slots + block_slots - 1) / block_slots;
+  // So many blocks that they fill the multiprocessors once, one or two beside each other, or twice.
+  for (int64_t fill = 1; fill <= 16; ++fill) {
+    int64_t splits = fill * kProcessors / (rows > 0 ? rows : 1);
+    splits = splits < least_splits ? least_splits : splits > most_splits ? most_splits : splits;
+    const int64_t block_slots = (slots + splits - 1) / splits;
+    splits = (slots + block_slots - 1) / block_slots;
     // Bytes that a multiprocessor moves; those of the exchange, from L2, count half. All blocks of
     // a row read the sums of all, and write and read one output.
     const int64_t exchanged = query_heads * (8 * splits + 8 * head_dim);
-    // Two blocks run beside each other. One alone is not twice as fast: it waits more for memory.
+    // One block alone is not twice as fast as two beside each other: it waits more for memory.
     const int64_t blocks = rows * splits, pairs = blocks / (2 * kProcessors);
     const int64_t rest = blocks % (2 * kProcessors);
     const double last = rest == 0 ? 0 : rest <= kProcessors ? 1.15 : 2;
     const double cost = (2 * static_cast<double>(pairs) + last) *
                         static_cast<double>(block_slots * row + exchanged / 2);
-    if (block_slots == kWord || cost < least) {
+    if (fill == 1 || cost < least) {
       best = {block_slots, splits, splits <= 2 * kProcessors};
       least = cost;
     }
-    if (splits == 1) break;
   }
   return best;
 }
@@ -109,7 +117,7 @@ inline StepWorkspace lay_out(const StepPlan& p, const State& s, int64_t query_he
   take(e.summaries, blocks * s.groups);
   take(e.sums, blocks * query_heads);
   take(e.parts, blocks * query_heads * s.head_dim);
-  take(e.weights, p.one_launch ? 0 : blocks * query_heads * p.block_slots);
+  take(e.weights, p.one_launch ? 0 : blocks * query_heads * p.padded_slots());
   return {at, flags};
 }
 
@@ -148,7 +156,7 @@ struct StepCall {
 
 inline StepShared lay_out_shared(const StepCall& call) {
   const auto heads = static_cast<int32_t>(call.query_heads);
-  const auto slots = static_cast<int32_t>(call.plan.block_slots);
+  const auto slots = static_cast<int32_t>(call.plan.padded_slots());
   const int64_t outputs = heads * call.state.head_dim;
   const bool staged = call.state.kv_heads <= kStepWarps / 2 && outputs <= kStepStaged;
   int32_t at = 0;

@@ -56,18 +56,18 @@ struct StepBlock {
   static MSRNN_FN X* in_shared(int offset) {
     return reinterpret_cast<X*>(dynamic_shared() + offset);
   }
-  // [query head][block slot]: logits, then weights; in the end [group][block slot]: scores.
+  // [query head][padded slot]: logits, then weights; in the end [group][padded slot]: scores.
   MSRNN_FN float* weights(int head) const {
-    return in_shared<float>(call.shared.weights) + head * block_slots();
+    return in_shared<float>(call.shared.weights) + head * padded_slots();
   }
   // [query head]: the maximum of this block's logits, then the factor of its weights in the softmax
   // of the row; the maximum of the row's logits; 1 / the row's sum.
   MSRNN_FN float* maxima() const { return in_shared<float>(call.shared.maxima); }
   MSRNN_FN float* totals() const { return in_shared<float>(call.shared.totals); }
   MSRNN_FN float* factors() const { return in_shared<float>(call.shared.factors); }
-  // [group][block slot / 32]: a bit for each slot that holds a state.
+  // [group][padded slot / 32]: a bit for each slot that holds a state.
   MSRNN_FN uint32_t* occupied(int group) const {
-    return in_shared<uint32_t>(call.shared.occupied) + group * (block_slots() / 32);
+    return in_shared<uint32_t>(call.shared.occupied) + group * (padded_slots() / 32);
   }
   // [query head][head_dim], while warps add up what they have of one output; or [warp][lane]
   MSRNN_FN float* staging() const { return in_shared<float>(call.shared.staging); }
@@ -75,6 +75,7 @@ struct StepBlock {
   static MSRNN_FN int warp() { return threadIdx.x / 32; }
   static MSRNN_FN int lane() { return threadIdx.x % 32; }
   MSRNN_FN int block_slots() const { return static_cast<int>(call.plan.block_slots); }
+  MSRNN_FN int padded_slots() const { return (block_slots() + 31) / 32 * 32; }
   MSRNN_FN int splits() const { return static_cast<int>(call.plan.splits); }
   MSRNN_FN int heads() const { return static_cast<int>(call.query_heads); }
   MSRNN_FN int kv_heads() const { return static_cast<int>(s.kv_heads); }
@@ -126,7 +127,7 @@ struct StepBlock {
   }
 
   MSRNN_FN void mark_occupied(int count) const {
-    const int words = block_slots() / 32;
+    const int words = padded_slots() / 32;
 #pragma unroll 1
     for (int i = warp(); i < static_cast<int>(s.groups) * words; i += kStepWarps) {
       const int g = i / words, slot = i % words * 32 + lane();
@@ -157,7 +158,7 @@ struct StepBlock {
 #pragma unroll
     for (int i = 0; i < count / 4; ++i) {
       Number<float> before[4] = {}, sum[4];
-      if (turn > 0) Stored<float>::unpack(reinterpret_cast<const Chunk*>(staged)[i], before);
+      if (turn > 0) Stored<float>::unpack(chunk_at(staged + 4 * i), before);
 #pragma unroll
       for (int j = 0; j < 4; ++j) sum[j].v = x[4 * i + j] + before[j].v;
       reinterpret_cast<Chunk*>(to)[i] = Stored<float>::pack(sum);

@@ -106,7 +106,7 @@ struct FmaProducts : StepBlock {
           }
           const float sum = sum_each(dot, place, lanes);
           const int slot = first + r * at_once + sub_row, k = place / (lanes / 4);
-          if (place % (lanes / 4) == 0 && q + k < sharing() && slot < block_slots()) {
+          if (place % (lanes / 4) == 0 && q + k < sharing() && slot < padded_slots()) {
             weights(head * sharing() + q + k)[slot] = sum;
           }
         }
@@ -143,7 +143,7 @@ struct FmaProducts : StepBlock {
           const Piece value = unpack(raw[r]);
 #pragma unroll
           for (int k = 0; k < kQueries; ++k) {
-            const bool has = k < present && slot < block_slots();
+            const bool has = k < present && slot < padded_slots();
             const float weight = has ? weights(query_head + k)[slot] : 0;
 #pragma unroll
             for (int e = 0; e < chunks * kElements; ++e) {

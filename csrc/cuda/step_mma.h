@@ -87,7 +87,7 @@ struct MmaProducts : StepBlock {
 #pragma unroll
         for (int i = 0; i < 4 * kTiles; ++i) {
           const int mine = q + 2 * c() + i % 2, slot = first + 16 * (i / 4) + i % 4 / 2 * 8 + g();
-          if (mine >= sharing() || slot >= block_slots()) continue;
+          if (mine >= sharing() || slot >= padded_slots()) continue;
           weights(head * sharing() + mine)[slot] = factor * sum[i / 4][i % 4];
         }
       }
@@ -106,7 +106,7 @@ struct MmaProducts : StepBlock {
   // The weights of 4 slots, from `slot` on, as a lane's part of the right factor.
   MSRNN_FN void load_weights(int head, int slot, bool present, uint32_t (&pairs)[2]) const {
     Number<float> w[4] = {};
-    if (present) Stored<float>::unpack(*reinterpret_cast<const Chunk*>(weights(head) + slot), w);
+    if (present) Stored<float>::unpack(chunk_at(weights(head) + slot), w);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float low = w[2 * i].v, high = w[2 * i + 1].v;
