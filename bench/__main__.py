@@ -14,7 +14,7 @@ from typing import Any
 
 PARTS = {
     "cpu": ("limits", "ops", "steps", "layers", "accuracy", "text"),
-    "cuda": ("limits", "ops", "steps", "decoding", "layers", "small"),
+    "cuda": ("limits", "steps", "ops", "decoding", "layers", "small"),
 }
 Measure = Callable[[], Iterable[dict[str, Any]]]
 

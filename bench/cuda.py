@@ -345,8 +345,8 @@ def measures(
     gpu.warm_up()
     return {
         "limits": lambda: run_limits(gpu, seconds),
-        "ops": lambda: run_ops(gpu, names, shapes or SHAPES, seconds, full),
         "steps": lambda: cuda_steps.run_steps(gpu, seconds, full),
+        "ops": lambda: run_ops(gpu, names, shapes or SHAPES, seconds, full),
         "decoding": lambda: cuda_steps.run_decoding(gpu, seconds),
         "layers": lambda: run_layers(gpu, _LAYERS, seconds),
         "small": lambda: run_small(gpu, seconds),

@@ -45,6 +45,7 @@ MULTI_HEAD, MULTI_QUERY = Heads(32, 32), Heads(32, 1)
 _SHAPES: tuple[Shape, ...] = ((1, 512), (1, 2048), (1, 8192), (16, 1024), (16, 8192), (128, 512))
 _FULL_SHAPES: tuple[Shape, ...] = (*_SHAPES, (1, 65536), (4, 8192), (64, 4096))
 _OTHERS = ((MULTI_HEAD, (16, 1024)), (Heads(64, 8), (16, 1024)), (MULTI_QUERY, (16, 8192)))
+_COMPILED = ((1, 8192), (16, 1024), (128, 512))  # where there is time to compile a peer
 _LARGEST_OFFICIAL = 2 << 30  # bytes of keys and values: it holds eight times as much
 
 # The decoder: LLaMA-2-7B but for its embeddings, with random weights.
@@ -126,12 +127,15 @@ def _flashinfer(keys: Tensor, values: Tensor, tokens: Tokens) -> StepCall:
     return step
 
 
-def _peers(batch: int, traffic: int, dtype: torch.dtype) -> dict[str, Callable[..., StepCall]]:
-    peers: dict[str, Callable[..., StepCall]] = {ATTENTION: _attention, FLEX: _flex}
+def _peers(
+    shape: Shape, traffic: int, dtype: torch.dtype, compiled: bool
+) -> dict[str, Callable[..., StepCall]]:
+    peers: dict[str, Callable[..., StepCall]] = {ATTENTION: _attention}
+    peers |= {FLEX: _flex} if compiled else {}
     if dtype != torch.float32:
         peers[SCORED] = _scored
         peers |= {FLASH: _flash_attn} if find_spec("flash_attn") else {}
-        peers |= {FLASHINFER: _flashinfer} if find_spec("flashinfer") and batch == 1 else {}
+        peers |= {FLASHINFER: _flashinfer} if find_spec("flashinfer") and shape[0] == 1 else {}
     peers[IN_PLACE] = in_place
     return peers | ({OFFICIAL: official} if traffic <= _LARGEST_OFFICIAL else {})
 
@@ -142,10 +146,11 @@ def _policies(slots: int) -> dict[str, ms.Policy]:
 
 
 def _step_calls(
-    gpu: Gpu, heads: Heads, batch: int, slots: int, dtype: torch.dtype
+    gpu: Gpu, heads: Heads, shape: Shape, dtype: torch.dtype, compiled: bool
 ) -> tuple[dict[str, Call], dict[str, Any], int, float]:
     """Replays by name, what became of each, the bytes of keys and values, and our error."""
     torch.manual_seed(0)
+    batch, slots = shape
     results: dict[str, Any] = {}
     replays: dict[str, Call] = {}
 
@@ -172,18 +177,19 @@ def _step_calls(
         add(READ, lambda: lambda: everything.sum())
         for name, policy in policies.items():
             add(name, lambda p=policy: ours(full_state(p, batch, dtype, heads), tokens))  # type: ignore[misc]
-        for name, make in _peers(batch, traffic, dtype).items():
+        for name, make in _peers(shape, traffic, dtype, compiled).items():
             add(name, lambda m=make: m(keys.clone(), values.clone(), tokens))  # type: ignore[misc]
     return replays, results, traffic, error
 
 
 @torch.no_grad()
 def _step_row(
-    gpu: Gpu, heads: Heads, shape: Shape, dtype: torch.dtype, seconds: float
+    gpu: Gpu, heads: Heads, shape: Shape, dtype: torch.dtype, seconds: float, full: bool
 ) -> dict[str, Any]:
     torch._dynamo.reset()
     batch, slots = shape
-    replays, results, traffic, error = _step_calls(gpu, heads, batch, slots, dtype)
+    compiled = full or (heads == GROUPED and shape in _COMPILED and dtype == torch.bfloat16)
+    replays, results, traffic, error = _step_calls(gpu, heads, shape, dtype, compiled)
     for name, taken in gpu.interleaved(replays, seconds).items():
         results[name]["time"] = taken
     return {
@@ -205,7 +211,7 @@ def run_steps(gpu: Gpu, seconds: float, full: bool) -> Entries:
     cases += [(GROUPED, shape, torch.float32) for shape in shapes[2:4]]
     rows: list[dict[str, Any]] = []
     for heads, shape, dtype in cases:
-        rows.append(_step_row(gpu, heads, shape, dtype, seconds))
+        rows.append(_step_row(gpu, heads, shape, dtype, seconds, full))
         times = {k: v["time"]["median"] for k, v in rows[-1]["competitors"].items() if "time" in v}
         words = ", ".join(f"{name} {1e6 * time:.1f} µs" for name, time in times.items())
         _say(f"steps {shape} {heads} {dtype}: {words}")

@@ -221,7 +221,7 @@ def stress(check: Check) -> Result:
 
 def bench(check: Check) -> Result:
     options = ["--device", "cuda", "--output", str(check.output), "--name", "cuda"]
-    return check.run(_python("-m", "bench", *options), 240).result()
+    return check.run(_python("-m", "bench", *options), _SECONDS).result()
 
 
 _STEPS: dict[str, Callable[[Check], Result]] = {

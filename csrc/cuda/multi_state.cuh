@@ -1,19 +1,16 @@
 // The step kernel: a token of every row stored, attended for, scored, and one state evicted.
 //
 // Level by level:
-//   lane     16 bytes of a row of keys or values; 4 or 6 rows in flight. `lanes` neighbours have a
-//   row. warp     some rows of one key-value head, for 4 of its query heads at once. Keys: products
-//   with
-//            the queries, summed over the lanes. Values: sums weighted by exp2(logit - maximum).
-//   block    a range of slots of one row, all heads. Its logits, and then its weights, stay in
-//            shared memory: they are what a slot's score is made of once the maxima and sums of all
-//            blocks are known.
-//   row      its blocks publish maximum, sum and partial output of every query head and wait for
-//            each other. Each then combines its own slice of the output, in the order of the
-//            blocks, finishes the scores of its own slots, and publishes its candidate. The last
-//            one picks the victim, for which nobody waits: the launch ends.
-//   grid     rows, in any order. A sequence repeats all this for every token in the same launch;
-//            there a row's blocks do wait for the victim.
+// - A warp multiplies some rows of one key-value head with several of its query heads, on the units
+//   that the GPU has for the dtype: step_mma.h (tensor cores), step_fma.h.
+// - A block has a range of slots of one row, all heads. Its logits, and then its weights, stay in
+//   shared memory: they are what a slot's score is made of once the sums of all blocks are known.
+// - The blocks of a row publish maximum, sum and partial output of every query head and wait for
+//   each other. Each then combines its own slice of the output, in the order of the blocks,
+//   finishes the scores of its own slots, and publishes its candidate. The last one picks the
+//   victim, for which nobody waits: the launch ends.
+// - Rows come in any order. A sequence repeats all this for every token in the same launch; there a
+//   row's blocks do wait for the victim.
 //
 // Why it cannot dead-lock. A grid that fits the device as a whole is launched as a cooperative one:
 // all of its blocks become resident, or none. Of a larger grid a row may take a quarter of the
@@ -25,12 +22,20 @@
 // block waits for a later ticket. The bits are the same.
 //
 // Order. Sums over head_dim, slots, blocks and heads run in an order that the plan fixes, and a
-// minimum over unique positions has none: the same bits in every run.
+// minimum over unique positions has none: the same bits in every run. (How tensor cores round the
+// sum of 16 products is up to the architecture.)
 //
-// Memory. Keys and values once, 16 bytes at a time, whatever the query heads that share them: up to
-// 4 per pass over what was loaded; values of more are read again, from cache. The exchange, from
-// L2: a partial output a block (3 % of the bytes of 256 slots at 8 heads of 128 in bfloat16, 25 %
-// of 32), written and read once, and the maxima and sums of a row by each of its blocks.
+// Memory. Keys and values once, 16 bytes at a time; more than 8 query heads of a head find them in
+// cache again (4 in float32). The exchange, from L2: a partial output a block, written and read
+// once (at 32 query heads over 8 of 128 in bfloat16 6 % of the bytes of 129 slots, 13 % of 63), and
+// the sums of a row by each of its blocks.
+//
+// Latency. Between the reading of values and the end a token passes two exchanges through L2. So
+// what follows an exchange is spread over all threads, with loads that do not depend on each other:
+// eight lanes a head for the softmax, warps times blocks for its totals, four elements a thread for
+// the output. With a warp a head and an element a thread these had 4, 8 and up to 32 such round
+// trips one after the other. One token needs no memset, which would be a node of its own in a
+// graph.
 #pragma once
 
 #include <atomic>

@@ -5,6 +5,9 @@
 // flight of a lane. A warp works for 4 query heads at once on the keys and values that it holds.
 // Keys: products with the queries, summed over the lanes. Values: sums weighted by the attention,
 // summed over the rows that a warp holds and then over the warps that share the slots.
+//
+// Cost in float32 (python -m bench.step_roofline, sm_90): 69 instructions of a warp per KB at one
+// query head, 103 at 4; 28 and 41 % of what the schedulers issue while an H200 reads it.
 #pragma once
 
 #include <cstring>

@@ -16,8 +16,10 @@
 // A weight is the sum of two 16-bit numbers, in column g and in g + 4: the 8 columns that 4 heads
 // leave half empty make it exact to 2^-17 (bfloat16) where one rounding would cost 2^-9.
 //
-// Of 4096 bytes of keys (16 slots of 128 elements) and as many of values, at up to 4 query heads,
-// some 110 instructions of a warp: 6 % of what four schedulers issue while an H200 reads them.
+// Cost (python -m bench.step_roofline, sm_90): 41 instructions of a warp per KB at up to 4 query
+// heads, 47 at 8; 17 and 19 % of what the schedulers issue while an H200 reads it. Fused
+// multiply-adds take 42 % at 4 heads and 75 % at 8, by an estimate. Rejected, since registers
+// spill: 16 query heads at once, and 128 instead of 64 bytes of values in flight at 8.
 #pragma once
 
 #include "step_block.h"
