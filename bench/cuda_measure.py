@@ -56,7 +56,7 @@ class Gpu:
     def captured(self, call: Call, count: int = 1) -> tuple[Call, bool]:
         """`count` calls as the replay of one graph; as plain calls, and False, where that fails.
 
-        The call must have been warmed up.
+        The call must have been warmed up. What a call reads must outlive it.
         """
 
         def calls() -> None:
@@ -67,6 +67,8 @@ class Gpu:
         try:
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 calls()
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # a library that synchronizes or allocates behind torch's back
             torch.cuda.synchronize()
             return calls, False

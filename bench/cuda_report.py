@@ -122,7 +122,8 @@ def _decoding(found: dict[str, Any]) -> Table:
             continue
         rate = row["tokens_per_second"]
         gain = f"{rate / full:.2f}×" if full else ""
-        cells.append([*words, f"{rate:,.0f}", f"{row['bytes'] / 2**30:.2f} GiB", gain])
+        shown = f"{rate:,.0f}" + ("" if row["graph"] else ", no graph")
+        cells.append([*words, shown, f"{row['bytes'] / 2**30:.2f} GiB", gain])
     note = (
         f"{found['layers']} layers of LLaMA-2-7B's shape with random weights, in bfloat16, no "
         f"embeddings, in one CUDA graph; {found['context']:,} tokens, all kept or some. "

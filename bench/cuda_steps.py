@@ -90,10 +90,11 @@ def _scored(keys: Tensor, values: Tensor, tokens: Tokens) -> StepCall:
     batch, kv_heads, _, head_dim = keys.shape
     attend = torch.ops.aten._scaled_dot_product_flash_attention
     rows = torch.arange(batch, device=keys.device)
-    free = torch.zeros_like(rows)
+    free = read = torch.zeros_like(rows)
 
     def step() -> Tensor:
-        nonlocal free
+        nonlocal free, read
+        read = free  # a captured step reads it again
         q, k, v = tokens.next()
         keys[rows, :, free], values[rows, :, free] = k, v
         q = _grouped(q, kv_heads)
@@ -121,7 +122,9 @@ def _flashinfer(keys: Tensor, values: Tensor, tokens: Tokens) -> StepCall:
     attend = import_module("flashinfer").single_decode_with_kv_cache
 
     def step() -> Tensor:
-        out: Tensor = attend(tokens.next()[0][0], keys[0], values[0], kv_layout="HND")
+        out: Tensor = attend(
+            tokens.next()[0][0], keys[0], values[0], kv_layout="HND", use_tensor_cores=True
+        )
         return out[None]
 
     return step
@@ -261,8 +264,8 @@ def _bounded(batch: int, heads: int, slots: int) -> tuple[StepCall | Any, int]:
 
 def _decode(
     gpu: Gpu, layers: Sequence[_Layer], make: Callable[..., Any], batch: int, slots: int
-) -> tuple[Call, int]:
-    """The replay of one token through all layers, and the bytes of their caches."""
+) -> tuple[Call, bool, int]:
+    """One token through all layers, whether it is a graph, and the bytes of the caches."""
     total = 0
     for layer in layers:
         layer.attend, size = make(batch, layer.to_out.shape[0] // MULTI_HEAD.dim, slots)
@@ -276,7 +279,7 @@ def _decode(
         return y
 
     token()
-    return gpu.captured(token)[0], total
+    return (*gpu.captured(token), total)
 
 
 @torch.no_grad()
@@ -301,7 +304,7 @@ def run_decoding(
         for (name, (make, slots)), batch in itertools.product(contenders.items(), batches):
             row: dict[str, Any] = {"name": name, "slots": slots, "batch": batch}
             try:
-                replay, row["bytes"] = _decode(gpu, stack, make, batch, slots)
+                replay, row["graph"], row["bytes"] = _decode(gpu, stack, make, batch, slots)
                 taken = gpu.interleaved({name: replay}, seconds, cold=False)[name]
                 row |= {"time": taken, "tokens_per_second": batch / taken["median"]}
                 del replay

@@ -80,6 +80,7 @@ def official(keys: Tensor, values: Tensor, tokens: Tokens) -> Call:
     slots, kv_heads, head_dim = keys.shape[2], keys.shape[1], keys.shape[3]
     shared = tokens.drawn[0][0].shape[1] // kv_heads
     kept = [keys, values]
+    read = list(kept)
 
     def step() -> Tensor:
         q, k, v = tokens.next()
@@ -90,6 +91,7 @@ def official(keys: Tensor, values: Tensor, tokens: Tokens) -> Call:
         out = (weights.to(q.dtype) @ wide_v)[:, :, 0]
         index = weights[:, :, -1].mean(1).topk(slots, -1).indices.sort().values
         index = index[:, None, :, None].expand(-1, kv_heads, -1, head_dim)
+        read[:] = kept  # a captured step reads them again
         kept[:] = k.gather(2, index), v.gather(2, index)
         return out
 
@@ -101,9 +103,11 @@ def in_place(keys: Tensor, values: Tensor, tokens: Tokens) -> Call:
     batch, kv_heads, _, head_dim = keys.shape
     keys, values = (torch.cat([x, x[:, :, :1]], 2) for x in (keys, values))
     free, rows = torch.full((batch,), keys.shape[2] - 1), torch.arange(batch)
+    read = free
 
     def step() -> Tensor:
-        nonlocal free
+        nonlocal free, read
+        read = free  # a captured step reads it again
         q, k, v = tokens.next()
         keys[rows, :, free], values[rows, :, free] = k, v
         grouped = q.unflatten(1, (kv_heads, -1))

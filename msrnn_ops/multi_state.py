@@ -128,7 +128,7 @@ class MultiState:
         kv_heads: key-value heads, Hkv.
         head_dim: Dh, a multiple of 8 up to 256.
         dtype: of keys and values: float32, bfloat16 or float16 (float64: reference backend only).
-        device: where it lives.
+        device: where it lives; by default, where torch makes tensors.
 
     Attributes:
         keys, values: (B, Hkv, N+1, Dh). Free slots hold anything.
@@ -167,7 +167,7 @@ class MultiState:
         kv_heads: int,
         head_dim: int,
         dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
     ) -> None:
         if not isinstance(policy, Policy):
             raise TypeError(f"MultiState: expected a Policy, got {type(policy).__name__}")

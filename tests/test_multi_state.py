@@ -502,6 +502,22 @@ def test_infinite_logits() -> None:
     close(out, scaled_dot_product_attention(q1[:, :, None].double(), keys, values)[:, :, 0])
 
 
+@every_dtype
+def test_infinite_values(dtype: torch.dtype) -> None:
+    """An infinite element makes the outputs' element infinite, and nothing else."""
+    heads = (12, 2, 16)
+    state = make(ms.Policy.tova(5), 1, heads, dtype)
+    for t in range(4):
+        q, k, v = draw(1, heads, dtype)
+        if t == 2:
+            v[0, 1, 5] = -torch.inf
+        out = ms.attend_evict(q / 8, k, v, state)
+        infinite = torch.zeros_like(out, dtype=torch.bool)
+        infinite[0, 6:, 5] = t >= 2
+        assert torch.equal(out == -torch.inf, infinite)
+        assert torch.equal(out.isfinite(), ~infinite)
+
+
 @every_policy
 def test_rows_are_independent(name: str) -> None:
     """Rows of different fill in one batch give what each gives alone, bit by bit."""

@@ -216,6 +216,8 @@ def test_multi_state_to_reset_repr_nbytes() -> None:
         assert word in repr(half)
     on_meta = ms.MultiState(ms.Policy.tova(3), batch=2, kv_heads=4, head_dim=16, device="meta")
     assert "meta" in repr(on_meta) and state.to("meta").keys.device.type == "meta"
+    with torch.device("meta"):
+        assert ms.MultiState(ms.Policy.tova(3), batch=2, kv_heads=4, head_dim=16).seen.is_meta
     state.reset()
     assert state.kept_positions().eq(-1).all() and not state.seen.any()
     fresh = ms.MultiState(ms.Policy.tova(3), batch=2, kv_heads=4, head_dim=16)

@@ -85,11 +85,12 @@ constexpr bool kTensorCores = true;
 #else
 constexpr bool kTensorCores = false;
 #endif
-#define MSRNN_MMA(type)                                                      \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
-      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])               \
-      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]))
+#define MSRNN_MMA(type)                                                                 \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                   \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"   \
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                 \
+               : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), \
+                 "r"(right[1]))
 __device__ __forceinline__ void multiply_add(BFloat16, float (&sum)[4], const uint32_t (&left)[4],
                                              const uint32_t (&right)[2]) {
 #if __CUDA_ARCH__ >= 800
@@ -118,7 +119,7 @@ cudaError_t resident_blocks(int* count, Kernel kernel, int threads, size_t share
     return e;
   }
   if (auto e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared)) {
-    return e;
+    return cudaGetLastError();
   }
   *count = processors * each;
   return each ? cudaSuccess : cudaErrorLaunchOutOfResources;
@@ -151,7 +152,9 @@ cudaError_t launch(void (*kernel)(Arguments), uint32_t blocks, uint32_t threads,
   config.stream = stream;
   config.attrs = &cooperative;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, arguments);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments);
+  if (error) cudaGetLastError();
+  return error;
 }
 
 }  // namespace msrnn

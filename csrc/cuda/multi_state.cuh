@@ -19,7 +19,8 @@
 // of its blocks has not started, only blocks of that row are there, fewer than can be even beside
 // three other such grids, and one more starts. A row that is larger takes two launches, which do
 // the same work: between them the weights lie in memory, 4 bytes a query head and slot, and no
-// block waits for a later ticket. The bits are the same.
+// block waits for a later ticket. The bits are the same. All this takes the multiprocessors that
+// the device reports to be there for the stream, which they are not in a green context.
 //
 // Order. Sums over head_dim, slots, blocks and heads run in an order that the plan fixes, and a
 // minimum over unique positions has none: the same bits in every run. (How tensor cores round the

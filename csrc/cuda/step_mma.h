@@ -182,7 +182,8 @@ struct MmaProducts : StepBlock {
           const float even_column = sum[k][i / 2][i % 2 * 2];
           const float odd_column = sum[k][i / 2][i % 2 * 2 + 1];
           const float other = __shfl_xor_sync(~0u, odd ? even_column : odd_column, 2);
-          x[k][i] = (odd ? odd_column : even_column) + other;
+          const float rounded = odd ? other : even_column, rest = odd ? odd_column : other;
+          x[k][i] = fabsf(rounded) < kInfinity ? rounded + rest : rounded;  // an infinite value
         }
       }
 #pragma unroll 1
