@@ -94,8 +94,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("time"), py::arg("channels"),
         "How the CUDA scans cut up a call: a pure function of its shape and dtype. With cu_seqlens "
         "rows is 1. workspace is in bytes.");
-  m.def("step_plan", &step_plan, py::arg("rows"), py::arg("query_heads"),
-        py::arg("kv_heads"), py::arg("slots"), py::arg("head_dim"), py::arg("element_size"),
+  m.def("step_plan", &step_plan, py::arg("rows"), py::arg("query_heads"), py::arg("kv_heads"),
+        py::arg("slots"), py::arg("head_dim"), py::arg("element_size"),
         "How the CUDA step of multi-state attention cuts up a call, a pure function of its shape "
         "and dtype: "
         "the slots of a block, the blocks of a row, and whether these may wait for each other in "
