@@ -27,7 +27,8 @@ test: $(VENV)/ready
 emulate: $(VENV)/ready
 	MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/library.py) MSRNN_TEST_EXAMPLES=20 \
 		$(BIN)/pytest -q tests/test_scan.py tests/test_torch.py tests/test_multi_state.py \
-		-k "test_scan or test_torch or not threads and not large and not bfloat16"
+		-k "(test_scan or test_torch or not threads and not large and not bfloat16) and not reference \
+		and not gru_identity and not lstm_joint"
 	$(BIN)/python tests/emulation/check.py selftest schedules address thread $(foreach m,$(MUTATIONS),'$(m)')
 
 # What nvcc makes of them for seven architectures, against the stored table.
