@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -179,9 +180,9 @@ def _step_calls(
         add(COPY, lambda: lambda: target.copy_(plain))
         add(READ, lambda: lambda: everything.sum())
         for name, policy in policies.items():
-            add(name, lambda p=policy: ours(full_state(p, batch, dtype, heads), tokens))  # type: ignore[misc]
+            add(name, partial(lambda p: ours(full_state(p, batch, dtype, heads), tokens), policy))
         for name, make in _peers(shape, traffic, dtype, compiled).items():
-            add(name, lambda m=make: m(keys.clone(), values.clone(), tokens))  # type: ignore[misc]
+            add(name, partial(lambda make: make(keys.clone(), values.clone(), tokens), make))
     return replays, results, traffic, error
 
 

@@ -14,6 +14,7 @@ import json
 import math
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -97,7 +98,7 @@ def steps(device: torch.device) -> None:
 # Stress.
 
 
-class _Case:
+class _Case(ABC):
     """What is repeated, and what it gave the first time."""
 
     shape: tuple[int, ...]
@@ -105,12 +106,12 @@ class _Case:
     device: torch.device
     first: tuple[Tensor, ...]
 
-    def outputs(self) -> tuple[Tensor, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    def outputs(self) -> tuple[Tensor, ...]: ...
 
+    @abstractmethod
     def error(self) -> float:
         """Against float64."""
-        raise NotImplementedError
 
     def differs(self, outputs: tuple[Tensor, ...]) -> Tensor:
         """Whether any bit does, on the device: nothing waits for the host."""
