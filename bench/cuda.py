@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from rich import get_console
 from torch import Tensor, nn
 
 import msrnn_ops as ms
 from bench import cuda_peers, cuda_steps, peers
-from bench.cuda_measure import Call, Gpu, release, worst_error
+from bench.cuda_measure import Call, Gpu, failed, release, say, worst_error
 from bench.measure import Timing
 from bench.peers import Function, Op, Shape
 from bench.table import dimensions, duration
@@ -49,20 +48,9 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _say(*words: str) -> None:
-    """A line of progress."""
-    get_console().print(*words, soft_wrap=True, highlight=False, markup=False)
-
-
-def _failed(name: str, problem: Exception) -> dict[str, Any]:
-    """The entry of what this machine cannot compile, hold or run; the message is not kept."""
-    _say(f"{name} failed: {problem!r:.200}")
-    return {"failed": type(problem).__name__}
-
-
 def _say_times(label: str, results: dict[str, dict[str, Any]]) -> None:
     times = {k: duration(v["time"]) if "time" in v else v["failed"] for k, v in results.items()}
-    _say(f"{label}:", ", ".join(f"{name} {time}" for name, time in times.items()))
+    say(f"{label}:", ", ".join(f"{name} {time}" for name, time in times.items()))
 
 
 def _divided(taken: Timing, by: int) -> Timing:
@@ -70,12 +58,6 @@ def _divided(taken: Timing, by: int) -> Timing:
 
 
 # Limits.
-
-
-def _copy(gpu: Gpu, traffic: int) -> Call:
-    """A device-to-device copy that moves `traffic` bytes, half of them read."""
-    source, target = (gpu.randn(max(traffic // 8, 1)) for _ in range(2))
-    return lambda: target.copy_(source)
 
 
 def _add(gpu: Gpu, traffic: int) -> Call:
@@ -96,14 +78,14 @@ def run_limits(gpu: Gpu, seconds: float) -> Entries:
     rows: list[dict[str, Any]] = []
     limits = {"empty_kernel": empty_launch(gpu, seconds), "copies": rows}
     for size in _COPIES:
-        calls = {"copy": _copy(gpu, size), "add": _add(gpu, size)}
+        calls = {"copy": gpu.copy(size), "add": _add(gpu, size)}
         for call in calls.values():
             call()
         replays = {name: gpu.captured(call)[0] for name, call in calls.items()}
         times = gpu.interleaved(replays, seconds)
         rates = {name: size / taken["median"] for name, taken in times.items()}
         rows.append({"traffic": size, "bytes_per_second": rates, "times": times})
-        _say(f"limits {size >> 20} MiB:", *(f"{k} {v / 1e9:.0f} GB/s" for k, v in rates.items()))
+        say(f"limits {size >> 20} MiB:", *(f"{k} {v / 1e9:.0f} GB/s" for k, v in rates.items()))
         yield {"limits": limits}
         del calls, replays
         release()
@@ -163,7 +145,7 @@ class _Case:
     ) -> dict[str, Any]:
         """One pass of all competitors; `spent` counts the seconds that peers took to prepare."""
         traffic = _tensors(self.op, which) * math.prod(self.shape) * self.dtype.itemsize
-        copy = _copy(self.gpu, traffic)
+        copy = self.gpu.copy(traffic)
         copy()
         calls = {"copy": self.gpu.captured(copy)[0]}
         results: dict[str, dict[str, Any]] = {}
@@ -175,7 +157,7 @@ class _Case:
             try:
                 calls[name], results[name] = self.prepared(name, which)
             except Exception as problem:
-                results[name] = _failed(name, problem)
+                results[name] = failed(name, problem)
             spent[name] += time.perf_counter() - start
         times = self.gpu.interleaved(calls, seconds)
         for name in calls.keys() & results.keys():
@@ -261,7 +243,7 @@ def _layer_row(
             call()
             calls[name], graph = gpu.captured(call)
         except Exception as problem:
-            results[name] = _failed(name, problem)
+            results[name] = failed(name, problem)
         else:
             results[name] = {"graph": graph}
     for name, taken in gpu.interleaved(calls, seconds).items():
@@ -315,7 +297,7 @@ def _small_row(gpu: Gpu, shape: Shape, dtype: torch.dtype, seconds: float) -> di
             call()
             replays[name], graph = gpu.captured(call, _CALLS)
         except Exception as problem:
-            results[name] = _failed(name, problem)
+            results[name] = failed(name, problem)
         else:
             results[name] = {"graph": graph}
     for name, taken in gpu.interleaved(replays, seconds, cold=False).items():

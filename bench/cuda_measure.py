@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from rich import get_console
 from torch import Tensor
 
 from bench.measure import Timing, largest_error, timing
@@ -30,6 +31,17 @@ _SMI = (
 )
 
 
+def say(*words: str) -> None:
+    """A line of progress."""
+    get_console().print(*words, soft_wrap=True, highlight=False, markup=False)
+
+
+def failed(name: str, problem: Exception) -> dict[str, Any]:
+    """The entry of what this machine cannot compile, hold or run; the message is not kept."""
+    say(f"{name} failed: {problem!r:.200}")
+    return {"failed": type(problem).__name__}
+
+
 class Gpu:
     """The device under test.
 
@@ -46,6 +58,11 @@ class Gpu:
 
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device)
+
+    def copy(self, traffic: int) -> Call:
+        """A device-to-device copy that moves `traffic` bytes, half of them read."""
+        source, target = (self.randn(max(traffic // 8, 1)) for _ in range(2))
+        return lambda: target.copy_(source)
 
     def warm_up(self) -> None:
         end = time.perf_counter() + _WARM_UP

@@ -11,12 +11,11 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from rich import get_console
 from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 import msrnn_ops as ms
-from bench.cuda_measure import Call, Gpu, release
+from bench.cuda_measure import Call, Gpu, failed, release, say
 from bench.steps import (
     ATTENTION,
     GROUPED,
@@ -36,6 +35,7 @@ from bench.steps import (
 Entries = Iterator[dict[str, Any]]
 Shape = tuple[int, int]  # batch, slots
 StepCall = Callable[[], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v of a token
 
 FLEX, SCORED = "FlexAttention", "flash decode, K pass, argmin"
 FLASH, FLASHINFER = "flash-attn", "FlashInfer"
@@ -53,10 +53,6 @@ _LARGEST_OFFICIAL = 2 << 30  # bytes of keys and values: it holds eight times as
 _LAYERS, _WIDTH, _INNER, _CONTEXT = 32, 4096, 11008, 4096
 _BATCHES = (1, 4, 16, 32, 64, 128)
 _FRACTIONS = (8, 4)  # of the context that is kept
-
-
-def _say(*words: str) -> None:
-    get_console().print(*words, soft_wrap=True, highlight=False, markup=False)
 
 
 # One step. The query heads that share keys and values are so many queries to these peers: none has
@@ -165,8 +161,7 @@ def _step_calls(
             replays[name], graph = gpu.captured(call)
             results[name] = {"graph": graph}
         except Exception as problem:
-            _say(f"{name} failed: {problem!r:.200}")
-            results[name] = {"failed": type(problem).__name__}
+            results[name] = failed(name, problem)
 
     with gpu.device:
         tokens = Tokens.draw(batch, dtype, heads)
@@ -175,9 +170,8 @@ def _step_calls(
         keys, values = (x[:, :, :slots].contiguous() for x in (state.keys, state.values))
         error = error_of_step(state, tokens)
         traffic = 2 * keys.numel() * keys.element_size()
-        plain, target = (torch.zeros(traffic // 8) for _ in range(2))
         everything = torch.zeros(traffic // 4)
-        add(COPY, lambda: lambda: target.copy_(plain))
+        add(COPY, lambda: gpu.copy(traffic))
         add(READ, lambda: lambda: everything.sum())
         for name, policy in policies.items():
             add(name, partial(lambda p: ours(full_state(p, batch, dtype, heads), tokens), policy))
@@ -218,7 +212,7 @@ def run_steps(gpu: Gpu, seconds: float, full: bool) -> Entries:
         rows.append(_step_row(gpu, heads, shape, dtype, seconds, full))
         times = {k: v["time"]["median"] for k, v in rows[-1]["competitors"].items() if "time" in v}
         words = ", ".join(f"{name} {1e6 * time:.1f} µs" for name, time in times.items())
-        _say(f"steps {shape} {heads} {dtype}: {words}")
+        say(f"steps {shape} {heads} {dtype}: {words}")
         yield {"steps": rows}
         release()
 
@@ -229,7 +223,7 @@ def run_steps(gpu: Gpu, seconds: float, full: bool) -> Entries:
 class _Layer:
     """Attention, by `attend`, and a gated perceptron, with weights of their own."""
 
-    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], width: int, inner: int):
+    def __init__(self, attend: Attend, width: int, inner: int):
         def weight(*shape: int) -> Tensor:
             return torch.randn(shape, dtype=torch.bfloat16) * shape[1] ** -0.5
 
@@ -245,7 +239,7 @@ class _Layer:
         return x + (silu(gate) * up) @ self.down.T
 
 
-def _full_cache(batch: int, heads: int, slots: int) -> tuple[StepCall | Any, int]:
+def _full_cache(batch: int, heads: int, slots: int) -> tuple[Attend, int]:
     """Attention to all tokens; the last slot stands for the token that has just come."""
     keys = torch.randn(batch, heads, slots, MULTI_HEAD.dim, dtype=torch.bfloat16)
     values = keys.clone()
@@ -257,7 +251,7 @@ def _full_cache(batch: int, heads: int, slots: int) -> tuple[StepCall | Any, int
     return attend, 2 * keys.numel() * keys.element_size()
 
 
-def _bounded(batch: int, heads: int, slots: int) -> tuple[StepCall | Any, int]:
+def _bounded(batch: int, heads: int, slots: int) -> tuple[Attend, int]:
     shape = Heads(heads, heads)
     state = full_state(ms.Policy.tova(slots), batch, torch.bfloat16, shape)
     return lambda q, k, v: ms.attend_evict(q, k, v, state), state.nbytes
@@ -316,5 +310,5 @@ def run_decoding(
             release()
             rows.append(row)
             said = row.get("failed") or f"{row['tokens_per_second']:,.0f} tokens/s"
-            _say(f"decoding {name} batch {batch}: {said}")
+            say(f"decoding {name} batch {batch}: {said}")
             yield {"decoding": {**settings, "rows": rows}}
