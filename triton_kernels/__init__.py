@@ -1,0 +1,1 @@
+"""Triton kernels of the ops, for GPUs where the CUDA library was not built."""

@@ -1,0 +1,219 @@
+"""The scan operators of csrc/ops.cpp by Triton: plan, memory, launches.
+
+No call waits for the device; memory comes from torch's allocator in the current stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton import language as tl
+
+from . import recurrence, scan_kernels
+
+_PROCESSORS = 132  # of a large GPU; a plan depends on shape and dtype alone
+_FEWEST_STEPS = 256  # of a chunk
+_WIDE = {torch.float64: tl.float64}
+Outputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Op:
+    """What the kernels need to know of an op."""
+
+    code: tl.constexpr
+    inputs: int
+    saved: int  # leading inputs that backward reads
+
+
+LINEAR = Op(recurrence.LINEAR, 2, 1)
+DECAY = Op(recurrence.DECAY, 2, 1)
+LOG = Op(recurrence.LOG, 2, 2)
+MIN_GRU = Op(recurrence.MIN_GRU, 2, 2)
+MIN_LSTM = Op(recurrence.MIN_LSTM, 3, 3)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is cut up."""
+
+    segments: int
+    rows: int  # of a segment
+    block_d: int
+    warps: int
+    chunks: int
+    chunk_steps: int
+
+
+def plan(rows: int, time: int, channels: int) -> Plan:
+    segments, tile_rows, block_d = 16, 4, min(64, triton.next_power_of_2(channels))
+    tile = segments * tile_rows
+    programs = rows * triton.cdiv(channels, block_d)
+    chunks = min(triton.cdiv(4 * _PROCESSORS, programs), triton.cdiv(time, _FEWEST_STEPS))
+    if programs >= 2 * _PROCESSORS or chunks < 4:  # fewer do not pay for reading twice
+        return Plan(segments, tile_rows, block_d, 4, 1, time)
+    steps = triton.cdiv(triton.cdiv(time, chunks), tile) * tile
+    return Plan(segments, tile_rows, block_d, 4, triton.cdiv(time, steps), steps)
+
+
+def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _marks(cu_seqlens: Tensor | None, time: int, starts: bool) -> tuple[Tensor | None, ...]:
+    """For each step whether its sequence starts, or ends, there; and the sequence's number."""
+    if cu_seqlens is None:
+        return None, None
+    step = torch.arange(time, device=cu_seqlens.device)
+    number = torch.searchsorted(cu_seqlens[1:].contiguous(), step, right=True)
+    number = number.clamp_max(max(cu_seqlens.shape[0] - 2, 0))
+    edge = cu_seqlens[number] == step if starts else cu_seqlens[number + 1] == step + 1
+    return edge.to(torch.int32), number.to(torch.int32)
+
+
+def _run(
+    kernel: Any, plan: Plan, rows: int, time: int, channels: int, entering: Tensor | None,
+    log_space: bool, like: Tensor, arguments: dict[str, Any],
+) -> None:  # fmt: skip
+    """One launch, or the three over chunks of time."""
+    programs = rows * triton.cdiv(channels, plan.block_d)
+    wide = _WIDE.get(like.dtype, tl.float32)
+    shape = {"rows": rows, "time": time, "channels": channels, "chunk_steps": plan.chunk_steps}
+    blocks = {"SEGMENTS": plan.segments, "ROWS": plan.rows, "BLOCK_D": plan.block_d}
+    blocks["num_warps"] = plan.warps
+    settings = {**arguments, **shape, **blocks, "WIDE": wide}
+    with _on(like):
+        if plan.chunks == 1:
+            kernel[(programs,)](**settings, spans=None, PHASE=scan_kernels.WALK)
+            return
+        dtype = torch.float64 if wide == tl.float64 else torch.float32
+        spans = like.new_empty((plan.chunks, 4, rows, channels), dtype=dtype)
+        grid = (programs * plan.chunks,)
+        kernel[grid](**settings, spans=spans, PHASE=scan_kernels.SPANS)
+        scan_kernels.scan_carries[(programs,)](
+            spans, entering, rows, channels, plan.chunks, LOG_SPACE=log_space,
+            HAS_FIRST=entering is not None, WIDE=wide, BLOCK_D=plan.block_d,
+        )  # fmt: skip
+        kernel[grid](**settings, spans=spans, PHASE=scan_kernels.CHUNK)
+
+
+def _named(name: str, tensors: Sequence[Tensor | None]) -> dict[str, Any]:
+    """Kernel arguments: each tensor and its strides, three of them."""
+    padded = [*tensors, *[None] * (3 - len(tensors))]
+    found: dict[str, Any] = {f"{name}{i}": x for i, x in enumerate(padded)}
+    strides = "strides" if name == "x" else f"strides_{name}"
+    for i, x in enumerate(padded):
+        found[f"{strides}{i}"] = (0, 0, 0) if x is None else x.stride()
+    return found
+
+
+def forward(
+    op: Op, inputs: Sequence[Tensor], h0: Tensor | None, cu_seqlens: Tensor | None,
+    reverse: bool, identity: bool = False,
+) -> Outputs:  # fmt: skip
+    rows, time, channels = inputs[0].shape
+    h = inputs[0].new_empty((rows, time, channels))
+    count = rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+    none = -torch.inf if op is LOG else 0.0
+    last = h.new_full((count, channels), none, dtype=dtype) if h0 is None else h0.clone()
+    if h.numel() == 0:
+        return h, last
+    h0 = None if h0 is None else h0.contiguous()
+    first, sequence = _marks(cu_seqlens, time, starts=not reverse)
+    _run(
+        scan_kernels.scan_forward, plan(rows, time, channels), rows, time, channels,
+        None if cu_seqlens is not None else h0, op is LOG, h,
+        {
+            **_named("x", inputs), "h": h, "strides_h": h.stride(), "h0": h0, "last": last,
+            "first": first, "sequence": sequence, "OP": op.code, "IDENTITY": identity,
+            "REVERSE": reverse, "PACKED": cu_seqlens is not None, "HAS_H0": h0 is not None,
+            "INPUTS": op.inputs,
+        },
+    )  # fmt: skip
+    return h, last
+
+
+def backward(
+    op: Op, gradients: Sequence[Tensor], grad_h: Tensor | None, grad_last: Tensor | None,
+    saved: Sequence[Tensor], h: Tensor, h0: Tensor | None, cu_seqlens: Tensor | None,
+    reverse: bool, identity: bool = False,
+) -> Tensor:  # fmt: skip
+    """Fills the gradients of the inputs; returns that of h0."""
+    rows, time, channels = h.shape
+    count = rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+    if grad_last is None:
+        grad_h0 = h.new_zeros((count, channels), dtype=dtype)
+    else:
+        grad_h0 = grad_last.clone(memory_format=torch.contiguous_format)
+    if h.numel() == 0:
+        return grad_h0
+    h0 = None if h0 is None else h0.contiguous()
+    grad_last = None if grad_last is None else grad_last.contiguous()
+    ends, sequence = _marks(cu_seqlens, time, starts=reverse)
+    _run(
+        scan_kernels.scan_backward, plan(rows, time, channels), rows, time, channels,
+        None if cu_seqlens is not None else grad_last, False, h,
+        {
+            **_named("x", saved), **_named("grad", gradients), "h": h, "strides_h": h.stride(),
+            "h0": h0, "grad_h": grad_h,
+            "strides_grad_h": (0, 0, 0) if grad_h is None else grad_h.stride(),
+            "grad_last": grad_last, "grad_h0": grad_h0, "first": ends, "sequence": sequence,
+            "OP": op.code, "IDENTITY": identity, "REVERSE": reverse,
+            "PACKED": cu_seqlens is not None, "HAS_H0": h0 is not None,
+            "HAS_GRAD_H": grad_h is not None, "HAS_GRAD_LAST": grad_last is not None,
+            "SAVED": op.saved, "INPUTS": op.inputs,
+        },
+    )  # fmt: skip
+    return grad_h0
+
+
+def _separate(op: Op) -> tuple[Callable[..., Outputs], Callable[..., Outputs]]:
+    """The two operators of an op, by the schemas of csrc/ops.cpp."""
+
+    def run(*args: Any) -> Outputs:
+        return forward(op, args[: op.inputs], *args[op.inputs :])
+
+    def run_backward(grad_h: Tensor | None, grad_last: Tensor | None, *args: Any) -> Outputs:
+        saved, rest = args[: op.saved], args[op.saved :]
+        gradients = [torch.empty_like(rest[0]) for _ in range(op.inputs)]
+        grad_h0 = backward(op, gradients, grad_h, grad_last, saved, *rest)
+        return *gradients, grad_h0
+
+    return run, run_backward
+
+
+def _joint(op: Op) -> tuple[Callable[..., Outputs], Callable[..., Outputs]]:
+    """Likewise, the inputs side by side in one tensor."""
+
+    def run(projection: Tensor, *args: Any) -> Outputs:
+        return forward(op, projection.chunk(op.inputs, -1), *args)
+
+    def run_backward(
+        grad_h: Tensor | None, grad_last: Tensor | None, projection: Tensor, *args: Any
+    ) -> Outputs:
+        grad = torch.empty_like(projection, memory_format=torch.contiguous_format)
+        parts, saved = grad.chunk(op.inputs, -1), projection.chunk(op.inputs, -1)
+        return grad, backward(op, parts, grad_h, grad_last, saved, *args)
+
+    return run, run_backward
+
+
+OPERATORS: dict[str, Callable[..., Outputs]] = {}
+for _name, _pair in (
+    ("linear_scan", _separate(LINEAR)),
+    ("decay_scan", _separate(DECAY)),
+    ("log_scan", _separate(LOG)),
+    ("min_gru", _separate(MIN_GRU)),
+    ("min_lstm", _separate(MIN_LSTM)),
+    ("min_gru_joint", _joint(MIN_GRU)),
+    ("min_lstm_joint", _joint(MIN_LSTM)),
+):
+    OPERATORS[_name], OPERATORS[f"{_name}_backward"] = _pair
