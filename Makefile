@@ -6,20 +6,25 @@ BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*) setup.py pyproject.toml msrnn_ops/version.py
 MUTATIONS ?= mutations=[b-e]* mutations=no* mutations=relaxed* mutations=step_[b-t]*
 DTYPES ?= bfloat16,float32,float16,float64
-PARTS ?= build,test,sanitizer,stress,bench
+PARTS ?= build,test,triton,sanitizer,stress,bench
+TRITON ?= 3.6.0 3.9.0
 OUT ?= bench/results
+
+INTERPRETED = TRITON_INTERPRET=1 MSRNN_TEST_EXAMPLES=3 OMP_NUM_THREADS=1
+SMALL = not thread and not long and not reference and not one_over_t and not far_beyond and not counts
 
 SANITIZED = MSRNN_TEST_EXAMPLES=10 PYTHONPATH=. \
 	ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	$(abspath $(BIN))/pytest -q -p no:cacheprovider
 
-.PHONY: test emulate budget bench bench-full bench-cuda gpu-check lint sanitize portable cuda wheel
+.PHONY: test emulate triton budget bench bench-full bench-cuda gpu-check lint sanitize portable cuda wheel
 .PHONY: clean
 
 test: $(VENV)/ready
 	$(BIN)/pytest tests --cov=msrnn_ops --cov-report=term
 	$(MAKE) emulate
+	$(MAKE) -j2 triton
 	$(MAKE) budget DTYPES=bfloat16
 
 # The CUDA kernels without a GPU: most of the same tests on the emulator; schedules, sanitizers and
@@ -30,6 +35,20 @@ emulate: $(VENV)/ready
 		-k "(test_scan or test_torch or not threads and not large and not bfloat16) and not reference \
 		and not gru_identity and not lstm_joint"
 	$(BIN)/python tests/emulation/check.py selftest schedules address thread $(foreach m,$(MUTATIONS),'$(m)')
+
+# Triton's kernels without a GPU: the tests on its interpreter, and what it compiles to against the
+# stored table. Each version has an environment that sees the packages of $(VENV) too.
+triton: $(addprefix triton-,$(TRITON))
+
+triton-%: $(VENV)/ready
+	test -d $(VENV)/$@ || $(PYTHON) -m venv $(VENV)/$@
+	echo "import site; site.addsitedir('$$($(abspath $(BIN))/python -c \
+		"import sysconfig; print(sysconfig.get_path('purelib'))")')" \
+		>$$($(VENV)/$@/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/more.pth
+	$(VENV)/$@/bin/pip install -q triton==$*
+	MSRNN_BACKEND=triton $(INTERPRETED) $(VENV)/$@/bin/python -m pytest -q -p no:cacheprovider \
+		tests/test_triton.py tests/test_scan.py tests/test_multi_state.py -k "$(SMALL)"
+	$(VENV)/$@/bin/python -m bench.triton_budget --check --quick
 
 # What nvcc makes of them for seven architectures, against the stored table.
 budget: $(VENV)/ready

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.associative_scan import associative_scan
 
+import msrnn_ops as ms
 from bench import peers
 from bench.peers import Function, Op, Pair
 
@@ -69,6 +70,16 @@ def _hgrn(name: str) -> Callable[[Op], Function]:
     return make
 
 
+def _by_triton(op: Op) -> Function:
+    call = peers.ours(op)
+
+    def chosen(*inputs: Tensor) -> Tensor:
+        with ms.use_backend("triton"):
+            return call(*inputs)
+
+    return chosen
+
+
 @dataclass(frozen=True)
 class Competitor:
     make: Callable[[Op], Function]
@@ -79,8 +90,10 @@ class Competitor:
 
 
 OURS = peers.OURS
+TRITON = "msrnn_ops, Triton"
 COMPETITORS = {
     OURS: Competitor(peers.ours, tuple(peers.OPS)),
+    TRITON: Competitor(_by_triton, tuple(peers.OPS), package="triton"),
     peers.HEINSEN: Competitor(peers.heinsen, ("min_gru",), every_op=True),
     peers.HEINSEN_COMPILED: Competitor(
         peers.COMPETITORS[peers.HEINSEN_COMPILED], ("min_gru",), every_op=True
@@ -100,14 +113,21 @@ COMPETITORS = {
 }
 
 
+def own() -> list[str]:
+    """Ours by both backends, where Triton is one more."""
+    states = ms.backends()
+    both = states["cuda"] == states["triton"] == "ok"
+    return [OURS, TRITON] if both else [OURS]
+
+
 def competitors(op: Op, *, large: bool, full: bool) -> list[str]:
     """Ours, and at large shapes what is installed and computes this op."""
-    names = [OURS]
+    names = own()
     for name, peer in COMPETITORS.items():
         wanted = op.name in peer.ops or (full and peer.every_op)
         if "Heinsen" in name and op.logarithms is None:
             continue
-        if name != OURS and (large or full) and wanted and find_spec(peer.package):
+        if name not in (OURS, TRITON) and (large or full) and wanted and find_spec(peer.package):
             names.append(name)
     return names
 

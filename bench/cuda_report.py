@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bench.cuda_steps import ATTENDING, COPY, H2O, READ, SCORED
+from bench.cuda_steps import ATTENDING, COPY, H2O, READ, SCORED, TRITON
 from bench.steps import IN_PLACE, OFFICIAL, TOVA, WINDOW
 from bench.table import Table, dimensions, duration, number, op_label, unit_of
 
@@ -80,7 +80,7 @@ def _peers(rows: Sequence[dict[str, Any]]) -> Table:
 
 def _steps(rows: Sequence[dict[str, Any]]) -> Table:
     """Our step against the limits and the best that only attends."""
-    named = (COPY, READ, *ATTENDING, SCORED, IN_PLACE, OFFICIAL, WINDOW, H2O)
+    named = (COPY, READ, *ATTENDING, SCORED, IN_PLACE, OFFICIAL, WINDOW, H2O, TRITON)
     cells = []
     for row in rows:
         results = row["competitors"]

@@ -37,6 +37,7 @@ Shape = tuple[int, int]  # batch, slots
 StepCall = Callable[[], Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v of a token
 
+TRITON = "TOVA, Triton"
 FLEX, SCORED = "FlexAttention", "flash decode, K pass, argmin"
 FLASH, FLASHINFER = "flash-attn", "FlashInfer"
 H2O, READ, COPY = "H2O", "read", "copy"
@@ -140,6 +141,14 @@ def _peers(
     return peers | ({OFFICIAL: official} if traffic <= _LARGEST_OFFICIAL else {})
 
 
+def _by_triton(step: StepCall) -> StepCall:
+    def chosen() -> Tensor:
+        with ms.use_backend("triton"):
+            return step()
+
+    return chosen
+
+
 def _policies(slots: int) -> dict[str, ms.Policy]:
     tova, window = ms.Policy.tova(slots), ms.Policy.window(slots)
     return {TOVA: tova, WINDOW: window, H2O: ms.Policy.h2o(slots, recent=slots // 2)}
@@ -175,6 +184,12 @@ def _step_calls(
         add(READ, lambda: lambda: everything.sum())
         for name, policy in policies.items():
             add(name, partial(lambda p: ours(full_state(p, batch, dtype, heads), tokens), policy))
+        states = ms.backends()
+        if states["cuda"] == states["triton"] == "ok":
+            add(
+                TRITON,
+                lambda: _by_triton(ours(full_state(policies[TOVA], batch, dtype, heads), tokens)),
+            )
         for name, make in _peers(shape, traffic, dtype, compiled).items():
             add(name, partial(lambda make: make(keys.clone(), values.clone(), tokens), make))
     return replays, results, traffic, error

@@ -161,7 +161,7 @@ def _counts(report: Path) -> Result:
     return {**counts, "failed": failed}
 
 
-def test(check: Check) -> Result:
+def _pytest(check: Check, *options: str, **environment: str) -> Result:
     missing = _missing("pytest", "hypothesis")
     if missing:
         return {"status": UNAVAILABLE, "reason": f"not installed: {', '.join(missing)}"}
@@ -169,11 +169,26 @@ def test(check: Check) -> Result:
     parallel = ["-n", str(workers)] if workers > 1 else []
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "junit.xml")
-        command = _python("-m", "pytest", "-q", "-p", "no:cacheprovider", *_TESTS, *parallel)
-        environment = {"MSRNN_TEST_DEVICE": "cuda", "OMP_NUM_THREADS": "1"}
+        command = _python(
+            "-m", "pytest", "-q", "-p", "no:cacheprovider", *_TESTS, *parallel, *options
+        )
+        environment = {"MSRNN_TEST_DEVICE": "cuda", "OMP_NUM_THREADS": "1", **environment}
         child = check.run([*command, f"--junitxml={report}"], 300, environment)
         counts = _counts(report) if report.exists() else {}
     return {**child.result(), "workers": workers, **counts}
+
+
+def test(check: Check) -> Result:
+    return _pytest(check)
+
+
+def triton(check: Check) -> Result:
+    """The same tests of Triton's kernels, but for dtypes that only take time to compile."""
+    import msrnn_ops as ms  # built by now
+
+    if (state := ms.backends()["triton"]) != "ok":
+        return {"status": UNAVAILABLE, "reason": state}
+    return _pytest(check, "-k", "not float16- and not float64-", MSRNN_BACKEND="triton")
 
 
 def _sanitize(check: Check, program: str, tool: str, cases: str) -> Result:
@@ -227,6 +242,7 @@ def bench(check: Check) -> Result:
 _STEPS: dict[str, Callable[[Check], Result]] = {
     "build": build,
     "test": test,
+    "triton": triton,
     "sanitizer": sanitizer,
     "stress": stress,
     "bench": bench,

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from msrnn_ops import _C
 
 _NAMES = ("cuda", "triton", "cpu", "reference")
+_FOLDER = Path(__file__).parent
+
+# Namespaces of operators: compiled kernels, by device; and Triton's, for any device.
+COMPILED = "msrnn_ops"
+TRITON = "msrnn_triton"
 
 # What `use_backend` chose: None lets the device decide.
 _chosen: str | None = None
@@ -27,23 +35,58 @@ def backends() -> dict[str, str]:
     """
     return {
         "cuda": _cuda(),
-        "triton": "not built: this version has no Triton kernels",
+        "triton": _triton(),
         "cpu": "ok",
         "reference": "ok",
     }
 
 
-def load_libraries() -> None:
-    """Registers the operators: the CPU's, and those for CUDA where they were built."""
-    folder = Path(__file__).parent
-    libraries = list(folder.glob("_cpu*.so"))
+def load_libraries() -> dict[str, torch.library.Library]:
+    """Loads the compiled operators, and defines all of them again where Triton can be used."""
+    libraries = list(_FOLDER.glob("_cpu*.so"))
     if not libraries:
         raise ImportError(
             "msrnn_ops has not been built here: run `pip install -e . --no-build-isolation` in the "
             "source tree, or start Python outside of it to use an installed package"
         )
-    for library in (*libraries, *folder.glob("_cuda*.so")):
-        torch.ops.load_library(library)
+    for path in (*libraries, *_FOLDER.glob("_cuda*.so")):
+        torch.ops.load_library(path)
+    found = {COMPILED: torch.library.Library(COMPILED, "IMPL")}
+    if _triton() == "ok":
+        found[TRITON] = torch.library.Library(TRITON, "DEF")
+        for name in torch._C._dispatch_get_all_op_names():
+            if name.startswith(f"{COMPILED}::"):
+                schema = getattr(torch.ops.msrnn_ops, name.split("::")[1]).default._schema
+                found[TRITON].define(str(schema).removeprefix(f"{COMPILED}::"))
+    return found
+
+
+def implement_by_triton(
+    libraries: dict[str, torch.library.Library], module: str, names: Iterator[str] | list[str]
+) -> None:
+    """Registers msrnn_ops.triton_kernels.<module>; for CUDA too where nothing was compiled.
+
+    Triton is imported by the first call.
+    """
+    if TRITON not in libraries:
+        return
+    for name in names:
+        run = _imported_at_first(module, name)
+        libraries[TRITON].impl(name, run, "CompositeExplicitAutograd")
+        if not any(_FOLDER.glob("_cuda*.so")):
+            libraries[COMPILED].impl(name, run, "CUDA")
+
+
+def _imported_at_first(module: str, name: str) -> Callable[..., Any]:
+    @cache
+    def function() -> Callable[..., Any]:
+        return import_module(f"msrnn_ops.triton_kernels.{module}").OPERATORS[name]
+
+    def run(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowADInplaceOrView():  # at home with inference tensors
+            return function()(*args)
+
+    return run
 
 
 @cache
@@ -57,8 +100,24 @@ def _cuda() -> str:
     return "ok"
 
 
-def chosen() -> str | None:
-    return _chosen
+@cache
+def _triton() -> str:
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if _interpreted():
+        return "ok"
+    if not torch.cuda.is_available():
+        xpu = hasattr(torch, "xpu") and torch.xpu.is_available()
+        return "ok" if xpu else "torch finds no GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        major, minor = torch.cuda.get_device_capability()
+        return f"Triton needs compute capability 8.0, this GPU has {major}.{minor}"
+    return "ok"
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU, in Python."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _validated(name: str) -> str:
@@ -79,10 +138,11 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: ``"reference"`` (plain PyTorch, slow, any device), ``"cpu"``, ``"cuda"`` or
-            ``"triton"``.
+            ``"triton"`` (a GPU; with TRITON_INTERPRET=1 also the CPU, slowly).
 
     Raises:
-        ValueError: the name is unknown, or that backend cannot be used here.
+        ValueError: the name is unknown, or that backend cannot be used here; in the block, an op is
+            given tensors on a device that the backend does not serve.
 
     >>> import torch, msrnn_ops as ms
     >>> gate, candidate = torch.randn(2, 1, 5, 3)
@@ -99,16 +159,26 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen = before
 
 
-def require_device(op: str, device: torch.device, *served: str) -> None:
-    """Raise unless a kernel serves this device (meta and fake tensors need none).
+def namespace(op: str, device: torch.device) -> str | None:
+    """The namespace of the operator that computes a call; None: the reference does.
 
-    ``served`` are the devices besides the CPU for which this version has kernels of the op.
+    Meta and fake tensors need no kernels.
     """
-    if device.type in ("cpu", "meta"):
-        return
-    reason = backends()[device.type] if device.type in served else "no such kernels"
-    if reason == "ok":
-        return
+    if _chosen == "reference":
+        return None
+    if device.type == "meta":
+        return COMPILED
+    if _chosen == "triton":
+        if device.type == "cpu" and not _interpreted():
+            raise ValueError(f"{op}: expected tensors on a GPU for Triton, got {device}")
+        return TRITON
+    if _chosen not in (None, device.type):
+        raise ValueError(f"{op}: expected tensors on {_chosen}, the chosen backend, got {device}")
+    if device.type == "cpu" or (device.type == "cuda" and _cuda() == "ok"):
+        return COMPILED
+    if _triton() == "ok":
+        return COMPILED if device.type == "cuda" else TRITON
+    reason = f"{_cuda()}; {_triton()}" if device.type == "cuda" else "no such kernels"
     raise ValueError(
         f"{op}: expected tensors on cpu, got {device} ({reason}); "
         "msrnn_ops.use_backend('reference') computes on any device with plain PyTorch"

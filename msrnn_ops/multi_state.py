@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils import _pytree
 
 from msrnn_ops import _C, backend, multi_state_device, reference
-from msrnn_ops.scan import _library
+from msrnn_ops.scan import _libraries
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SCORES = ("position", "attention", "accumulated")  # as ScoreKind of csrc/eviction.h
@@ -425,8 +425,8 @@ def _refuse_gradient(name: str, tensors: tuple[Tensor, ...]) -> None:
         raise RuntimeError(f"{name} changes the state in place and has no forward-mode gradient")
 
 
-def _in_place_autograd(name: str) -> Callable[..., Any]:
-    op = getattr(torch.ops.msrnn_ops, name).default
+def _in_place_autograd(namespace: str, name: str) -> Callable[..., Any]:
+    op = getattr(getattr(torch.ops, namespace), name).default
     written = [i for i, x in enumerate(op._schema.arguments) if x.alias_info is not None]
 
     def run(*args: Any) -> Any:
@@ -437,21 +437,22 @@ def _in_place_autograd(name: str) -> Callable[..., Any]:
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    _library.impl(name, run, "Autograd")
+    _libraries[namespace].impl(name, run, "Autograd")
     return run
 
 
 _in_place = {
-    name: _in_place_autograd(name)
+    (namespace, name): _in_place_autograd(namespace, name)
+    for namespace in _libraries
     for name in ("attend_evict", "attend_scores", "evict", "attend_prompt", "store_prompt")
 }
 
 
-def _run(name: str, *args: Any) -> Any:
+def _run(namespace: str, name: str, *args: Any) -> Any:
     """Calls an op that changes a state; in eager mode without a way through the dispatcher."""
     if _compiling() or torch._C._are_functorch_transforms_active():
-        return getattr(torch.ops.msrnn_ops, name)(*args)
-    return _in_place[name](*args)
+        return getattr(getattr(torch.ops, namespace), name)(*args)
+    return _in_place[namespace, name](*args)
 
 
 def _scale_of(name: str, scale: float | None, head_dim: int) -> float:
@@ -462,18 +463,15 @@ def _scale_of(name: str, scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def _served(name: str, x: Tensor) -> bool:
-    """Whether a kernel computes this call; False: the reference."""
-    if backend.chosen() == "reference":
-        return False
-    if x.device.type != "cpu":
-        backend.require_device(name, x.device, "cuda")
-    if x.dtype == torch.float64:
+def _namespace(name: str, x: Tensor) -> str | None:
+    """Of the operator that computes this call; None: the reference does."""
+    namespace = backend.namespace(name, x.device)
+    if namespace is not None and x.dtype == torch.float64:
         raise TypeError(
             f"{name}: expected float32, bfloat16 or float16, got {x.dtype}; "
             "msrnn_ops.use_backend('reference') computes in float64"
         )
-    return True
+    return namespace
 
 
 def attend_evict(
@@ -519,10 +517,13 @@ def attend_evict(
     _check_tokens("attend_evict", q, k, v, time=False)
     _check_state("attend_evict", state, k)
     factor = _scale_of("attend_evict", scale, q.shape[-1])
-    if not _served("attend_evict", q):
+    namespace = _namespace("attend_evict", q)
+    if namespace is None:
         with torch.autocast(q.device.type, enabled=False):
             return reference.attend_evict(q, k, v, state, factor)
-    return _run("attend_evict", q, k, v, *state._tensors(), *state.policy._numbers, factor)
+    return _run(
+        namespace, "attend_evict", q, k, v, *state._tensors(), *state.policy._numbers, factor
+    )
 
 
 def attend_scores(
@@ -556,11 +557,12 @@ def attend_scores(
     _check_tokens("attend_scores", q, k, v, time=False)
     _check_state("attend_scores", state, k)
     factor = _scale_of("attend_scores", scale, q.shape[-1])
-    if not _served("attend_scores", q):
+    namespace = _namespace("attend_scores", q)
+    if namespace is None:
         with torch.autocast(q.device.type, enabled=False):
             return reference.attend_scores(q, k, v, state, factor)
     kept = (state.keys, state.values, state.position, state.free, state.seen)
-    return _run("attend_scores", q, k, v, *kept, factor)
+    return _run(namespace, "attend_scores", q, k, v, *kept, factor)
 
 
 def evict(state: MultiState, scores: Tensor) -> None:
@@ -597,11 +599,11 @@ def evict(state: MultiState, scores: Tensor) -> None:
         )
     if scores.device != state.device:
         raise ValueError(f"evict: expected scores on {state.device}, got {scores.device}")
-    if backend.chosen() == "reference":
+    namespace = backend.namespace("evict", scores.device)
+    if namespace is None:
         return reference.evict(state, scores)
-    backend.require_device("evict", scores.device, "cuda")
     marks = (state.position, state.score, state.free, state.seen, state.last_evicted)
-    _run("evict", scores.contiguous(), *marks, *state.policy._numbers)
+    _run(namespace, "evict", scores.contiguous(), *marks, *state.policy._numbers)
 
 
 def attend_prompt(
@@ -648,11 +650,12 @@ def attend_prompt(
     if valid is not None:
         _check_valid("attend_prompt", valid, q)
     factor = _scale_of("attend_prompt", scale, q.shape[-1])
-    if not _served("attend_prompt", q):
+    namespace = _namespace("attend_prompt", q)
+    if namespace is None:
         with torch.autocast(q.device.type, enabled=False):
             return reference.attend_prompt(q, k, v, state, valid, factor)
     numbers = (*state.policy._numbers, factor)
-    return _run("attend_prompt", q, k, v, valid, *state._tensors(), *numbers)
+    return _run(namespace, "attend_prompt", q, k, v, valid, *state._tensors(), *numbers)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -768,46 +771,54 @@ def attend_sequence(
         _check_valid("attend_sequence", valid, q)
         valid = valid.contiguous()
     factor = _scale_of("attend_sequence", scale, q.shape[-1])
-    if not _served("attend_sequence", q):
+    namespace = _namespace("attend_sequence", q)
+    if namespace is None:
         with torch.autocast(q.device.type, enabled=False):
             return reference.attend_sequence(q, k, v, policy, valid, factor)
     arguments = (valid, policy.slots, policy.scope == "head", *policy._numbers, factor)
     if not _compiling() and torch._C._are_functorch_transforms_active():
-        return _sequence_function.apply(q, k, v, *arguments)
-    return torch.ops.msrnn_ops.attend_sequence(q, k, v, *arguments)
+        return _sequences[namespace].apply(q, k, v, *arguments)
+    return getattr(torch.ops, namespace).attend_sequence(q, k, v, *arguments)
 
 
-class _AttendSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.msrnn_ops.attend_sequence(*args)
+def _define_sequence(namespace: str) -> Any:
+    """Registers the autograd of attend_sequence; returns its function."""
+    forward_op = getattr(torch.ops, namespace).attend_sequence.default
+    backward_op = getattr(torch.ops, namespace).attend_sequence_backward.default
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, valid, *_, scale = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(q, k, v, output[1], valid)
-        ctx.scale = scale
+    class AttendSequence(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> tuple[Tensor, Tensor]:
+            with torch._C._AutoDispatchBelowAutograd():
+                return forward_op(*args)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> Any:
-        q, k, v, expiry, valid = ctx.saved_tensors
-        grads = torch.ops.msrnn_ops.attend_sequence_backward(
-            grad_out, q, k, v, expiry, valid, ctx.scale
-        )
-        return *grads, *(None,) * 7
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+            q, k, v, valid, *_, scale = inputs
+            ctx.mark_non_differentiable(output[1])
+            ctx.save_for_backward(q, k, v, output[1], valid)
+            ctx.scale = scale
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> Any:
+            q, k, v, expiry, valid = ctx.saved_tensors
+            grads = backward_op(grad_out, q, k, v, expiry, valid, ctx.scale)
+            return *grads, *(None,) * 7
+
+    function = cast(Any, AttendSequence)  # its methods are untyped
+
+    def autograd_kernel(*args: Any) -> tuple[Tensor, Tensor]:
+        needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if needed or forward_ad._current_level >= 0:  # forward mode: a clear error, no silent 0
+            return function.apply(*args)
+        return AttendSequence.forward(*args)
+
+    _libraries[namespace].impl("attend_sequence", autograd_kernel, "Autograd")
+    return function
 
 
-_sequence_function = cast(Any, _AttendSequence)  # its methods are untyped
-
-
-def _sequence_autograd(*args: Any) -> tuple[Tensor, Tensor]:
-    needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-    if needed or forward_ad._current_level >= 0:  # forward mode: a clear error, not a silent 0
-        return _sequence_function.apply(*args)
-    return _AttendSequence.forward(*args)
+_sequences = {namespace: _define_sequence(namespace) for namespace in _libraries}
 
 
 def _sequence_fake(
@@ -833,10 +844,10 @@ _fake: dict[str, Callable[..., Any]] = {
         v.new_empty(v.shape),
     ),
 }
-for _name, _function in _fake.items():
-    torch.library.register_fake(f"msrnn_ops::{_name}", _function)
-_library.impl("attend_sequence", _sequence_autograd, "Autograd")
-_library.impl("attend_prompt", _attend_prompt, "CPU")
+for _space in _libraries:
+    for _name, _function in _fake.items():
+        torch.library.register_fake(f"{_space}::{_name}", _function)
+_libraries[backend.COMPILED].impl("attend_prompt", _attend_prompt, "CPU")
 
 
 def _attend_prompt_on_device(
@@ -867,4 +878,9 @@ _on_device: dict[str, Callable[..., Any]] = {
     "attend_sequence_backward": _as_kernel(multi_state_device.attend_sequence_backward),
 }
 for _name, _by_torch in _on_device.items():
-    _library.impl(_name, _by_torch, "CUDA")
+    _libraries[backend.COMPILED].impl(_name, _by_torch, "CUDA")
+    if backend.TRITON in _libraries:
+        _libraries[backend.TRITON].impl(_name, _by_torch, "CompositeExplicitAutograd")
+backend.implement_by_triton(
+    _libraries, "multi_state", ["attend_evict", "attend_scores", "evict", "attend_sequence"]
+)

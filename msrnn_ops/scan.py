@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 
 from msrnn_ops import backend, reference
 
-backend.load_libraries()
+_libraries = backend.load_libraries()
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ACTIVATIONS = ("g", "identity")
@@ -199,13 +199,13 @@ class _Call:
         return dh.to(h.dtype), last
 
 
-def _define(op: _Op) -> Callable[..., tuple[Tensor, Tensor]]:
+def _define(op: _Op, namespace: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """Registers fake and autograd of an op; returns what the public functions call.
 
     The returned function takes the op's own arguments: inputs, h0, cu_seqlens, reverse, flags.
     """
-    forward_op = getattr(torch.ops.msrnn_ops, op.name).default
-    backward_op = getattr(torch.ops.msrnn_ops, f"{op.name}_backward").default
+    forward_op = getattr(getattr(torch.ops, namespace), op.name).default
+    backward_op = getattr(getattr(torch.ops, namespace), f"{op.name}_backward").default
     n = len(op.inputs)
     kept = n if op.saved is None else op.saved
 
@@ -281,9 +281,9 @@ def _define(op: _Op) -> Callable[..., tuple[Tensor, Tensor]]:
         run = scan_function.apply if needed or forward_ad._current_level >= 0 else forward
         return run(*args)
 
-    torch.library.register_fake(f"msrnn_ops::{op.name}", fake)
-    torch.library.register_fake(f"msrnn_ops::{op.name}_backward", fake_backward)
-    _library.impl(op.name, autograd_kernel, "Autograd")
+    torch.library.register_fake(f"{namespace}::{op.name}", fake)
+    torch.library.register_fake(f"{namespace}::{op.name}_backward", fake_backward)
+    _libraries[namespace].impl(op.name, autograd_kernel, "Autograd")
 
     def call(*args: Any) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
@@ -295,7 +295,6 @@ def _define(op: _Op) -> Callable[..., tuple[Tensor, Tensor]]:
     return call
 
 
-_library = torch.library.Library("msrnn_ops", "IMPL")
 _LINEAR = _Op("linear_scan", ("a", "b"), _linear_derivatives, reference.linear_step, saved=1)
 _DECAY = _Op("decay_scan", ("log_a", "b"), _decay_derivatives, reference.decay_step, saved=1)
 _LOG = _Op("log_scan", ("log_a", "log_b"), _log_derivatives, reference.log_step, start=-torch.inf)
@@ -313,9 +312,11 @@ _LSTM = _Op(
 _LSTM_JOINT = _Op(
     "min_lstm_joint", ("projection",), _lstm_derivatives, reference.min_lstm_step, parts=3, flags=1
 )
-_calls = {
-    op.name: _define(op) for op in (_LINEAR, _DECAY, _LOG, _GRU, _GRU_JOINT, _LSTM, _LSTM_JOINT)
-}
+_OPS = (_LINEAR, _DECAY, _LOG, _GRU, _GRU_JOINT, _LSTM, _LSTM_JOINT)
+backend.implement_by_triton(
+    _libraries, "scan", [name for op in _OPS for name in (op.name, f"{op.name}_backward")]
+)
+_calls = {space: {op.name: _define(op, space) for op in _OPS} for space in _libraries}
 
 
 def _check_inputs(op: _Op, inputs: tuple[Tensor, ...]) -> None:
@@ -457,16 +458,15 @@ def _run(
         count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         _check_state(op, x, h0, count, x.shape[2] // op.parts, autocast)
         h0 = h0.to(_accumulation_dtype(x.dtype))
-    if backend.chosen() == "reference":
+    namespace = backend.namespace(op.name, x.device)
+    if namespace is None:
         step = op.step if activation is None else partial(op.step, activation=activation)
         parts = inputs if op.parts == 1 else x.chunk(op.parts, -1)
         h, last = reference.scan(
             step, parts, h0, start=op.start, reverse=reverse, cu_seqlens=cu_seqlens
         )
     else:
-        if x.device.type != "cpu":
-            backend.require_device(op.name, x.device, "cuda")
-        h, last = _calls[op.name](*inputs, h0, cu_seqlens, reverse, *flags)
+        h, last = _calls[namespace][op.name](*inputs, h0, cu_seqlens, reverse, *flags)
     return (h, last) if return_state else h
 
 

@@ -9,7 +9,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from conftest import EXAMPLES, reference
+from conftest import EXAMPLES, INTERPRETED, reference
 from masked_attention import Row, kept_lists
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -82,8 +82,8 @@ def same_state(a: ms.MultiState, b: ms.MultiState) -> None:
 @every_heads
 @every_dtype
 def test_steps(name: str, heads: Heads, dtype: torch.dtype) -> None:
-    """Outputs and kept positions of two rows at every one of 200 steps."""
-    slots, steps = 17, 200
+    """Outputs and kept positions of two rows at every one of many steps."""
+    slots, steps = (5, 14) if INTERPRETED else (17, 200)
     state = make(policies(slots)[name], 2, heads, dtype)
     rows = [Row(state.policy, heads[1]) for _ in range(2)]
     for _ in range(steps):
@@ -161,8 +161,9 @@ def test_prompts(name: str, slots: int, backend: str) -> None:
 @every_policy
 def test_a_token_as_a_prompt_is_a_step(name: str) -> None:
     heads = (8, 2, 32)
+    steps = 10 if INTERPRETED else 30
     one, other = (make(policies(7)[name], 2, heads, torch.float32) for _ in range(2))
-    for _ in range(30):
+    for _ in range(steps):
         q, k, v = draw(2, heads, torch.float32)
         a = ms.attend_evict(q, k, v, one)
         b = ms.attend_prompt(q[:, :, None], k[:, :, None], v[:, :, None], other)[:, :, 0]
@@ -193,7 +194,7 @@ def test_a_long_prompt_accumulates_in_parts(dtype: torch.dtype) -> None:
 @every_dtype
 def test_sequence_equals_steps(name: str, dtype: torch.dtype) -> None:
     """Bit by bit, and the expiry is when a step evicted a key."""
-    heads, time = (6, 2, 24), 70
+    heads, time = (6, 2, 24), 15 if INTERPRETED else 70
     policy = policies(9)[name]
     q, k, v = draw(2, heads, dtype, time)
     out, expiry = ms.attend_sequence(q, k, v, policy)
@@ -224,7 +225,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, expiry: Tensor) -> Tensor:
 @pytest.mark.parametrize("backend", ["kernel", "reference"])
 def test_sequence_gradients(name: str, heads: Heads, backend: str) -> None:
     """Against autograd through masked attention in float64, padding included."""
-    time, policy = 41, policies(6)[name]
+    time, policy = 26, policies(6)[name]
     q, k, v = (x.requires_grad_() for x in draw(2, heads, torch.float32, time))
     valid = torch.ones(2, time, dtype=torch.bool)
     valid[1, :9] = False
@@ -277,7 +278,7 @@ def test_sequence_of_nothing_and_of_padding() -> None:
 def test_sequence_makes_a_flex_attention_mask() -> None:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    heads, time = (4, 2, 16), 130
+    heads, time = (4, 2, 16), 24 if INTERPRETED else 130
     for policy in (ms.Policy.tova(20), ms.Policy.tova(20, scope="head")):
         q, k, v = draw(2, heads, torch.float32, time)
         out, expiry = ms.attend_sequence(q, k, v, policy)
@@ -294,7 +295,7 @@ def test_sequence_makes_a_flex_attention_mask() -> None:
 
 
 def test_more_slots_than_tokens_is_full_attention() -> None:
-    heads, time = (8, 2, 64), 50
+    heads, time = (8, 2, 64), 8 if INTERPRETED else 50
     q, k, v = draw(2, heads, torch.float32, time)
     full = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).double()
     for name, policy in policies(64).items():
@@ -535,7 +536,7 @@ def test_rows_are_independent(name: str) -> None:
         solo = ms.attend_prompt(*tokens, alone[b])
         close(out[row, :, time - length :], solo.double())
         assert torch.equal(batch.kept_positions()[row], alone[b].kept_positions())
-    for _ in range(25):
+    for _ in range(4 if INTERPRETED else 25):
         q, k, v = draw(3, heads, dtype)
         out = ms.attend_evict(q, k, v, batch)
         for b in range(3):
@@ -559,7 +560,7 @@ def test_reorder(name: str) -> None:
     heads, dtype = (4, 2, 16), torch.float32
     state = make(policies(6)[name], 3, heads, dtype)
     rows = [Row(state.policy, heads[1]) for _ in range(3)]
-    for t in range(40):
+    for t in range(12 if INTERPRETED else 40):
         if t % 6 == 5:
             index = torch.randint(0, 3, (3,), dtype=torch.int32 if t % 4 else torch.int64)
             addresses = [x.data_ptr() for x in state._tensors()]
@@ -578,11 +579,12 @@ def test_reorder(name: str) -> None:
 @every_dtype
 def test_halves_equal_the_whole(name: str, dtype: torch.dtype) -> None:
     heads = (4, 2, 48)
-    whole, halves = (make(policies(8)[name], 2, heads, dtype) for _ in range(2))
-    for t in range(30):
+    slots, steps = (3, 7) if INTERPRETED else (8, 30)
+    whole, halves = (make(policies(slots)[name], 2, heads, dtype) for _ in range(2))
+    for t in range(steps):
         q, k, v = draw(2, heads, dtype)
         out = ms.attend_evict(q, k, v, whole)
-        if t == 20:  # a token that waits is replaced
+        if t == steps - 2:  # a token that waits is replaced
             ms.attend_scores(*draw(2, heads, dtype), halves)
         again, scores = ms.attend_scores(q, k, v, halves)
         assert scores.shape == halves.position.shape and scores.dtype == torch.float32
@@ -622,6 +624,10 @@ def random_state(policy: ms.Policy, batch: int, heads: Heads, dtype: torch.dtype
     if policy.score == "accumulated":
         state.score.uniform_(1, 2).masked_fill_(state.position < 0, 0)
     return state
+
+
+if INTERPRETED:
+    LARGE = {"odd": (1, (6, 3, 72), 150)}
 
 
 @pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)

@@ -1,8 +1,11 @@
-"""The algebra of csrc/recurrence.h on Triton's blocks: gates, their derivatives, and runs of steps.
+"""The algebra of csrc/recurrence.h on Triton's blocks: gates, their derivatives, runs of steps.
 
-A run of steps is a span: what it does to any state that enters it. Of h -> kept h + state both
-kept and lost = 1 - kept are carried, each as exact as the gates allow: near kept = 1 a float32 does
-not hold 1 - kept. In log-space a span is the sum of log a, and largest + log(sum).
+A step h -> kept h + added comes with lost = 1 - kept, each as exact as the gates allow: near
+kept = 1 a float32 does not hold 1 - kept. A run of steps is a span, of the same three numbers. In
+log-space a step is log a and log b; a state is largest + log(sum); a span the sum of log a and a
+state.
+
+BRIEF, for 16-bit data: exponentials without their last two bits, and no compensation.
 """
 
 import triton
@@ -21,32 +24,33 @@ _INFINITY: tl.constexpr = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def exponential(x):
-    """exp(x), to a rounding or two; NaN or anything where x > 88."""
+def exponential(x, BRIEF: tl.constexpr):
+    """exp(x) to a rounding or two, for x < 88; BRIEF: to 1e-7 |x|."""
     if x.dtype == tl.float64:
         return tl.exp(x)
-    bounded = tl.where(x < -150.0, -150.0, x)
-    y = bounded * _LOG2_E
-    rest = tl.fma(bounded, _LOG2_E_REST, tl.fma(bounded, _LOG2_E, -y))
+    y = x * _LOG2_E
     e = tl.exp2(y)
+    if BRIEF:
+        return e
+    bounded = tl.where(x < -150.0, -150.0, x)
+    rest = tl.fma(bounded, _LOG2_E_REST, tl.fma(bounded, _LOG2_E, -(bounded * _LOG2_E)))
     return tl.fma(e, rest * _LOG_2, e)
+
+
+@triton.jit
+def bounded_exponential(x, BRIEF: tl.constexpr):
+    """exp(x), at most 6e37 (float64: 1e304): what is divided by it stays a number."""
+    most = 700.0 if x.dtype == tl.float64 else 87.0
+    return exponential(tl.where(x > most, most, x), BRIEF)
 
 
 @triton.jit
 def exp_any(x):
     if x.dtype == tl.float64:
         return tl.exp(x)
-    e = exponential(tl.where(x > 150.0, 150.0, x))
-    return tl.where(x > 88.7228394, _INFINITY, e)
-
-
-@triton.jit
-def exp_difference(a, b):
-    """exp(a - b) for a <= 0, a <= b; the subtraction's own rounding is corrected."""
-    d = a - b
-    e = exponential(d)
-    lost = (a - d) - b
-    return tl.fma(e, tl.where(tl.abs(lost) < _INFINITY, lost, 0.0), e)
+    return tl.where(
+        x > 88.7228394, _INFINITY, exponential(tl.where(x > 88.7228394, 88.0, x), False)
+    )
 
 
 @triton.jit
@@ -54,10 +58,9 @@ def expm1_gentle(x):
     """exp(x) - 1 for |x| < log 2, by its Taylor polynomial."""
     p = tl.fma(x, tl.fma(x, 2.7557319223985893e-6, 2.4801587301587302e-5), 1.984126984126984e-4)
     if x.dtype == tl.float64:
-        q = tl.fma(x, 1.6059043836821613e-10, 2.08767569878681e-9)
-        q = tl.fma(x, tl.fma(x, 1.1470745597729725e-11, 1.6059043836821613e-10), 2.08767569878681e-9)
-        q = tl.fma(x, tl.fma(x, q, 2.505210838544172e-8), 2.755731922398589e-7)
-        q = tl.fma(x, q, 2.7557319223985893e-6)
+        q = tl.fma(x, 1.1470745597729725e-11, 1.6059043836821613e-10)
+        q = tl.fma(x, tl.fma(x, q, 2.08767569878681e-9), 2.505210838544172e-8)
+        q = tl.fma(x, tl.fma(x, q, 2.755731922398589e-7), 2.7557319223985893e-6)
         p = tl.fma(x, tl.fma(x, q, 2.4801587301587302e-5), 1.984126984126984e-4)
     p = tl.fma(x, p, 1.388888888888889e-3)
     p = tl.fma(x, p, 8.333333333333333e-3)
@@ -68,142 +71,145 @@ def expm1_gentle(x):
 
 
 @triton.jit
-def logistic(x):
-    """sigma(-|x|) and sigma(|x|) from one exponential."""
-    e = exponential(-tl.abs(x))
-    r = 1.0 / (1.0 + e)
-    return e * r, r
+def log1p_unit(x):
+    """log(1 + x) for 0 <= x <= 1, and what 1 + x rounds away."""
+    u = 1.0 + x
+    return tl.log(u) - ((u - 1.0) - x) / u
 
 
 @triton.jit
-def activate(x, IDENTITY: tl.constexpr):
+def logistic(x, BRIEF: tl.constexpr):
+    """sigma(-x) and sigma(x) from one exponential; the first is never quite 0."""
+    e = bounded_exponential(x, BRIEF)
+    r = 1.0 / (1.0 + e)
+    return r, e * r
+
+
+@triton.jit
+def activate(x, IDENTITY: tl.constexpr, BRIEF: tl.constexpr):
     """phi of the paper and its derivative: g(x) = x + 1/2 for x >= 0, sigma(x) otherwise."""
     if IDENTITY:
         return x, tl.full(x.shape, 1.0, x.dtype)
-    small, large = logistic(x)
-    negative = x < 0
-    value = tl.where(negative, small, x + 0.5)
-    return value, tl.where(negative, small * large, tl.where(x >= 0, 1.0, x))
+    off, on = logistic(x, BRIEF)
+    positive = x >= 0
+    return tl.where(positive, x + 0.5, on), tl.where(positive, 1.0, off * on)
 
 
 @triton.jit
-def weigh(forget, input):
-    """Of minLSTM: 1 - a and a, and a (1 - a) sigma(-forget), a (1 - a) sigma(-input)."""
+def weigh(forget, input, BRIEF: tl.constexpr):
+    """Of minLSTM: a and 1 - a, and a (1 - a) sigma(-forget), a (1 - a) sigma(-input).
+
+    a = (1 + e^-input) / (2 + e^-input + e^-forget), both divided by the larger exponential if
+    that is above 1: nothing overflows. The difference of two large exponents is corrected for its
+    own rounding.
+    """
     slow = forget > input
     lesser = tl.where(slow, input, forget)
-    other = tl.where(slow, forget, input)
+    greater = tl.where(slow, forget, input)
+    lesser = lesser + (greater - greater)  # a NaN in either
     bound = tl.where(lesser > 0, 0.0, lesser)
-    x = exponential(-tl.abs(lesser))
-    scaled = exp_difference(bound, other)
+    x = exponential(-tl.abs(lesser), BRIEF)
+    distance = bound - greater
+    scaled = exponential(distance, BRIEF)
+    if not BRIEF:
+        missed = (bound - distance) - greater
+        scaled = tl.fma(scaled, tl.where(tl.abs(missed) < _INFINITY, missed, 0.0), scaled)
     positive = lesser >= 0
     sum_lesser = 1.0 + x
-    sum_other = tl.where(positive, 1.0, x) + scaled
-    r = 1.0 / (sum_lesser + sum_other)
-    small = sum_other * r
+    sum_greater = tl.where(positive, 1.0, x) + scaled
+    r = 1.0 / (sum_lesser + sum_greater)
+    small = sum_greater * r
     large = sum_lesser * r
     lesser_off = small * (tl.where(positive, x, 1.0) * r)
     greater_off = large * (scaled * r)
-    lost = tl.where(slow, small, large)
     kept = tl.where(slow, large, small)
+    lost = tl.where(slow, small, large)
     of_forget = tl.where(slow, greater_off, lesser_off)
     of_input = tl.where(slow, lesser_off, greater_off)
     return kept, lost, of_forget, of_input
 
 
 @triton.jit
-def gates(x0, x1, x2, OP: tl.constexpr, IDENTITY: tl.constexpr):
-    """A step as a span: kept, lost, state; in log-space kept, largest, sum."""
+def decay(log_a):
+    """exp(log_a) and 1 - exp(log_a)."""
+    gentle = tl.abs(log_a) < 0.6931471805599453
+    gone = expm1_gentle(log_a)
+    a = exp_any(log_a)
+    return tl.where(gentle, 1.0 + gone, a), tl.where(gentle, -gone, 1.0 - a)
+
+
+@triton.jit
+def gates(x0, x1, x2, OP: tl.constexpr, IDENTITY: tl.constexpr, BRIEF: tl.constexpr):
+    """A step: kept, lost, added; in log-space log a, nothing, log b."""
     if OP == LINEAR:
         return x0, 1.0 - x0, x1
     if OP == DECAY:
-        slow = tl.abs(x0) < 0.6931471805599453
-        gone = expm1_gentle(x0)
-        a = exp_any(x0)
-        return tl.where(slow, 1.0 + gone, a), tl.where(slow, -gone, 1.0 - a), x1
+        kept, lost = decay(x0)
+        return kept, lost, x1
     if OP == LOG:
-        return x0, x1, tl.full(x1.shape, 1.0, x1.dtype)
+        return x0, x0, x1
     if OP == MIN_GRU:
-        small, large = logistic(x0)
-        slow = x0 < 0
-        lost = tl.where(slow, small, large)
-        value, _ = activate(x1, IDENTITY)
-        return tl.where(slow, large, small), lost, lost * value
-    kept, lost, _, _ = weigh(x0, x1)
-    value, _ = activate(x2, IDENTITY)
+        kept, lost = logistic(x0, BRIEF)
+        value, _ = activate(x1, IDENTITY, BRIEF)
+        return kept, lost, lost * value
+    kept, lost, _, _ = weigh(x0, x1, BRIEF)
+    value, _ = activate(x2, IDENTITY, BRIEF)
     return kept, lost, lost * value
 
 
 @triton.jit
-def adjoint(x0, x1, x2, before, OP: tl.constexpr, IDENTITY: tl.constexpr):
+def adjoint(x0, x1, x2, before, OP: tl.constexpr, IDENTITY: tl.constexpr, BRIEF: tl.constexpr):
     """kept and lost of a step, and the derivatives of h_t in its inputs, h_{t-1} held fixed."""
     one = tl.full(x0.shape, 1.0, x0.dtype)
     if OP == LINEAR:
         return x0, 1.0 - x0, before, one, one
     if OP == DECAY:
-        kept, lost, _ = gates(x0, x0, x0, OP, IDENTITY)
+        kept, lost = decay(x0)
         return kept, lost, kept * before, one, one
     if OP == LOG:
         # exp(log a + log h_{t-1} - log h_t) and exp(log b - log h_t) sum to 1.
         from_state = x0 + before
         dead = (from_state == -_INFINITY) & (x1 == -_INFINITY)  # log 0: no gradient flows
-        distance = from_state - x1
-        small, large = logistic(distance)
-        slow = distance >= 0
-        kept = tl.where(dead, 0.0, tl.where(slow, large, small))
-        lost = tl.where(dead, 0.0, tl.where(slow, small, large))
+        lost, kept = logistic(from_state - x1, BRIEF)
+        kept = tl.where(dead, 0.0, kept)
+        lost = tl.where(dead, 0.0, lost)
         return kept, lost, kept, lost, one
     if OP == MIN_GRU:
-        small, large = logistic(x0)
-        slow = x0 < 0
-        lost = tl.where(slow, small, large)
-        value, slope = activate(x1, IDENTITY)
-        kept = tl.where(slow, large, small)
-        return kept, lost, small * large * (value - before), lost * slope, one
-    kept, lost, of_forget, of_input = weigh(x0, x1)
-    value, slope = activate(x2, IDENTITY)
+        kept, lost = logistic(x0, BRIEF)
+        value, slope = activate(x1, IDENTITY, BRIEF)
+        return kept, lost, kept * lost * (value - before), lost * slope, one
+    kept, lost, of_forget, of_input = weigh(x0, x1, BRIEF)
+    value, slope = activate(x2, IDENTITY, BRIEF)
     difference = before - value
     return kept, lost, of_forget * difference, -(of_input * difference), lost * slope
 
 
 @triton.jit
-def apply(kept, lost, state, before):
+def apply(kept, lost, state, before, BRIEF: tl.constexpr):
     """The state after a span that `before` enters."""
-    slow = (tl.abs(lost) < 0.5) & (tl.abs(before) < _INFINITY)
+    if BRIEF:
+        return tl.fma(kept, before, state)
+    slow = tl.abs(lost) < 0.5
     return tl.where(slow, tl.fma(-lost, before, before) + state, tl.fma(kept, before, state))
-
-
-@triton.jit
-def compound(a, b):
-    """The product of two decays: 0 or infinite only if one of them is."""
-    p = a * b
-    tiny = 2.2250738585072014e-308 if a.dtype == tl.float64 else 1.2e-38
-    huge = 1.7976931348623157e308 if a.dtype == tl.float64 else 3.4028230e38
-    sign = tl.where((a < 0) != (b < 0), -1.0, 1.0).to(a.dtype)
-    vanished = (p == 0) & (a != 0) & (b != 0)
-    finite = (tl.abs(a) < _INFINITY) & (tl.abs(b) < _INFINITY)
-    overflowed = (tl.abs(p) == _INFINITY) & finite
-    return tl.where(vanished, sign * tiny, tl.where(overflowed, sign * huge, p))
 
 
 @triton.jit
 def then(kept1, lost1, state1, kept2, lost2, state2):
     """A span, and the span after it."""
-    state = apply(kept2, lost2, state2, state1)
-    return compound(kept1, kept2), tl.fma(lost2, 1.0 - lost1, lost1), state
-
-
-@triton.jit
-def then_gated(kept1, lost1, state1, kept2, lost2, state2):
-    """Likewise, of decays in [0, 1]."""
-    state = apply(kept2, lost2, state2, state1)
+    state = apply(kept2, lost2, state2, state1, False)
     return kept1 * kept2, tl.fma(lost2, 1.0 - lost1, lost1), state
 
 
 @triton.jit
-def join(largest1, sum1, largest2, sum2):
+def then_brief(kept1, state1, kept2, state2):
+    return kept1 * kept2, tl.fma(kept2, state1, state2)
+
+
+@triton.jit
+def join(largest1, sum1, largest2, sum2, BRIEF: tl.constexpr):
     """log-space states added up. Equal infinities have no distance: that counts as far away."""
     distance = largest1 - largest2
-    e = exponential(-tl.abs(distance))
+    e = exponential(-tl.abs(distance), BRIEF)
     e = tl.where(e == e, e, 0.0)
     left = distance >= 0
     unordered = (largest1 != largest1) | (largest2 != largest2)
@@ -214,7 +220,7 @@ def join(largest1, sum1, largest2, sum2):
 
 @triton.jit
 def then_log(kept1, largest1, sum1, kept2, largest2, sum2):
-    largest, sum = join(largest1 + kept2, sum1, largest2, sum2)
+    largest, sum = join(largest1 + kept2, sum1, largest2, sum2, False)
     return kept1 + kept2, largest, sum
 
 
@@ -236,12 +242,26 @@ def then_log_packed(kept1, largest1, sum1, fresh1, kept2, largest2, sum2, fresh2
 
 
 @triton.jit
-def through(value, rest, kept, lost, state):
-    """The compensated carry value + rest after a span (csrc/recurrence.h, `advance`)."""
+def advance(value, rest, kept, lost, state):
+    """The compensated carry value + rest after a span (csrc/recurrence.h)."""
     slow = tl.abs(lost) < 0.5
-    decay = tl.where(slow, -lost, kept)
-    change = state + tl.fma(decay, value, tl.where(slow, rest, 0.0))
+    change = state + tl.fma(tl.where(slow, -lost, kept), value, tl.where(slow, rest, 0.0))
     after = tl.where(slow, value + change, change)
-    left = tl.where(slow, change - (after - value), 0.0)
-    finite = tl.abs(after) < _INFINITY
-    return tl.where(finite, after, tl.fma(kept, value, state)), tl.where(finite, left, 0.0)
+    return after, tl.where(slow, change - (after - value), 0.0)
+
+
+@triton.jit
+def advance_log(value, rest, kept, state):
+    """Likewise in log-space: log h = value + rest; kept is a sum of log a, state a log h."""
+    moved = value + kept  # exact two-sum: either may be the larger
+    other = moved - value
+    missed = (value - (moved - other)) + (kept - other) + rest
+    missed = tl.where(tl.abs(moved) < _INFINITY, missed, 0.0)
+    distance = tl.where(moved == state, 0.0, (moved - state) + missed)
+    left = distance >= 0
+    larger = tl.where(left, moved, state)
+    larger = tl.where(distance == distance, larger, moved + state)  # a NaN in either
+    e = exponential(-tl.abs(distance), False)
+    change = log1p_unit(e) + tl.where(left, missed, 0.0)
+    after = larger + change
+    return after, tl.where(tl.abs(after) < _INFINITY, change - (after - larger), 0.0)

@@ -16,10 +16,12 @@ from torch import Tensor
 from triton import language as tl
 
 from . import recurrence, scan_kernels
+from .tuning import SCANS
 
 _PROCESSORS = 132  # of a large GPU; a plan depends on shape and dtype alone
+_WARPS = 4 * _PROCESSORS  # that keep its memory busy
 _FEWEST_STEPS = 256  # of a chunk
-_WIDE = {torch.float64: tl.float64}
+_FEWEST_CHUNKS = 4  # fewer do not pay for reading twice
 Outputs = tuple[Tensor, ...]
 
 
@@ -43,6 +45,7 @@ MIN_LSTM = Op(recurrence.MIN_LSTM, 3, 3)
 class Plan:
     """How a call is cut up."""
 
+    form: str
     segments: int
     rows: int  # of a segment
     block_d: int
@@ -50,16 +53,35 @@ class Plan:
     chunks: int
     chunk_steps: int
 
+    @property
+    def tile(self) -> int:
+        return self.segments * self.rows
 
-def plan(rows: int, time: int, channels: int) -> Plan:
-    segments, tile_rows, block_d = 16, 4, min(64, triton.next_power_of_2(channels))
-    tile = segments * tile_rows
-    programs = rows * triton.cdiv(channels, block_d)
-    chunks = min(triton.cdiv(4 * _PROCESSORS, programs), triton.cdiv(time, _FEWEST_STEPS))
-    if programs >= 2 * _PROCESSORS or chunks < 4:  # fewer do not pay for reading twice
-        return Plan(segments, tile_rows, block_d, 4, 1, time)
-    steps = triton.cdiv(triton.cdiv(time, chunks), tile) * tile
-    return Plan(segments, tile_rows, block_d, 4, triton.cdiv(time, steps), steps)
+
+def plan(backward: bool, size: int, inputs: int, rows: int, time: int, channels: int) -> Plan:
+    """Of elements of so many bytes. The fewer rows and channels, the more is parallel in time."""
+
+    def tuned(form: str, chunks: int = 1) -> Plan:
+        key = ("backward" if backward else "forward", form, min(size, 4), inputs)
+        segments, tile_rows, block_d, warps = SCANS[key]
+        if size == 8:
+            tile_rows = max(1, tile_rows // 2)
+        block_d = min(block_d, triton.next_power_of_2(channels))
+        tile = segments * tile_rows
+        steps = triton.cdiv(triton.cdiv(time, chunks), tile) * tile
+        chunks = triton.cdiv(time, steps)
+        return Plan(form, segments, tile_rows, block_d, warps, chunks, steps)
+
+    def programs(plan: Plan) -> int:
+        return rows * triton.cdiv(channels, plan.block_d)
+
+    walk, segmented, cut = tuned("walk"), tuned("segments"), tuned("chunks")
+    if programs(walk) * walk.warps >= _WARPS or time <= 2 * walk.tile:
+        return walk
+    chunks = min(triton.cdiv(_WARPS, programs(cut) * cut.warps), time // _FEWEST_STEPS)
+    if programs(segmented) >= _PROCESSORS or chunks < _FEWEST_CHUNKS:
+        return segmented
+    return tuned("chunks", chunks)
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -78,29 +100,38 @@ def _marks(cu_seqlens: Tensor | None, time: int, starts: bool) -> tuple[Tensor |
 
 
 def _run(
-    kernel: Any, plan: Plan, rows: int, time: int, channels: int, entering: Tensor | None,
-    log_space: bool, like: Tensor, arguments: dict[str, Any],
+    kernel: Any, plan: Plan, shape: tuple[int, ...], entering: Tensor | None, log_space: bool,
+    like: Tensor, arguments: dict[str, Any],
 ) -> None:  # fmt: skip
-    """One launch, or the three over chunks of time."""
+    """One launch, or those over chunks of time."""
+    rows, time, channels = shape
     programs = rows * triton.cdiv(channels, plan.block_d)
-    wide = _WIDE.get(like.dtype, tl.float32)
-    shape = {"rows": rows, "time": time, "channels": channels, "chunk_steps": plan.chunk_steps}
-    blocks = {"SEGMENTS": plan.segments, "ROWS": plan.rows, "BLOCK_D": plan.block_d}
-    blocks["num_warps"] = plan.warps
-    settings = {**arguments, **shape, **blocks, "WIDE": wide}
+    wide = like.dtype == torch.float64
+    settings = {
+        **arguments, "rows": rows, "time": time, "channels": channels,
+        "chunk_steps": plan.chunk_steps, "BRIEF": like.element_size() == 2,
+        "WIDE": tl.float64 if wide else tl.float32, "SEGMENTS": plan.segments,
+        "ROWS": plan.rows, "BLOCK_D": plan.block_d, "num_warps": plan.warps,
+        "enable_fp_fusion": True,
+    }  # fmt: skip
+    walk = {"spans": None, "PHASE": scan_kernels.WALK}
     with _on(like):
         if plan.chunks == 1:
-            kernel[(programs,)](**settings, spans=None, PHASE=scan_kernels.WALK)
+            kernel[(programs,)](**settings, **walk, flags=None)
             return
-        dtype = torch.float64 if wide == tl.float64 else torch.float32
-        spans = like.new_empty((plan.chunks, 4, rows, channels), dtype=dtype)
+        dtype = torch.float64 if wide else torch.float32
+        spans = like.new_empty((plan.chunks, 5, rows, channels), dtype=dtype)
+        flags = like.new_empty((programs,), dtype=torch.int32)
         grid = (programs * plan.chunks,)
-        kernel[grid](**settings, spans=spans, PHASE=scan_kernels.SPANS)
+        kernel[grid](**settings, spans=spans, flags=None, PHASE=scan_kernels.SPANS)
         scan_kernels.scan_carries[(programs,)](
-            spans, entering, rows, channels, plan.chunks, LOG_SPACE=log_space,
-            HAS_FIRST=entering is not None, WIDE=wide, BLOCK_D=plan.block_d,
+            spans, entering, flags, rows, channels, plan.chunks, LOG_SPACE=log_space,
+            HAS_FIRST=entering is not None, WIDE=settings["WIDE"], BLOCK_D=plan.block_d,
+            num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
-        kernel[grid](**settings, spans=spans, PHASE=scan_kernels.CHUNK)
+        kernel[grid](**settings, spans=spans, flags=None, PHASE=scan_kernels.CHUNK)
+        settings["chunk_steps"] = time
+        kernel[(programs,)](**settings, **walk, flags=flags)
 
 
 def _named(name: str, tensors: Sequence[Tensor | None]) -> dict[str, Any]:
@@ -117,18 +148,18 @@ def forward(
     op: Op, inputs: Sequence[Tensor], h0: Tensor | None, cu_seqlens: Tensor | None,
     reverse: bool, identity: bool = False,
 ) -> Outputs:  # fmt: skip
-    rows, time, channels = inputs[0].shape
-    h = inputs[0].new_empty((rows, time, channels))
+    shape = rows, time, channels = tuple(inputs[0].shape)
+    h = inputs[0].new_empty(shape)
     count = rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+    h0 = None if h0 is None else h0.contiguous()
     none = -torch.inf if op is LOG else 0.0
     last = h.new_full((count, channels), none, dtype=dtype) if h0 is None else h0.clone()
-    if h.numel() == 0:
+    if h.numel() == 0 or count == 0:
         return h, last
-    h0 = None if h0 is None else h0.contiguous()
     first, sequence = _marks(cu_seqlens, time, starts=not reverse)
     _run(
-        scan_kernels.scan_forward, plan(rows, time, channels), rows, time, channels,
+        scan_kernels.scan_forward, plan(False, h.element_size(), op.inputs, *shape), shape,
         None if cu_seqlens is not None else h0, op is LOG, h,
         {
             **_named("x", inputs), "h": h, "strides_h": h.stride(), "h0": h0, "last": last,
@@ -146,20 +177,20 @@ def backward(
     reverse: bool, identity: bool = False,
 ) -> Tensor:  # fmt: skip
     """Fills the gradients of the inputs; returns that of h0."""
-    rows, time, channels = h.shape
+    shape = rows, time, channels = tuple(h.shape)
     count = rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     if grad_last is None:
         grad_h0 = h.new_zeros((count, channels), dtype=dtype)
     else:
         grad_h0 = grad_last.clone(memory_format=torch.contiguous_format)
-    if h.numel() == 0:
+    if h.numel() == 0 or count == 0:
         return grad_h0
     h0 = None if h0 is None else h0.contiguous()
     grad_last = None if grad_last is None else grad_last.contiguous()
     ends, sequence = _marks(cu_seqlens, time, starts=reverse)
     _run(
-        scan_kernels.scan_backward, plan(rows, time, channels), rows, time, channels,
+        scan_kernels.scan_backward, plan(True, h.element_size(), op.inputs, *shape), shape,
         None if cu_seqlens is not None else grad_last, False, h,
         {
             **_named("x", saved), **_named("grad", gradients), "h": h, "strides_h": h.stride(),

@@ -4,19 +4,22 @@ A program has some channels of one row and a run of steps, which it walks tile b
 SEGMENTS times ROWS steps of BLOCK_D channels. Level by level:
   row       a (SEGMENTS, BLOCK_D) block: the same row of every segment, all rows read at once
   segment   its rows one after the other, in registers: plain steps, nothing shared
-  tile      `tl.associative_scan` over the segments, of which each brings one span; what enters a
-            segment is what leaves the one before it (`tl.gather`)
-  run       the carry goes on behind a tile, compensated
+  tile      with several segments, `tl.associative_scan` over what each of them does to a state; a
+            segment starts from what leaves the one before it (`tl.gather`) and is walked again
+  run       the carry goes on behind a tile, compensated where the data has more than 16 bits
 Each element meets an associative scan once in ROWS steps: composing every step that way, the whole
 tile in one `tl.associative_scan`, took 280 instructions an element of bfloat16 minGRU on sm_90.
 
-Enough rows and channels: a program walks all of T and reads and writes every element once. Few of
-them: time is cut into chunks and three launches follow each other, so that nobody waits for anybody:
-  spans    every chunk composed to one span; reads the inputs once more
+Traffic: every input read once and every output written once (SPANS: the inputs once more). The plan
+(scan.py) gives a program one segment where rows and channels alone fill a GPU; several where they
+nearly do; and cuts time into chunks where they do not. Then launches follow each other, so that no
+program waits for another:
+  SPANS    every chunk composed to one span
   carries  along the chunks of each channel, one after the other
-  scan     every chunk, from the carry that enters it
-Look-back, which would spare the first reading, needs blocks that wait for each other, and Triton
-promises neither the order in which programs start nor that a waiting one makes room.
+  CHUNK    every chunk, from the carry that enters it
+  WALK     again in full, where an infinity or NaN left the carries without a meaning
+Look-back, which would spare the first reading, needs programs that wait for each other, and Triton
+promises neither the order in which they start nor that a waiting one makes room.
 
 Time runs either way by what a step's address is, so that no kernel depends on the scan's own
 `reverse`, which has been wrong in some versions of Triton.
@@ -26,291 +29,396 @@ import triton
 import triton.language as tl
 
 from .recurrence import (
-    DECAY,
     LINEAR,
     LOG,
+    MIN_GRU,
+    MIN_LSTM,
     adjoint,
+    advance,
+    advance_log,
     apply,
-    compound,
     gates,
     join,
     then,
-    then_gated,
+    then_brief,
     then_log,
     then_log_packed,
     then_packed,
-    through,
 )
 
 WALK: tl.constexpr = tl.constexpr(0)  # all of T, from h0
 SPANS: tl.constexpr = tl.constexpr(1)  # a chunk's span, nothing else
 CHUNK: tl.constexpr = tl.constexpr(2)  # a chunk, from its carry
 
+# What a step does to the state, a pair of blocks (a, b).
+STATE: tl.constexpr = tl.constexpr(0)  # a -> kept a + added; b is not used
+LOG_STATE: tl.constexpr = tl.constexpr(1)  # a + log(b), joined with log b of the step
+ADJOINT: tl.constexpr = tl.constexpr(2)  # a -> kept (a + added)
+
 _INFINITY: tl.constexpr = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _place(rows, channels, BLOCK_D: tl.constexpr):
-    """Chunk, row and channels of this program."""
-    blocks = tl.cdiv(channels, BLOCK_D)
-    index = tl.program_id(0)
-    d = (index % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
-    row = index // blocks % rows
-    return index // blocks // rows, row.to(tl.int64), d
+def _walk(a, b, kept, added, SPACE: tl.constexpr, BRIEF: tl.constexpr):
+    """The state after a step."""
+    if SPACE == LOG_STATE:
+        return join(a + kept, b, added, tl.full(added.shape, 1.0, added.dtype), BRIEF)
+    if SPACE == ADJOINT:  # the sum first: two infinite products could have both signs
+        return kept * (a + added), b
+    return tl.fma(kept, a, added), b
 
 
 @triton.jit
-def _at(row, times, d, strides):
-    """Offsets (SEGMENTS, BLOCK_D) in a view."""
-    across = d[None, :].to(tl.int64) * strides[2]
-    return row * strides[0] + times[:, None].to(tl.int64) * strides[1] + across
+def _start(x, SPACE: tl.constexpr):
+    """The state of log 0 or 0, in the shape of x."""
+    if SPACE == LOG_STATE:
+        return tl.full(x.shape, -_INFINITY, x.dtype), tl.full(x.shape, 1.0, x.dtype)
+    return tl.zeros_like(x), tl.zeros_like(x)
 
 
 @triton.jit
-def _load(data, at, mask, WIDE: tl.constexpr):
-    return tl.load(data + at, mask, 0.0).to(WIDE)
+def _no_steps(x, SPACE: tl.constexpr):
+    """The span of no steps: kept, lost, state, mark of a new sequence."""
+    kept = tl.full(x.shape, 0.0 if SPACE == LOG_STATE else 1.0, x.dtype)
+    a, b = _start(x, SPACE)
+    return kept, tl.zeros_like(x), a, b, tl.zeros(x.shape, tl.int32)
 
 
 @triton.jit
-def _store(data, at, mask, x):
-    tl.store(data + at, x.to(data.dtype.element_ty), mask)
+def _extend(kept, lost, a, b, k, gone, added, SPACE: tl.constexpr, BRIEF: tl.constexpr):
+    """A span and the step after it."""
+    a, b = _walk(a, b, k, added, SPACE, BRIEF)
+    if SPACE == LOG_STATE:
+        return kept + k, lost, a, b
+    return kept * k, tl.fma(gone, kept, lost), a, b
 
 
 @triton.jit
 def _last(x, SEGMENTS: tl.constexpr):
-    """The last row of a block."""
+    """The last row of a block, (1, BLOCK_D)."""
+    if SEGMENTS == 1:
+        return x
     is_last = tl.arange(0, SEGMENTS)[:, None] == SEGMENTS - 1
-    return tl.sum(tl.where(is_last, x, tl.zeros_like(x)), 0)
+    return tl.sum(tl.where(is_last, x, tl.zeros_like(x)), 0)[None, :]
 
 
 @triton.jit
-def _nothing(x, LOG_SPACE: tl.constexpr):
-    """The span of no steps, in the shape of x."""
-    if LOG_SPACE:
-        return tl.zeros_like(x), tl.zeros_like(x) - _INFINITY, tl.zeros_like(x) + 1.0
-    return tl.zeros_like(x) + 1.0, tl.zeros_like(x), tl.zeros_like(x)
+def _enter(value, rest, SPACE: tl.constexpr):
+    """The state of a carry value + rest."""
+    if SPACE == LOG_STATE:
+        return value, 1.0 + rest
+    return value, rest
 
 
 @triton.jit
-def _extend(kept, second, third, k, s, u, LOG_SPACE: tl.constexpr, GATED: tl.constexpr):
-    """A span and the step after it."""
-    if LOG_SPACE:
-        largest, sum = join(second + k, third, s, u)
-        return kept + k, largest, sum
-    lost = tl.fma(s, kept, second)
-    state = tl.fma(k, third, u)
-    return (kept * k if GATED else compound(kept, k)), lost, state
-
-
-@triton.jit
-def _enter(state, LOG_SPACE: tl.constexpr):
-    """The carry of a state: value and rest; in log-space largest and sum."""
-    if LOG_SPACE:
-        return state, tl.zeros_like(state) + 1.0
-    return state, tl.zeros_like(state)
-
-
-@triton.jit
-def _after(kept, second, third, value, rest, LOG_SPACE: tl.constexpr):
-    """A state (as a carry) after a span that the carry enters."""
-    if LOG_SPACE:
-        return join(value + kept, rest, second, third)
-    return apply(kept, second, third, value), rest
-
-
-@triton.jit
-def _carry_on(value, rest, kept, second, third, fresh, LOG_SPACE: tl.constexpr):
-    """The carry behind a tile or chunk."""
-    if LOG_SPACE:
-        after, left = join(value + kept, rest, second, third)
-        return tl.where(fresh != 0, second, after), tl.where(fresh != 0, third, left)
-    after, left = through(value, rest, kept, second, third)
-    return tl.where(fresh != 0, third, after), tl.where(fresh != 0, tl.zeros_like(left), left)
-
-
-@triton.jit
-def _join_segments(
-    kept, second, third, fresh, value, rest,
-    LOG_SPACE: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr, SEGMENTS: tl.constexpr,
-):  # fmt: skip
-    """What enters each segment, and the span of the tile."""
-    if GATED:  # such decays count as never quite 0: 0 times infinity is NaN
-        kept = tl.where(kept < 1.2e-38, 1.2e-38, kept)
-    if PACKED and LOG_SPACE:
-        kept, second, third, fresh = tl.associative_scan(
-            (kept, second, third, fresh), 0, then_log_packed
-        )
+def _compose_segments(
+    kept, lost, a, b, fresh, SPACE: tl.constexpr, BRIEF: tl.constexpr, PACKED: tl.constexpr
+):
+    """The spans from the tile's start to the end of every segment."""
+    if PACKED and SPACE == LOG_STATE:
+        kept, a, b, fresh = tl.associative_scan((kept, a, b, fresh), 0, then_log_packed)
     elif PACKED:
-        kept, second, third, fresh = tl.associative_scan(
-            (kept, second, third, fresh), 0, then_packed
-        )
-    elif LOG_SPACE:
-        kept, second, third = tl.associative_scan((kept, second, third), 0, then_log)
-    elif GATED:
-        kept, second, third = tl.associative_scan((kept, second, third), 0, then_gated)
+        kept, lost, a, fresh = tl.associative_scan((kept, lost, a, fresh), 0, then_packed)
+    elif SPACE == LOG_STATE:
+        kept, a, b = tl.associative_scan((kept, a, b), 0, then_log)
+    elif BRIEF:
+        kept, a = tl.associative_scan((kept, a), 0, then_brief)
     else:
-        kept, second, third = tl.associative_scan((kept, second, third), 0, then)
-    wide_value = value[None, :] + tl.zeros_like(kept)
-    wide_rest = rest[None, :] + tl.zeros_like(kept)
-    leaves, leaves_rest = _after(kept, second, third, wide_value, wide_rest, LOG_SPACE)
-    if PACKED:
-        leaves = tl.where(fresh != 0, second if LOG_SPACE else third, leaves)
-        leaves_rest = tl.where(fresh != 0, third, leaves_rest)
+        kept, lost, a = tl.associative_scan((kept, lost, a), 0, then)
+    return kept, lost, a, b, fresh
+
+
+@triton.jit
+def _from_before(leaves, enters, SEGMENTS: tl.constexpr):
+    """What enters each segment: what leaves the one before it; `enters` the first one."""
     segment = tl.arange(0, SEGMENTS)[:, None]
-    before = tl.where(segment > 0, segment - 1, 0) + tl.zeros(kept.shape, tl.int32)
-    enters = tl.where(segment > 0, tl.gather(leaves, before, 0), wide_value)
-    if LOG_SPACE:
-        enters_rest = tl.where(segment > 0, tl.gather(leaves_rest, before, 0), wide_rest)
+    before = tl.where(segment > 0, segment - 1, 0) + tl.zeros(leaves.shape, tl.int32)
+    return tl.where(segment > 0, tl.gather(leaves, before, 0), enters)
+
+
+@triton.jit
+def _through_rows(
+    a, b, steps, SPACE: tl.constexpr, BRIEF: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr
+):
+    """The states after the rows of every segment."""
+    for r in tl.static_range(ROWS):
+        kept, added, starts, own_a, own_b = steps[r]
+        if PACKED:
+            a, b = tl.where(starts, own_a, a), tl.where(starts, own_b, b)
+        a, b = _walk(a, b, kept, added, SPACE, BRIEF)
+    return a, b
+
+
+@triton.jit
+def _enter_segments(
+    steps, kept, lost, a, b, fresh, value, rest,
+    SPACE: tl.constexpr, BRIEF: tl.constexpr, PACKED: tl.constexpr,
+    SEGMENTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The states that enter the segments, from their composed spans and the carry."""
+    first_a, first_b = _enter(value, rest, SPACE)
+    if SEGMENTS == 1:
+        return first_a, first_b
+    first_a, first_b = first_a + tl.zeros_like(a), first_b + tl.zeros_like(a)
+    if SPACE == LOG_STATE:
+        leaves_a, leaves_b = join(first_a + kept, first_b, a, b, BRIEF)
+        usable = kept < _INFINITY
     else:
-        enters_rest = wide_rest  # not used
-    return enters, enters_rest, kept, second, third, fresh
+        leaves_a, leaves_b = apply(kept, lost, a, first_a, BRIEF), b
+    if PACKED:
+        leaves_a, leaves_b = tl.where(fresh != 0, a, leaves_a), tl.where(fresh != 0, b, leaves_b)
+    if SPACE != LOG_STATE:
+        usable = tl.abs(leaves_a) < _INFINITY
+    enters_a = _from_before(leaves_a, first_a, SEGMENTS)
+    enters_b = first_b
+    if SPACE == LOG_STATE:
+        enters_b = _from_before(leaves_b, first_b, SEGMENTS)
+    if tl.min(tl.min(usable.to(tl.int32), 1), 0) == 0:
+        # 0 times infinity: products of decays have no meaning here. One segment after another.
+        for _ in range(SEGMENTS):
+            leaves_a, leaves_b = _through_rows(
+                enters_a, enters_b, steps, SPACE, BRIEF, PACKED, ROWS
+            )
+            enters_a = _from_before(leaves_a, first_a, SEGMENTS)
+            if SPACE == LOG_STATE:
+                enters_b = _from_before(leaves_b, first_b, SEGMENTS)
+    return enters_a, enters_b
+
+
+@triton.jit
+def _carry_on(value, rest, kept, lost, a, b, fresh, SPACE: tl.constexpr):
+    """The carry behind a span."""
+    if SPACE == LOG_STATE:
+        state = a + tl.log(b)
+        after, left = advance_log(value, rest, kept, state)
+    else:
+        state = a
+        after, left = advance(value, rest, kept, lost, state)
+    return tl.where(fresh != 0, state, after), tl.where(fresh != 0, 0.0, left)
+
+
+@triton.jit
+def _behind_tile(
+    value, rest, kept, lost, a, b, fresh, leaves_a, leaves_b,
+    SPACE: tl.constexpr, BRIEF: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """The carry behind a tile: compensated, or where that is no number what has been walked to."""
+    walked = _last(leaves_a, SEGMENTS)
+    if SPACE == LOG_STATE:
+        walked += tl.log(_last(leaves_b, SEGMENTS))
+    if BRIEF and SPACE != LOG_STATE:
+        return walked, rest
+    value, rest = _carry_on(
+        value, rest, _last(kept, SEGMENTS), _last(lost, SEGMENTS), _last(a, SEGMENTS),
+        _last(b, SEGMENTS), _last(fresh, SEGMENTS), SPACE,
+    )  # fmt: skip
+    finite = tl.abs(value) < _INFINITY
+    return tl.where(finite, value, walked), tl.where(finite, rest, 0.0)
+
+
+@triton.jit
+def _add_tile(
+    span_kept, span_lost, span_a, span_b, span_fresh, kept, lost, a, b, fresh,
+    SPACE: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """A span and the tile after it."""
+    kept, lost, fresh = _last(kept, SEGMENTS), _last(lost, SEGMENTS), _last(fresh, SEGMENTS)
+    a, b = _last(a, SEGMENTS), _last(b, SEGMENTS)
+    if SPACE == LOG_STATE:
+        kept, a, b, fresh = then_log_packed(
+            span_kept, span_a, span_b, span_fresh, kept, a, b, fresh
+        )
+    else:
+        kept, lost, a, fresh = then_packed(
+            span_kept, span_lost, span_a, span_fresh, kept, lost, a, fresh
+        )
+    return kept, lost, a, b, fresh
+
+
+@triton.jit
+def _place(rows, channels, BLOCK_D: tl.constexpr):
+    """Chunk, row, channels (1, BLOCK_D) of this program, and which of them there are."""
+    blocks = tl.cdiv(channels, BLOCK_D)
+    index = tl.program_id(0)
+    d = (index % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    row = (index // blocks % rows).to(tl.int64)
+    return index // blocks // rows, row, d, d < channels
+
+
+@triton.jit
+def _view(data, row, d, strides):
+    """Pointers (1, BLOCK_D) to the row's first step."""
+    return data + (row * strides[0] + d.to(tl.int64) * strides[2])
+
+
+@triton.jit
+def _load(view, t, strides, mask, other, WIDE: tl.constexpr):
+    """A row of the tile; t (SEGMENTS, 1)."""
+    return tl.load(view + t.to(tl.int64) * strides[1], mask, other).to(WIDE)
+
+
+@triton.jit
+def _store(view, t, strides, mask, x):
+    tl.store(view + t.to(tl.int64) * strides[1], x.to(view.dtype.element_ty), mask)
+
+
+@triton.jit
+def _store_span(spans, slot, part, kept, lost, a, b, fresh, in_row):
+    tl.store(spans + slot, kept, in_row)
+    tl.store(spans + slot + part, lost, in_row)
+    tl.store(spans + slot + 2 * part, a, in_row)
+    tl.store(spans + slot + 3 * part, b, in_row)
+    tl.store(spans + slot + 4 * part, fresh.to(kept.dtype), in_row)
+
+
+# What is read beyond the end: a step that changes nothing.
+@triton.jit
+def _pad0(OP: tl.constexpr):
+    return 1.0 if OP == LINEAR else -150.0 if OP == MIN_GRU else 150.0 if OP == MIN_LSTM else 0.0
+
+
+@triton.jit
+def _pad1(OP: tl.constexpr):
+    return float("-inf") if OP == LOG else -150.0 if OP == MIN_LSTM else 0.0
 
 
 @triton.jit
 def scan_forward(
     x0, x1, x2, strides0, strides1, strides2,
     h, strides_h, h0, last,
-    first, sequence, spans,
+    first, sequence, spans, flags,
     rows, time, channels, chunk_steps,
     OP: tl.constexpr, IDENTITY: tl.constexpr, REVERSE: tl.constexpr, PHASE: tl.constexpr,
-    PACKED: tl.constexpr, HAS_H0: tl.constexpr, INPUTS: tl.constexpr, WIDE: tl.constexpr,
+    PACKED: tl.constexpr, HAS_H0: tl.constexpr, INPUTS: tl.constexpr,
+    BRIEF: tl.constexpr, WIDE: tl.constexpr,
     SEGMENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """h and the last states of a row and some channels; or, with SPANS, the span of a chunk.
 
     first (T) marks the first step of a sequence, sequence (T) is its number; PACKED only.
-    spans (chunks, 4, rows, channels): kept, two numbers and a mark of a chunk's span; then the
-    carry that enters it.
+    spans (chunks, 5, rows, channels): a chunk's span; then the carry that enters it.
+    flags (programs): with WALK and not None, only programs with a flag have work.
     """
-    LOG_SPACE: tl.constexpr = OP == LOG
-    GATED: tl.constexpr = (OP != LINEAR) & (OP != DECAY)
-    chunk, row, d = _place(rows, channels, BLOCK_D)
-    in_row = d < channels
+    SPACE: tl.constexpr = LOG_STATE if OP == LOG else STATE
+    if PHASE == WALK and flags is not None:
+        if tl.load(flags + tl.program_id(0)) == 0:
+            return
+    chunk, row, d, in_row = _place(rows, channels, BLOCK_D)
     state_at = row * channels + d
-    slot = (chunk.to(tl.int64) * 4 * rows + row) * channels + d
+    slot = (chunk.to(tl.int64) * 5 * rows + row) * channels + d
     part = tl.cast(rows, tl.int64) * channels
-    total, total_second, total_third = _nothing(tl.zeros((BLOCK_D,), WIDE), LOG_SPACE)
-    mark = tl.zeros((BLOCK_D,), tl.int32)
+    nothing = tl.zeros((1, BLOCK_D), WIDE)
+    span_kept, span_lost, span_a, span_b, span_fresh = _no_steps(nothing, SPACE)
+    value, rest = span_a, nothing
     if PHASE == CHUNK:
         value = tl.load(spans + slot, in_row, 0.0)
         rest = tl.load(spans + slot + part, in_row, 0.0)
-    elif HAS_H0 and not PACKED and PHASE == WALK:
-        value, rest = _enter(tl.load(h0 + state_at, in_row, 0.0).to(WIDE), LOG_SPACE)
-    else:
-        value, rest = _enter(total_second if LOG_SPACE else total_third, LOG_SPACE)
+    elif HAS_H0 and not PACKED:
+        value = tl.load(h0 + state_at, in_row, 0.0).to(WIDE)
+    view0, view1 = _view(x0, row, d, strides0), _view(x1, row, d, strides1)
+    view2 = _view(x2, row, d, strides2) if INPUTS > 2 else view1
+    view_h = _view(h, row, d, strides_h)
     begin = chunk * chunk_steps
     end = tl.minimum(begin + chunk_steps, time)
     for start in range(begin, end, SEGMENTS * ROWS):
-        first_step = start + tl.arange(0, SEGMENTS) * ROWS
+        first_step = start + tl.arange(0, SEGMENTS)[:, None] * ROWS
         raw = ()
         for r in tl.static_range(ROWS):
             step = first_step + r
             t = time - 1 - step if REVERSE else step
-            mask = (step < end)[:, None] & in_row[None, :]
-            a = _load(x0, _at(row, t, d, strides0), mask, WIDE)
-            b = _load(x1, _at(row, t, d, strides1), mask, WIDE)
-            c = _load(x2, _at(row, t, d, strides2), mask, WIDE) if INPUTS > 2 else b
-            raw = raw + ((a, b, c),)
-        kept, second, third = _nothing(tl.zeros((SEGMENTS, BLOCK_D), WIDE), LOG_SPACE)
-        fresh = tl.zeros((SEGMENTS, BLOCK_D), tl.int32)
-        local = ()
+            mask = (step < end) & in_row
+            p = _load(view0, t, strides0, mask, _pad0(OP), WIDE)
+            q = _load(view1, t, strides1, mask, _pad1(OP), WIDE)
+            c = _load(view2, t, strides2, mask, 0.0, WIDE) if INPUTS > 2 else q
+            raw = raw + ((p, q, c),)
+        kept, lost, a, b, fresh = _no_steps(tl.zeros((SEGMENTS, BLOCK_D), WIDE), SPACE)
+        steps = ()
         for r in tl.static_range(ROWS):
-            step = first_step + r
-            t = time - 1 - step if REVERSE else step
-            mask = (step < end)[:, None] & in_row[None, :]
-            k, s, u = gates(raw[r][0], raw[r][1], raw[r][2], OP, IDENTITY)
-            no_k, no_s, no_u = _nothing(k, LOG_SPACE)
-            k, s, u = tl.where(mask, k, no_k), tl.where(mask, s, no_s), tl.where(mask, u, no_u)
-            kept, second, third = _extend(kept, second, third, k, s, u, LOG_SPACE, GATED)
+            k, gone, added = gates(raw[r][0], raw[r][1], raw[r][2], OP, IDENTITY, BRIEF)
+            own_a, own_b = _start(k, SPACE)
+            starts = False
             if PACKED:
-                starts = (tl.load(first + t, step < end, 0) != 0)[:, None] & mask
-                entering = no_s if LOG_SPACE else no_u
+                step = first_step + r
+                t = time - 1 - step if REVERSE else step
+                starts = (tl.load(first + t, step < end, 0) != 0) & in_row
                 if HAS_H0:
                     number = tl.load(sequence + t, step < end, 0).to(tl.int64)
-                    at = number[:, None] * channels + d[None, :]
-                    entering = tl.load(h0 + at, starts, 0.0).to(WIDE)
-                own, own_rest = _enter(entering, LOG_SPACE)
-                own, own_rest = _after(k, s, u, own, own_rest, LOG_SPACE)
-                kept = tl.where(starts, k, kept)
-                if LOG_SPACE:
-                    second = tl.where(starts, own, second)
-                    third = tl.where(starts, own_rest, third)
-                else:
-                    second = tl.where(starts, s, second)
-                    third = tl.where(starts, own, third)
+                    own_a = tl.load(h0 + number * channels + d, starts, 0.0).to(WIDE)
+                a, b = tl.where(starts, own_a, a), tl.where(starts, own_b, b)
                 fresh = tl.where(starts, 1, fresh)
-            local = local + ((kept, second, third, fresh),)
-        enters, enters_rest, kept, second, third, fresh = _join_segments(
-            kept, second, third, fresh, value, rest, LOG_SPACE, GATED and not LOG_SPACE, PACKED,
-            SEGMENTS,
-        )
-        if PHASE != SPANS:
+            kept, lost, a, b = _extend(kept, lost, a, b, k, gone, added, SPACE, BRIEF)
+            steps = steps + ((k, added, starts, own_a, own_b),)
+        if SEGMENTS > 1:
+            kept, lost, a, b, fresh = _compose_segments(
+                kept, lost, a, b, fresh, SPACE, BRIEF, PACKED
+            )
+        if PHASE == SPANS:
+            span_kept, span_lost, span_a, span_b, span_fresh = _add_tile(
+                span_kept, span_lost, span_a, span_b, span_fresh, kept, lost, a, b, fresh,
+                SPACE, SEGMENTS,
+            )  # fmt: skip
+        else:
+            state_a, state_b = _enter_segments(
+                steps, kept, lost, a, b, fresh, value, rest, SPACE, BRIEF, PACKED, SEGMENTS, ROWS
+            )
             for r in tl.static_range(ROWS):
                 step = first_step + r
                 t = time - 1 - step if REVERSE else step
-                mask = (step < end)[:, None] & in_row[None, :]
-                k, s, u, f = local[r]
-                state, state_rest = _after(k, s, u, enters, enters_rest, LOG_SPACE)
+                mask = (step < end) & in_row
+                k, added, starts, own_a, own_b = steps[r]
                 if PACKED:
-                    state = tl.where(f != 0, s if LOG_SPACE else u, state)
-                    if LOG_SPACE:
-                        state_rest = tl.where(f != 0, u, state_rest)
-                if LOG_SPACE:
-                    state = state + tl.log(state_rest)
-                _store(h, _at(row, t, d, strides_h), mask, state)
+                    state_a = tl.where(starts, own_a, state_a)
+                    state_b = tl.where(starts, own_b, state_b)
+                state_a, state_b = _walk(state_a, state_b, k, added, SPACE, BRIEF)
+                state = state_a + tl.log(state_b) if SPACE == LOG_STATE else state_a
+                _store(view_h, t, strides_h, mask, state)
                 if PACKED:
                     following = first + (t - 1 if REVERSE else t + 1)
                     ends = tl.load(following, (step < end) & (step + 1 < time), 1) != 0
                     number = tl.load(sequence + t, step < end, 0).to(tl.int64)
-                    at = number[:, None] * channels + d[None, :]
-                    tl.store(last + at, state, ends[:, None] & mask)
-        k, s, u = _last(kept, SEGMENTS), _last(second, SEGMENTS), _last(third, SEGMENTS)
-        f = _last(fresh, SEGMENTS)
-        if PHASE == SPANS:
-            if LOG_SPACE:
-                total, total_second, total_third, mark = then_log_packed(
-                    total, total_second, total_third, mark, k, s, u, f
-                )
-            else:
-                total, total_second, total_third, mark = then_packed(
-                    total, total_second, total_third, mark, k, s, u, f
-                )
-        else:
-            value, rest = _carry_on(value, rest, k, s, u, f, LOG_SPACE)
-    if PHASE != SPANS and not PACKED:
-        tl.store(last + state_at, value + (tl.log(rest) if LOG_SPACE else rest),
-                 in_row & (end == time))  # fmt: skip
+                    tl.store(last + number * channels + d, state, ends & mask)
+            value, rest = _behind_tile(
+                value, rest, kept, lost, a, b, fresh, state_a, state_b, SPACE, BRIEF, SEGMENTS
+            )
     if PHASE == SPANS:
-        tl.store(spans + slot, total, in_row)
-        tl.store(spans + slot + part, total_second, in_row)
-        tl.store(spans + slot + 2 * part, total_third, in_row)
-        tl.store(spans + slot + 3 * part, mark.to(WIDE), in_row)
+        _store_span(spans, slot, part, span_kept, span_lost, span_a, span_b, span_fresh, in_row)
+    elif not PACKED:
+        if end == time:
+            tl.store(last + state_at, value + rest, in_row)
 
 
 @triton.jit
 def scan_carries(
-    spans, entering, rows, channels, chunks,
+    spans, entering, flags, rows, channels, chunks,
     LOG_SPACE: tl.constexpr, HAS_FIRST: tl.constexpr, WIDE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Replaces the span of every chunk by the carry that enters it."""
-    _, row, d = _place(rows, channels, BLOCK_D)
-    in_row = d < channels
+    """Replaces the span of every chunk by the carry that enters it; flags what is not finite."""
+    SPACE: tl.constexpr = LOG_STATE if LOG_SPACE else STATE
+    _, row, d, in_row = _place(rows, channels, BLOCK_D)
     part = tl.cast(rows, tl.int64) * channels
-    _, largest, state = _nothing(tl.zeros((BLOCK_D,), WIDE), LOG_SPACE)
-    value, rest = _enter(largest if LOG_SPACE else state, LOG_SPACE)
+    nothing = tl.zeros((1, BLOCK_D), WIDE)
+    value, _ = _start(nothing, SPACE)
+    rest = nothing
     if HAS_FIRST:
-        first = tl.load(entering + row * channels + d, in_row, 0.0).to(WIDE)
-        value, rest = _enter(first, LOG_SPACE)
+        value = tl.load(entering + row * channels + d, in_row, 0.0).to(WIDE)
+    usable = tl.abs(nothing) < 1.0
     at = spans + row * channels + d
     for _ in range(chunks):
         kept = tl.load(at, in_row, 0.0)
-        second = tl.load(at + part, in_row, 0.0)
-        third = tl.load(at + 2 * part, in_row, 0.0)
-        mark = tl.load(at + 3 * part, in_row, 0.0)
+        lost = tl.load(at + part, in_row, 0.0)
+        a = tl.load(at + 2 * part, in_row, 0.0)
+        b = tl.load(at + 3 * part, in_row, 1.0)
+        fresh = tl.load(at + 4 * part, in_row, 0.0)
         tl.store(at, value, in_row)
         tl.store(at + part, rest, in_row)
-        value, rest = _carry_on(value, rest, kept, second, third, mark, LOG_SPACE)
-        at += 4 * part
+        value, rest = _carry_on(value, rest, kept, lost, a, b, fresh, SPACE)
+        if LOG_SPACE:
+            usable = usable & (kept < _INFINITY)
+        else:
+            usable = usable & (tl.abs(value) < _INFINITY)
+        at += 5 * part
+    bad = tl.max(tl.max((~usable).to(tl.int32), 1), 0)
+    tl.store(flags + tl.program_id(0), bad)
 
 
 @triton.jit
@@ -318,11 +426,12 @@ def scan_backward(
     x0, x1, x2, strides0, strides1, strides2,
     grad0, grad1, grad2, strides_grad0, strides_grad1, strides_grad2,
     h, strides_h, h0, grad_h, strides_grad_h, grad_last, grad_h0,
-    first, sequence, spans,
+    first, sequence, spans, flags,
     rows, time, channels, chunk_steps,
     OP: tl.constexpr, IDENTITY: tl.constexpr, REVERSE: tl.constexpr, PHASE: tl.constexpr,
     PACKED: tl.constexpr, HAS_H0: tl.constexpr, HAS_GRAD_H: tl.constexpr,
-    HAS_GRAD_LAST: tl.constexpr, SAVED: tl.constexpr, INPUTS: tl.constexpr, WIDE: tl.constexpr,
+    HAS_GRAD_LAST: tl.constexpr, SAVED: tl.constexpr, INPUTS: tl.constexpr,
+    BRIEF: tl.constexpr, WIDE: tl.constexpr,
     SEGMENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a row and some channels.
@@ -331,111 +440,115 @@ def scan_backward(
     step turns it into a_t times (it + the gradient of h_t alone), which arrives at h_{t-1}. first
     marks, as seen from this side, the last step of a sequence.
     """
-    GATED: tl.constexpr = (OP != LINEAR) & (OP != DECAY)
-    chunk, row, d = _place(rows, channels, BLOCK_D)
-    in_row = d < channels
+    if PHASE == WALK and flags is not None:
+        if tl.load(flags + tl.program_id(0)) == 0:
+            return
+    chunk, row, d, in_row = _place(rows, channels, BLOCK_D)
     state_at = row * channels + d
-    slot = (chunk.to(tl.int64) * 4 * rows + row) * channels + d
+    slot = (chunk.to(tl.int64) * 5 * rows + row) * channels + d
     part = tl.cast(rows, tl.int64) * channels
-    total, total_lost, total_state = _nothing(tl.zeros((BLOCK_D,), WIDE), False)
-    mark = tl.zeros((BLOCK_D,), tl.int32)
-    value, rest = total_state, tl.zeros((BLOCK_D,), WIDE)
+    nothing = tl.zeros((1, BLOCK_D), WIDE)
+    span_kept, span_lost, span_a, span_b, span_fresh = _no_steps(nothing, ADJOINT)
+    value, rest = nothing, nothing
     if PHASE == CHUNK:
         value = tl.load(spans + slot, in_row, 0.0)
         rest = tl.load(spans + slot + part, in_row, 0.0)
-    elif HAS_GRAD_LAST and not PACKED and PHASE == WALK:
+    elif HAS_GRAD_LAST and not PACKED:
         value = tl.load(grad_last + state_at, in_row, 0.0).to(WIDE)
+    none = _start(nothing, LOG_STATE if OP == LOG else STATE)[0]  # h_{t-1} where there is no h0
+    if HAS_H0 and not PACKED:
+        none = tl.load(h0 + state_at, in_row, 0.0).to(WIDE)
+    view0, view_h = _view(x0, row, d, strides0), _view(h, row, d, strides_h)
+    view1 = _view(x1, row, d, strides1) if SAVED > 1 else view0
+    view2 = _view(x2, row, d, strides2) if SAVED > 2 else view0
+    view_grad_h = _view(grad_h, row, d, strides_grad_h) if HAS_GRAD_H else view0
+    view_grad0 = _view(grad0, row, d, strides_grad0)
+    view_grad1 = _view(grad1, row, d, strides_grad1)
+    view_grad2 = _view(grad2, row, d, strides_grad2) if INPUTS > 2 else view_grad1
     begin = chunk * chunk_steps
     end = tl.minimum(begin + chunk_steps, time)
     for start in range(begin, end, SEGMENTS * ROWS):
-        first_step = start + tl.arange(0, SEGMENTS) * ROWS
+        first_step = start + tl.arange(0, SEGMENTS)[:, None] * ROWS
         raw = ()
         for r in tl.static_range(ROWS):
             step = first_step + r
             t = step if REVERSE else time - 1 - step
             earlier = t + 1 if REVERSE else t - 1  # in the direction of the scan
-            there = step < end
-            mask = there[:, None] & in_row[None, :]
-            a = _load(x0, _at(row, t, d, strides0), mask, WIDE)
-            b = _load(x1, _at(row, t, d, strides1), mask, WIDE) if SAVED > 1 else a
-            c = _load(x2, _at(row, t, d, strides2), mask, WIDE) if SAVED > 2 else a
-            begins = there & (step == time - 1)
+            mask = (step < end) & in_row
+            p = _load(view0, t, strides0, mask, _pad0(OP), WIDE)
+            q = _load(view1, t, strides1, mask, _pad1(OP), WIDE) if SAVED > 1 else p
+            c = _load(view2, t, strides2, mask, 0.0, WIDE) if SAVED > 2 else p
+            begins = step == time - 1
             if PACKED:
-                begins |= tl.load(first + earlier, there & (step + 1 < time), 0) != 0
-            begins = begins[:, None] & in_row[None, :]
-            before = _load(h, _at(row, earlier, d, strides_h), mask & ~begins, WIDE)
-            if OP == LOG:
-                before = tl.where(begins, -_INFINITY, before)
-            if HAS_H0:
-                number = tl.zeros((SEGMENTS,), tl.int64) + row
-                if PACKED:
-                    number = tl.load(sequence + t, there, 0).to(tl.int64)
-                entering = tl.load(h0 + number[:, None] * channels + d[None, :], begins, 0.0)
-                before = tl.where(begins, entering.to(WIDE), before)
+                begins |= tl.load(first + earlier, (step < end) & (step + 1 < time), 0) != 0
+            before = _load(view_h, earlier, strides_h, mask & ~begins, 0.0, WIDE)
+            if PACKED and HAS_H0:
+                number = tl.load(sequence + t, step < end, 0).to(tl.int64)
+                own = tl.load(h0 + number * channels + d, begins & mask, 0.0).to(WIDE)
+                before = tl.where(begins, own, before)
+            else:
+                before = tl.where(begins, none, before)
             grad = tl.zeros((SEGMENTS, BLOCK_D), WIDE)
             if HAS_GRAD_H:
-                grad = _load(grad_h, _at(row, t, d, strides_grad_h), mask, WIDE)
-            raw = raw + ((a, b, c, before, grad),)
-        kept, lost, state = _nothing(tl.zeros((SEGMENTS, BLOCK_D), WIDE), False)
-        fresh = tl.zeros((SEGMENTS, BLOCK_D), tl.int32)
-        local = ()
+                grad = _load(view_grad_h, t, strides_grad_h, mask, 0.0, WIDE)
+            raw = raw + ((p, q, c, before, grad),)
+        kept, lost, a, b, fresh = _no_steps(tl.zeros((SEGMENTS, BLOCK_D), WIDE), ADJOINT)
+        steps = ()
+        factors = ()
         for r in tl.static_range(ROWS):
-            step = first_step + r
-            t = step if REVERSE else time - 1 - step
-            mask = (step < end)[:, None] & in_row[None, :]
-            a, b, c, before, grad = raw[r]
-            k, s, factor0, factor1, factor2 = adjoint(a, b, c, before, OP, IDENTITY)
+            p, q, c, before, grad = raw[r]
+            k, gone, factor0, factor1, factor2 = adjoint(p, q, c, before, OP, IDENTITY, BRIEF)
+            starts = False
+            own = grad
             if PACKED:  # nothing arrives at the last step of a sequence from beyond it
-                ends = (tl.load(first + t, step < end, 0) != 0)[:, None] & mask
-                arrives = tl.zeros((SEGMENTS, BLOCK_D), WIDE)
+                step = first_step + r
+                t = step if REVERSE else time - 1 - step
+                starts = (tl.load(first + t, step < end, 0) != 0) & in_row
+                own = tl.zeros((SEGMENTS, BLOCK_D), WIDE)
                 if HAS_GRAD_LAST:
                     number = tl.load(sequence + t, step < end, 0).to(tl.int64)
-                    at = number[:, None] * channels + d[None, :]
-                    arrives = tl.load(grad_last + at, ends, 0.0).to(WIDE)
-                kept, lost = tl.where(ends, 1.0, kept), tl.where(ends, 0.0, lost)
-                state = tl.where(ends, arrives, state)
-                fresh = tl.where(ends, 1, fresh)
-            local = local + ((kept, lost, state, fresh, k, factor0, factor1, factor2),)
-            k, s = tl.where(mask, k, 1.0), tl.where(mask, s, 0.0)
-            lost = tl.fma(s, kept, lost)
-            state = k * (state + grad)
-            kept = kept * k if GATED else compound(kept, k)
-        enters, _, kept, lost, state, fresh = _join_segments(
-            kept, lost, state, fresh, value, rest, False, GATED, PACKED, SEGMENTS
-        )
-        if PHASE != SPANS:
+                    own = tl.load(grad_last + number * channels + d, starts, 0.0).to(WIDE)
+                a = tl.where(starts, own, a)
+                fresh = tl.where(starts, 1, fresh)
+            kept, lost, a, b = _extend(kept, lost, a, b, k, gone, grad, ADJOINT, BRIEF)
+            steps = steps + ((k, grad, starts, own, own),)
+            factors = factors + ((factor0, factor1, factor2),)
+        if SEGMENTS > 1:
+            kept, lost, a, b, fresh = _compose_segments(
+                kept, lost, a, b, fresh, ADJOINT, BRIEF, PACKED
+            )
+        if PHASE == SPANS:
+            span_kept, span_lost, span_a, span_b, span_fresh = _add_tile(
+                span_kept, span_lost, span_a, span_b, span_fresh, kept, lost, a, b, fresh,
+                ADJOINT, SEGMENTS,
+            )  # fmt: skip
+        else:
+            arrives, _ = _enter_segments(
+                steps, kept, lost, a, b, fresh, value, rest, ADJOINT, BRIEF, PACKED, SEGMENTS, ROWS
+            )
             for r in tl.static_range(ROWS):
                 step = first_step + r
                 t = step if REVERSE else time - 1 - step
-                earlier = t + 1 if REVERSE else t - 1
-                there = step < end
-                mask = there[:, None] & in_row[None, :]
-                k, s, u, f, own, factor0, factor1, factor2 = local[r]
-                arrives = apply(k, s, u, enters)
+                mask = (step < end) & in_row
+                k, grad, starts, own, _ = steps[r]
                 if PACKED:
-                    arrives = tl.where(f != 0, u, arrives)
-                grad = arrives + raw[r][4]
-                _store(grad0, _at(row, t, d, strides_grad0), mask, grad * factor0)
-                _store(grad1, _at(row, t, d, strides_grad1), mask, grad * factor1)
+                    arrives = tl.where(starts, own, arrives)
+                grad = arrives + grad
+                _store(view_grad0, t, strides_grad0, mask, grad * factors[r][0])
+                _store(view_grad1, t, strides_grad1, mask, grad * factors[r][1])
                 if INPUTS > 2:
-                    _store(grad2, _at(row, t, d, strides_grad2), mask, grad * factor2)
+                    _store(view_grad2, t, strides_grad2, mask, grad * factors[r][2])
+                arrives = k * grad
                 if PACKED:
-                    begins = tl.load(first + earlier, there & (step + 1 < time), 1) != 0
-                    number = tl.load(sequence + t, there, 0).to(tl.int64)
-                    at = number[:, None] * channels + d[None, :]
-                    tl.store(grad_h0 + at, own * grad, begins[:, None] & mask)
-        k, s, u = _last(kept, SEGMENTS), _last(lost, SEGMENTS), _last(state, SEGMENTS)
-        f = _last(fresh, SEGMENTS)
-        if PHASE == SPANS:
-            total, total_lost, total_state, mark = then_packed(
-                total, total_lost, total_state, mark, k, s, u, f
+                    earlier = t + 1 if REVERSE else t - 1
+                    begins = tl.load(first + earlier, (step < end) & (step + 1 < time), 1) != 0
+                    number = tl.load(sequence + t, step < end, 0).to(tl.int64)
+                    tl.store(grad_h0 + number * channels + d, arrives, begins & mask)
+            value, rest = _behind_tile(
+                value, rest, kept, lost, a, b, fresh, arrives, arrives, ADJOINT, BRIEF, SEGMENTS
             )
-        else:
-            value, rest = _carry_on(value, rest, k, s, u, f, False)
-    if PHASE != SPANS and not PACKED:
-        tl.store(grad_h0 + state_at, value + rest, in_row & (end == time))
     if PHASE == SPANS:
-        tl.store(spans + slot, total, in_row)
-        tl.store(spans + slot + part, total_lost, in_row)
-        tl.store(spans + slot + 2 * part, total_state, in_row)
-        tl.store(spans + slot + 3 * part, mark.to(WIDE), in_row)
+        _store_span(spans, slot, part, span_kept, span_lost, span_a, span_b, span_fresh, in_row)
+    elif not PACKED:
+        if end == time:
+            tl.store(grad_h0 + state_at, value + rest, in_row)

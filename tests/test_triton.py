@@ -1,0 +1,136 @@
+"""Triton's kernels as far as no GPU is needed: the plan, the choice, and what they avoid.
+
+Values are checked by the tests of all backends, on Triton's interpreter: MSRNN_BACKEND=triton
+TRITON_INTERPRET=1; on a GPU with MSRNN_TEST_DEVICE=cuda.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import msrnn_ops as ms
+from msrnn_ops import backend
+
+FOLDER = Path(ms.__file__).parent / "triton_kernels"
+INSTALLED = importlib.util.find_spec("triton") is not None
+installed = pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
+usable = pytest.mark.skipif(ms.backends()["triton"] != "ok", reason="Triton cannot be used here")
+
+
+def run(code: str, **environment: str) -> str:
+    command = [sys.executable, "-c", code]
+    env = {"PATH": "", "PYTHONPATH": ":".join(filter(None, sys.path)), **environment}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@installed
+def test_importing_the_package_does_not_import_triton() -> None:
+    code = "import torch, sys; before = 'triton' in sys.modules; import msrnn_ops as ms; {}"
+    code += "; print(before or 'triton' not in sys.modules, ms.backends()['triton'])"
+    assert run(code.format("0"), TRITON_INTERPRET="1") == "True ok"
+    if not torch.cuda.is_available():
+        assert run(code.format("0")) == "True torch finds no GPU"
+
+
+@pytest.mark.skipif(ms.backends()["triton"] == "ok", reason="Triton can be used here")
+def test_a_machine_without_it_says_why() -> None:
+    reason = "Triton is not installed" if not INSTALLED else "torch finds no GPU"
+    assert ms.backends()["triton"] == reason
+    with pytest.raises(ValueError, match=f"'triton' cannot be used: {reason}"):
+        ms.use_backend("triton").__enter__()
+    assert not hasattr(torch.ops.msrnn_triton, "min_gru")
+
+
+@usable
+def test_the_environment_and_a_block_choose_it_and_each_call_remembers() -> None:
+    class Called(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore
+            if func.namespace.startswith("msrnn"):
+                self.names.append(str(func.name()))
+            return func(*args, **(kwargs or {}))
+
+    gate = torch.randn(1, 4, 3, requires_grad=True)
+    own = "cuda" if gate.is_cuda and ms.backends()["cuda"] == "ok" else "cpu"
+    with ms.use_backend("triton"):
+        h = ms.min_gru(gate, gate)
+    with Called() as called, ms.use_backend("reference" if own == "cpu" and gate.is_cuda else own):
+        h.sum().backward()
+        ms.min_gru(gate.detach(), gate.detach())
+    assert called.names == ["msrnn_triton::min_gru_backward", "msrnn_ops::min_gru"]
+    chosen = "import msrnn_ops as ms; print(ms.backend.chosen())"
+    run(chosen.replace("ms.backend.chosen()", "1"), TRITON_INTERPRET="1", MSRNN_BACKEND="triton")
+
+
+@usable
+@pytest.mark.skipif(any(FOLDER.parent.glob("_cuda*.so")), reason="the CUDA library was built")
+def test_without_a_cuda_library_the_operators_for_cuda_are_tritons() -> None:
+    for name in ("min_gru", "min_gru_backward", "linear_scan", "attend_evict", "attend_sequence"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{backend.COMPILED}::{name}", "CUDA")
+
+
+def test_no_kernel_scans_in_reverse_or_in_more_than_one_grid_axis() -> None:
+    """`reverse` of associative_scan has been wrong (triton-lang/triton#4362)."""
+    scans = 0
+    for path in FOLDER.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                if node.func.attr == "program_id":  # 2^31 - 1 programs; other axes end at 65535
+                    assert [x.value for x in node.args if isinstance(x, ast.Constant)] == [0]
+                if node.func.attr in ("associative_scan", "cumsum", "cumprod"):
+                    scans += 1
+                    assert len(node.args) == 3 and not node.keywords, ast.unparse(node)
+    assert scans >= 5
+
+
+if ms.backends()["triton"] == "ok":
+    from msrnn_ops.triton_kernels import multi_state, scan
+
+    @given(
+        rows=st.integers(1, 64),
+        time=st.integers(1, 300_000),
+        channels=st.integers(1, 5000),
+        size=st.sampled_from([2, 4, 8]),
+        inputs=st.sampled_from([2, 3]),
+        backward=st.booleans(),
+    )
+    def test_a_scan_plan_covers_its_shape(
+        rows: int, time: int, channels: int, size: int, inputs: int, backward: bool
+    ) -> None:
+        plan = scan.plan(backward, size, inputs, rows, time, channels)
+        assert (plan.chunks - 1) * plan.chunk_steps < time <= plan.chunks * plan.chunk_steps
+        assert plan.chunk_steps % (plan.segments * plan.rows) == 0
+        assert plan.form == "walk" or plan.chunks == 1
+
+    @given(
+        rows=st.integers(1, 300),
+        kv_heads=st.integers(1, 16),
+        sharing=st.integers(1, 40),
+        slots=st.integers(2, 200_000),
+        head_dim=st.integers(1, 32).map(lambda n: 8 * n),
+        size=st.sampled_from([2, 4]),
+        per_head=st.booleans(),
+    )
+    def test_a_step_plan_covers_its_state(
+        rows: int, kv_heads: int, sharing: int, slots: int, head_dim: int, size: int, per_head: bool
+    ) -> None:
+        groups = kv_heads if per_head else 1
+        plan = multi_state.plan(rows, kv_heads * sharing, kv_heads, groups, slots, head_dim, size)
+        assert (plan.splits - 1) * plan.split_slots < slots <= plan.splits * plan.split_slots
+        assert (plan.parts - 1) * plan.part_slots < slots <= plan.parts * plan.part_slots
+        assert plan.split_slots % plan.tile.slots == 0 and plan.block_d >= head_dim
