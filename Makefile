@@ -6,6 +6,7 @@ BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*) setup.py pyproject.toml msrnn_ops/version.py
 MUTATIONS ?= mutations=[b-e]* mutations=no* mutations=relaxed* mutations=step_[b-t]*
 DTYPES ?= bfloat16,float32,float16,float64
+ARCHS ?= 75,80,86,89,90,100,120
 PARTS ?= build,test,triton,sanitizer,stress,bench
 TRITON ?= 3.6.0 3.9.0
 OUT ?= bench/results
@@ -25,7 +26,7 @@ test: $(VENV)/ready
 	$(BIN)/pytest tests --cov=msrnn_ops --cov-report=term
 	$(MAKE) emulate
 	$(MAKE) -j2 triton
-	$(MAKE) budget DTYPES=bfloat16
+	$(MAKE) budget DTYPES=bfloat16 ARCHS=80,90
 
 # The CUDA kernels without a GPU: most of the same tests on the emulator; schedules, sanitizers and
 # most planted bugs (MUTATIONS=mutations: all of them).
@@ -48,13 +49,13 @@ triton-%: $(VENV)/ready
 	$(VENV)/$@/bin/pip install -q triton==$*
 	MSRNN_BACKEND=triton $(INTERPRETED) $(VENV)/$@/bin/python -m pytest -q -p no:cacheprovider \
 		tests/test_triton.py tests/test_scan.py tests/test_multi_state.py -k "$(SMALL)"
-	$(VENV)/$@/bin/python -m bench.triton_budget --check --quick
+	test $* != $(lastword $(TRITON)) || $(VENV)/$@/bin/python -m bench.triton_budget --check --quick
 
 # What nvcc makes of them for seven architectures, against the stored table.
 budget: $(VENV)/ready
 	@command -v nvcc >/dev/null || { echo "budget: skipped, there is no nvcc"; exit 0; } && \
 		$(BIN)/pip install -q nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump && \
-		$(BIN)/python -m bench.budget --check --dtypes $(DTYPES)
+		$(BIN)/python -m bench.budget --check --dtypes $(DTYPES) --archs $(ARCHS)
 
 # On a machine with a GPU, with the packages of $(PYTHON) alone and no network: build, test, sanitize,
 # stress and measure; results go to the folder OUT.

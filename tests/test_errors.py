@@ -267,8 +267,6 @@ def test_backends() -> None:
     assert set(ms.backends()) == {"cuda", "triton", "cpu", "reference"}
     with pytest.raises(ValueError, match="expected a backend among"), ms.use_backend("tpu"):
         pass
-    with pytest.raises(ValueError, match="not built"), ms.use_backend("triton"):
-        pass
     leaf = x.clone().requires_grad_()
     with ms.use_backend("reference"):
         h = ms.min_gru(leaf, x)
