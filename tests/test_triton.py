@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,28 +55,55 @@ def test_a_machine_without_it_says_why() -> None:
     assert not hasattr(torch.ops.msrnn_triton, "min_gru")
 
 
+class Called(TorchDispatchMode):
+    """Notes the package's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        if func.namespace.startswith("msrnn"):
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
 @usable
-def test_the_environment_and_a_block_choose_it_and_each_call_remembers() -> None:
-    class Called(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.names: list[str] = []
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore
-            if func.namespace.startswith("msrnn"):
-                self.names.append(str(func.name()))
-            return func(*args, **(kwargs or {}))
-
+def test_a_block_chooses_it_and_each_call_remembers() -> None:
     gate = torch.randn(1, 4, 3, requires_grad=True)
-    own = "cuda" if gate.is_cuda and ms.backends()["cuda"] == "ok" else "cpu"
     with ms.use_backend("triton"):
         h = ms.min_gru(gate, gate)
-    with Called() as called, ms.use_backend("reference" if own == "cpu" and gate.is_cuda else own):
+    with Called() as called, ms.use_backend("cpu"):
         h.sum().backward()
-        ms.min_gru(gate.detach(), gate.detach())
-    assert called.names == ["msrnn_triton::min_gru_backward", "msrnn_ops::min_gru"]
-    chosen = "import msrnn_ops as ms; print(ms.backend.chosen())"
-    run(chosen.replace("ms.backend.chosen()", "1"), TRITON_INTERPRET="1", MSRNN_BACKEND="triton")
+        if not gate.is_cuda:
+            ms.min_gru(gate.detach(), gate.detach())
+    expected = ["msrnn_triton::min_gru_backward", "msrnn_ops::min_gru"]
+    assert called.names == expected[: 1 if gate.is_cuda else 2]
+
+
+@usable
+def test_the_environment_chooses_it() -> None:
+    code = "import torch, msrnn_ops as ms; from msrnn_ops import backend; print(backend._chosen)"
+    interpreted = {k: v for k, v in os.environ.items() if k == "TRITON_INTERPRET"}
+    assert run(code, MSRNN_BACKEND="triton", **interpreted) == "triton"
+
+
+@usable
+def test_direct_calls_are_checked() -> None:
+    x = torch.randn(1, 4, 3)
+    ops = torch.ops.msrnn_triton
+    for call in (
+        lambda: ops.min_gru(x, x[:, :3], None, None, False, False),
+        lambda: ops.min_gru(x, x.double(), None, None, False, False),
+        lambda: ops.min_gru_joint(x, None, None, False, False),
+        lambda: ops.min_gru(x, x, x[0], None, False, False),
+        lambda: ops.min_gru_backward(x, None, x, x, x[:, :2], None, None, False, False),
+        lambda: ops.min_gru_backward(x[:, :2], None, x, x, x, None, None, False, False),
+    ):
+        with pytest.raises(RuntimeError, match="expected"):
+            call()
 
 
 @usable

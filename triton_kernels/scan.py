@@ -84,6 +84,17 @@ def plan(backward: bool, size: int, inputs: int, rows: int, time: int, channels:
     return tuned("chunks", chunks)
 
 
+def _check(tensors: Sequence[Tensor], states: Sequence[Tensor | None], count: int) -> None:
+    """For direct calls of the operators; the public functions have clearer words."""
+    first = tensors[0]
+    if first.dim() != 3 or any(x.shape != first.shape or x.dtype != first.dtype for x in tensors):
+        raise RuntimeError("expected tensors (B, T, D) of one shape and dtype")
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    for x in states:
+        if x is not None and (x.shape != (count, first.shape[2]) or x.dtype != dtype):
+            raise RuntimeError("expected a state (sequences, D) in the accumulation dtype")
+
+
 def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
@@ -148,9 +159,10 @@ def forward(
     op: Op, inputs: Sequence[Tensor], h0: Tensor | None, cu_seqlens: Tensor | None,
     reverse: bool, identity: bool = False,
 ) -> Outputs:  # fmt: skip
-    shape = rows, time, channels = tuple(inputs[0].shape)
+    count = inputs[0].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    _check(inputs, [h0], count)
+    shape = _, time, channels = tuple(inputs[0].shape)
     h = inputs[0].new_empty(shape)
-    count = rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     h0 = None if h0 is None else h0.contiguous()
     none = -torch.inf if op is LOG else 0.0
@@ -177,8 +189,9 @@ def backward(
     reverse: bool, identity: bool = False,
 ) -> Tensor:  # fmt: skip
     """Fills the gradients of the inputs; returns that of h0."""
-    shape = rows, time, channels = tuple(h.shape)
-    count = rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    count = h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    _check([h, *saved, *([] if grad_h is None else [grad_h])], [h0, grad_last], count)
+    shape = _, time, channels = tuple(h.shape)
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     if grad_last is None:
         grad_h0 = h.new_zeros((count, channels), dtype=dtype)

@@ -22,13 +22,13 @@ SCANS: dict[tuple[str, str, int, int], tuple[int, ...]] = {
     ("backward", "chunks", 2, 3): (1, 8, 64, 1),
     ("backward", "chunks", 4, 2): (1, 16, 32, 1),
     ("backward", "chunks", 4, 3): (1, 8, 32, 1),
-    ("forward", "segments", 2, 2): (16, 4, 64, 4),
-    ("forward", "segments", 2, 3): (16, 4, 64, 4),
-    ("forward", "segments", 4, 2): (16, 4, 32, 4),
-    ("forward", "segments", 4, 3): (16, 4, 32, 4),
+    ("forward", "segments", 2, 2): (8, 8, 32, 4),
+    ("forward", "segments", 2, 3): (8, 8, 32, 4),
+    ("forward", "segments", 4, 2): (8, 8, 32, 4),
+    ("forward", "segments", 4, 3): (8, 8, 32, 4),
     ("backward", "segments", 2, 2): (16, 4, 32, 4),
     ("backward", "segments", 2, 3): (16, 4, 32, 4),
-    ("backward", "segments", 4, 2): (16, 4, 32, 4),
+    ("backward", "segments", 4, 2): (8, 8, 32, 4),
     ("backward", "segments", 4, 3): (16, 4, 32, 4),
 }
 
