@@ -28,7 +28,7 @@ SCANS: dict[tuple[str, str, int, int], tuple[int, ...]] = {
     ("forward", "segments", 4, 3): (8, 8, 32, 4),
     ("backward", "segments", 2, 2): (16, 4, 32, 4),
     ("backward", "segments", 2, 3): (16, 4, 32, 4),
-    ("backward", "segments", 4, 2): (8, 8, 32, 4),
+    ("backward", "segments", 4, 2): (16, 4, 32, 4),
     ("backward", "segments", 4, 3): (16, 4, 32, 4),
 }
 
