@@ -68,7 +68,7 @@ _TILES = {"walk": (1, 4, 256, 1), "segments": (64, 2, 128, 4), "chunks": (16, 2,
 
 def repair() -> None:
     tuning.SCANS.update({key: _TILES[key[1]] for key in tuning.SCANS})
-    scan._PROCESSORS, scan._WARPS, scan._FEWEST_STEPS = 3, 4, 16
+    scan._FILL, scan._NEARLY, scan._FEWEST_STEPS, scan._FEWEST_CHUNKS = 300, 150, 16, 3
     builder = interpreter.InterpreterBuilder
     cast, dot, fma = builder.cast_impl, builder.create_dot, builder.create_fma
 

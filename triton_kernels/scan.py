@@ -18,8 +18,9 @@ from triton import language as tl
 from . import recurrence, scan_kernels
 from .tuning import SCANS
 
-_PROCESSORS = 132  # of a large GPU; a plan depends on shape and dtype alone
-_WARPS = 4 * _PROCESSORS  # that keep its memory busy
+# Rows times channels that fill a large GPU, and that nearly do; a plan depends on shape and dtype
+# alone.
+_FILL, _NEARLY = 128 * 256, 128 * 32
 _FEWEST_STEPS = 256  # of a chunk
 _FEWEST_CHUNKS = 4  # fewer do not pay for reading twice
 Outputs = tuple[Tensor, ...]
@@ -72,15 +73,13 @@ def plan(backward: bool, size: int, inputs: int, rows: int, time: int, channels:
         chunks = triton.cdiv(time, steps)
         return Plan(form, segments, tile_rows, block_d, warps, chunks, steps)
 
-    def programs(plan: Plan) -> int:
-        return rows * triton.cdiv(channels, plan.block_d)
-
-    walk, segmented, cut = tuned("walk"), tuned("segments"), tuned("chunks")
-    if programs(walk) * walk.warps >= _WARPS or time <= 2 * walk.tile:
+    lanes = rows * channels
+    walk = tuned("walk")
+    if lanes >= _FILL or time <= 2 * walk.tile:
         return walk
-    chunks = min(triton.cdiv(_WARPS, programs(cut) * cut.warps), time // _FEWEST_STEPS)
-    if programs(segmented) >= _PROCESSORS or chunks < _FEWEST_CHUNKS:
-        return segmented
+    chunks = min(triton.cdiv(_FILL, max(lanes, 1)), time // _FEWEST_STEPS)
+    if lanes >= _NEARLY or chunks < _FEWEST_CHUNKS:
+        return tuned("segments")
     return tuned("chunks", chunks)
 
 

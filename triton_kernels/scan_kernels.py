@@ -350,7 +350,7 @@ def scan_forward(
             steps = steps + ((k, added, starts, own_a, own_b),)
         if SEGMENTS > 1:
             kept, lost, a, b, fresh = _compose_segments(
-                kept, lost, a, b, fresh, SPACE, BRIEF, PACKED
+                kept, lost, a, b, fresh, SPACE, BRIEF and PHASE != SPANS, PACKED
             )
         if PHASE == SPANS:
             span_kept, span_lost, span_a, span_b, span_fresh = _add_tile(
@@ -515,7 +515,7 @@ def scan_backward(
             factors = factors + ((factor0, factor1, factor2),)
         if SEGMENTS > 1:
             kept, lost, a, b, fresh = _compose_segments(
-                kept, lost, a, b, fresh, ADJOINT, BRIEF, PACKED
+                kept, lost, a, b, fresh, ADJOINT, BRIEF and PHASE != SPANS, PACKED
             )
         if PHASE == SPANS:
             span_kept, span_lost, span_a, span_b, span_fresh = _add_tile(
