@@ -188,7 +188,9 @@ def triton(check: Check) -> Result:
 
     if (state := ms.backends()["triton"]) != "ok":
         return {"status": UNAVAILABLE, "reason": state}
-    return _pytest(check, "-k", "not float16- and not float64-", MSRNN_BACKEND="triton")
+    return _pytest(
+        check, "-k", "(bfloat16 or not float16-) and not float64-", MSRNN_BACKEND="triton"
+    )
 
 
 def _sanitize(check: Check, program: str, tool: str, cases: str) -> Result:

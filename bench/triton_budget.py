@@ -155,14 +155,21 @@ _SHAPES = {"walk": (32, 2048, 2048), "segments": (4, 2048, 4096), "chunks": (1, 
 _INPUTS = {"linear_scan": 2, "log_scan": 2, "min_gru": 2, "min_lstm": 3}
 
 
-def _call_scan(name: str, shape: tuple[int, int, int], dtype: torch.dtype, backward: bool) -> None:
+def _call_scan(
+    name: str, shape: tuple[int, int, int], dtype: torch.dtype, backward: bool, packed: bool = False
+) -> None:
+    """`packed`: eight sequences in reverse, with initial states."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     x = torch.empty(shape, dtype=dtype, device="meta")
+    h0 = torch.empty(8, shape[2], dtype=wide, device="meta") if packed else None
+    cu_seqlens = torch.empty(9, dtype=torch.int64, device="meta") if packed else None
     flags = (False,) if name.startswith("min_") else ()
     saved = 1 if name == "linear_scan" else _INPUTS[name]
+    options = (h0, cu_seqlens, packed, *flags)
     if backward:
-        scan.OPERATORS[f"{name}_backward"](x, None, *[x] * saved, x, None, None, False, *flags)
+        scan.OPERATORS[f"{name}_backward"](x, h0, *[x] * saved, x, *options)
     else:
-        scan.OPERATORS[name](*[x] * _INPUTS[name], None, None, False, *flags)
+        scan.OPERATORS[name](*[x] * _INPUTS[name], *options)
 
 
 def _call_step(
@@ -185,9 +192,19 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
                 ):
                     call = partial(_call_scan, name, shape, dtype, which == "backward")
                     yield f"{name}/{label}/{form}/{which}", call
+        for name, form in (("min_gru", "chunks"), ("log_scan", "segments")):
+            shape = (1, _SHAPES[form][1], 8192 if form == "segments" else 256)
+            for which in ("forward", "backward"):
+                call = partial(_call_scan, name, shape, dtype, which == "backward", True)
+                yield f"{name}/{label}/{form}/packed {which}", call
         for heads, head_dim in (((32, 8), 128), ((32, 32), 64)):
-            for policy in (ms.Policy.tova(8192), ms.Policy.h2o(8192, scope="head")):
-                name = f"attend_evict/{label}/{heads[0]}:{heads[1]}x{head_dim}/{policy.score}"
+            for policy in (
+                ms.Policy.tova(8192),
+                ms.Policy.h2o(8192, scope="head"),
+                ms.Policy.tova(63),  # one split: no partial outputs
+            ):
+                size = f"{heads[0]}:{heads[1]}x{head_dim}x{policy.slots}"
+                name = f"attend_evict/{label}/{size}/{policy.score}"
                 yield name, partial(_call_step, heads, head_dim, policy, dtype)
 
 

@@ -17,6 +17,7 @@ from msrnn_ops import _C
 
 _NAMES = ("cuda", "triton", "cpu", "reference")
 _FOLDER = Path(__file__).parent
+_TRITON_INSTALLED = find_spec("triton") is not None
 
 # Namespaces of operators: compiled kernels, by device; and Triton's, for any device.
 COMPILED = "msrnn_ops"
@@ -42,7 +43,10 @@ def backends() -> dict[str, str]:
 
 
 def load_libraries() -> dict[str, torch.library.Library]:
-    """Loads the compiled operators, and defines all of them again where Triton can be used."""
+    """Loads the compiled operators, and defines all of them again where Triton is installed.
+
+    Asks no device for anything: a process that forks after the import can still use CUDA.
+    """
     libraries = list(_FOLDER.glob("_cpu*.so"))
     if not libraries:
         raise ImportError(
@@ -52,7 +56,7 @@ def load_libraries() -> dict[str, torch.library.Library]:
     for path in (*libraries, *_FOLDER.glob("_cuda*.so")):
         torch.ops.load_library(path)
     found = {COMPILED: torch.library.Library(COMPILED, "IMPL")}
-    if _triton() == "ok":
+    if _TRITON_INSTALLED:
         found[TRITON] = torch.library.Library(TRITON, "DEF")
         for name in torch._C._dispatch_get_all_op_names():
             if name.startswith(f"{COMPILED}::"):
@@ -102,7 +106,7 @@ def _cuda() -> str:
 
 @cache
 def _triton() -> str:
-    if find_spec("triton") is None:
+    if not _TRITON_INSTALLED:
         return "Triton is not installed"
     if _interpreted():
         return "ok"
@@ -113,6 +117,14 @@ def _triton() -> str:
         major, minor = torch.cuda.get_device_capability()
         return f"Triton needs compute capability 8.0, this GPU has {major}.{minor}"
     return "ok"
+
+
+def _is_usable(name: str) -> bool:
+    return (_cuda() if name == "cuda" else _triton()) == "ok"
+
+
+# torch.compile takes the answer and does not look at how it is found.
+_usable: Callable[[str], bool] = torch.compiler.assume_constant_result(_is_usable)
 
 
 def _interpreted() -> bool:
@@ -174,9 +186,9 @@ def namespace(op: str, device: torch.device) -> str | None:
         return TRITON
     if _chosen not in (None, device.type):
         raise ValueError(f"{op}: expected tensors on {_chosen}, the chosen backend, got {device}")
-    if device.type == "cpu" or (device.type == "cuda" and _cuda() == "ok"):
+    if device.type == "cpu" or (device.type == "cuda" and _usable("cuda")):
         return COMPILED
-    if _triton() == "ok":
+    if _usable("triton"):
         return COMPILED if device.type == "cuda" else TRITON
     reason = f"{_cuda()}; {_triton()}" if device.type == "cuda" else "no such kernels"
     raise ValueError(

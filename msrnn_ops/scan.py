@@ -130,6 +130,7 @@ class _Call:
     """The arguments of an op that are not differentiated."""
 
     op: _Op
+    namespace: str
     cu_seqlens: Tensor | None
     reverse: bool
     flags: tuple[bool, ...]
@@ -165,8 +166,8 @@ class _Call:
             grad_last = a.new_zeros(count, h.shape[2])
         entering = _per_sequence(torch.ones_like(grad_last), self.cu_seqlens)
         later = _shift(a, entering, sequences, not self.reverse)
-        reverse = not self.reverse
-        s = linear_scan(later, grad, grad_last, reverse=reverse, cu_seqlens=self.cu_seqlens)
+        scan = _calls[self.namespace]["linear_scan"]
+        s, _ = scan(later, grad, grad_last, self.cu_seqlens, not self.reverse)
         carried = a * s
         last = _per_sequence(grad_last, self.cu_seqlens)
         grad_h0 = [
@@ -193,9 +194,8 @@ class _Call:
         for factor, tangent in zip(factors, tangents, strict=False):
             if tangent is not None:
                 b = b + factor * tangent
-        dh, last = linear_scan(
-            a, b, tangent_h0, reverse=self.reverse, cu_seqlens=self.cu_seqlens, return_state=True
-        )
+        scan = _calls[self.namespace]["linear_scan"]
+        dh, last = scan(a, b, tangent_h0, self.cu_seqlens, self.reverse)
         return dh.to(h.dtype), last
 
 
@@ -238,7 +238,7 @@ def _define(op: _Op, namespace: str) -> Callable[..., tuple[Tensor, Tensor]]:
     def saved(ctx: Any) -> tuple[_Call, Sequence[Tensor], Tensor, Tensor | None]:
         *inputs, h, h0, cu_seqlens = ctx.saved_tensors
         reverse, flags = ctx.call
-        return _Call(op, cu_seqlens, reverse, flags), inputs, h, h0
+        return _Call(op, namespace, cu_seqlens, reverse, flags), inputs, h, h0
 
     def backward(ctx: Any, grad_h: Tensor | None, grad_last: Tensor | None) -> Any:
         call, inputs, h, h0 = saved(ctx)

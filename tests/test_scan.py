@@ -417,6 +417,14 @@ def test_growing_products_out_of_range_fall_back_to_a_walk() -> None:
     assert torch.equal(h.isinf(), exact > torch.finfo(torch.float32).max)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_nothing_is_left_of_a_state_that_is_forgotten(dtype: torch.dtype) -> None:
+    a, b = torch.rand(1, 130, 130) / 100 + 0.99, 1e5 * torch.randn(1, 130, 130)
+    a[:, 120], b[:, 120:] = 0, 0
+    h, last = ms.linear_scan(a.to(dtype), b.to(dtype), return_state=True)
+    assert h[:, 119].any() and not h[:, 120:].any() and not last.any()
+
+
 def test_float16_overflow_is_infinite_and_tiny_values_survive() -> None:
     h = ms.linear_scan(torch.ones(1, 3, 17).half(), torch.full((1, 3, 17), 40000.0).half())
     assert h[:, 0].eq(40000).all() and h[:, 1:].isinf().all()

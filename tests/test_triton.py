@@ -52,7 +52,6 @@ def test_a_machine_without_it_says_why() -> None:
     assert ms.backends()["triton"] == reason
     with pytest.raises(ValueError, match=f"'triton' cannot be used: {reason}"):
         ms.use_backend("triton").__enter__()
-    assert not hasattr(torch.ops.msrnn_triton, "min_gru")
 
 
 class Called(TorchDispatchMode):

@@ -38,8 +38,8 @@ class Tile:
     stages: int
 
 
-FINISH_SLOTS, FINISH_HEADS, FINISH_ELEMENTS = 128, 8, 32
 _FINISH_WARPS = 4
+FINISH_SLOTS, FINISH_HEADS, FINISH_ELEMENTS = 32 * _FINISH_WARPS, 8, 32
 # All variants of a kernel round alike: the halves of a step have the bits of the whole.
 _ALIKE = {"enable_fp_fusion": False}
 
@@ -241,7 +241,7 @@ def evict(
     _check_tensor(scores, (batch, groups, slots), torch.float32)
     if batch == 0:
         return
-    block = min(512, triton.next_power_of_2(slots))
+    block = min(512, max(32 * _FINISH_WARPS, triton.next_power_of_2(slots)))
     with _on(position):
         step_kernels.evict[(batch,)](
             scores, position, score, free, seen, last_evicted, slots, sinks, recent,

@@ -55,19 +55,20 @@ def exp_any(x):
 
 @triton.jit
 def expm1_gentle(x):
-    """exp(x) - 1 for |x| < log 2, by its Taylor polynomial."""
-    p = tl.fma(x, tl.fma(x, 2.7557319223985893e-6, 2.4801587301587302e-5), 1.984126984126984e-4)
+    """exp(x) - 1 for |x| < log 2, by its Taylor polynomial. Compilers fuse it; `tl.fma` would round
+    its constants to float32 in some versions."""
+    p = x * (x * 2.7557319223985893e-6 + 2.4801587301587302e-5) + 1.984126984126984e-4
     if x.dtype == tl.float64:
-        q = tl.fma(x, 1.1470745597729725e-11, 1.6059043836821613e-10)
-        q = tl.fma(x, tl.fma(x, q, 2.08767569878681e-9), 2.505210838544172e-8)
-        q = tl.fma(x, tl.fma(x, q, 2.755731922398589e-7), 2.7557319223985893e-6)
-        p = tl.fma(x, tl.fma(x, q, 2.4801587301587302e-5), 1.984126984126984e-4)
-    p = tl.fma(x, p, 1.388888888888889e-3)
-    p = tl.fma(x, p, 8.333333333333333e-3)
-    p = tl.fma(x, p, 4.1666666666666664e-2)
-    p = tl.fma(x, p, 1.6666666666666666e-1)
-    p = tl.fma(x, p, 0.5)
-    return tl.fma(p * x, x, x)
+        q = x * 1.1470745597729725e-11 + 1.6059043836821613e-10
+        q = x * (x * q + 2.08767569878681e-9) + 2.505210838544172e-8
+        q = x * (x * q + 2.755731922398589e-7) + 2.7557319223985893e-6
+        p = x * (x * q + 2.4801587301587302e-5) + 1.984126984126984e-4
+    p = x * p + 1.388888888888889e-3
+    p = x * p + 8.333333333333333e-3
+    p = x * p + 4.1666666666666664e-2
+    p = x * p + 1.6666666666666666e-1
+    p = x * p + 0.5
+    return (p * x) * x + x
 
 
 @triton.jit

@@ -83,11 +83,17 @@ def plan(backward: bool, size: int, inputs: int, rows: int, time: int, channels:
     return tuned("chunks", chunks)
 
 
-def _check(tensors: Sequence[Tensor], states: Sequence[Tensor | None], count: int) -> None:
+def _check(
+    tensors: Sequence[Tensor], states: Sequence[Tensor | None], count: int, packed: bool
+) -> None:
     """For direct calls of the operators; the public functions have clearer words."""
     first = tensors[0]
     if first.dim() != 3 or any(x.shape != first.shape or x.dtype != first.dtype for x in tensors):
         raise RuntimeError("expected tensors (B, T, D) of one shape and dtype")
+    if first.shape[1] >= 2**31 - 2**16:
+        raise RuntimeError(f"expected fewer steps, got {first.shape[1]}")
+    if packed and first.shape[0] != 1:
+        raise RuntimeError(f"expected B = 1 with cu_seqlens, got {first.shape[0]}")
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     for x in states:
         if x is not None and (x.shape != (count, first.shape[2]) or x.dtype != dtype):
@@ -159,7 +165,7 @@ def forward(
     reverse: bool, identity: bool = False,
 ) -> Outputs:  # fmt: skip
     count = inputs[0].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    _check(inputs, [h0], count)
+    _check(inputs, [h0], count, cu_seqlens is not None)
     shape = _, time, channels = tuple(inputs[0].shape)
     h = inputs[0].new_empty(shape)
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
@@ -189,7 +195,8 @@ def backward(
 ) -> Tensor:  # fmt: skip
     """Fills the gradients of the inputs; returns that of h0."""
     count = h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    _check([h, *saved, *([] if grad_h is None else [grad_h])], [h0, grad_last], count)
+    tensors = [h, *saved, *([] if grad_h is None else [grad_h])]
+    _check(tensors, [h0, grad_last], count, cu_seqlens is not None)
     shape = _, time, channels = tuple(h.shape)
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     if grad_last is None:
@@ -226,7 +233,7 @@ def _separate(op: Op) -> tuple[Callable[..., Outputs], Callable[..., Outputs]]:
 
     def run_backward(grad_h: Tensor | None, grad_last: Tensor | None, *args: Any) -> Outputs:
         saved, rest = args[: op.saved], args[op.saved :]
-        gradients = [torch.empty_like(rest[0]) for _ in range(op.inputs)]
+        gradients = [rest[0].new_empty(rest[0].shape) for _ in range(op.inputs)]
         grad_h0 = backward(op, gradients, grad_h, grad_last, saved, *rest)
         return *gradients, grad_h0
 

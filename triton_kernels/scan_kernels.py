@@ -207,7 +207,7 @@ def _behind_tile(
     if SPACE == LOG_STATE:
         walked += tl.log(_last(leaves_b, SEGMENTS))
     if BRIEF and SPACE != LOG_STATE:
-        return walked, rest
+        return walked, tl.zeros_like(rest)
     value, rest = _carry_on(
         value, rest, _last(kept, SEGMENTS), _last(lost, SEGMENTS), _last(a, SEGMENTS),
         _last(b, SEGMENTS), _last(fresh, SEGMENTS), SPACE,

@@ -282,6 +282,8 @@ def _search(
     """The candidate of a group's slots, after adding to their score what accumulates.
 
     Pointers of the group. Attention is read from `scores` or, where they are None, from `logits`.
+    BLOCK_S is no less than the threads of a program: what accumulates is read and written back
+    without a barrier, which only holds where no two threads share a slot.
     """
     none = tl.full((), _NONE, tl.int32)
     lowest, oldest, victim, empty = none, tl.full((), _NEVER, tl.int64), none, none
@@ -380,13 +382,15 @@ def finish(
     g = part // parts % GROUPS
     row = (part // parts // GROUPS).to(tl.int64)
     part = part % parts
-    if tl.program_id(0) < outputs:
-        _combine(
-            tl.program_id(0), out, strides_out, t, valid, time, partial, sums, exchange,
-            exchange_size, slots, splits, split_slots,
-            QUERY_HEADS, GROUPS, HEAD_DIM, SPLITS, BLOCK_OUT,
-        )  # fmt: skip
-    elif _is_real(valid, row, time, t):
+    if partial is not None:
+        if tl.program_id(0) < outputs:
+            _combine(
+                tl.program_id(0), out, strides_out, t, valid, time, partial, sums, exchange,
+                exchange_size, slots, splits, split_slots,
+                QUERY_HEADS, GROUPS, HEAD_DIM, SPLITS, BLOCK_OUT,
+            )  # fmt: skip
+            return
+    if _is_real(valid, row, time, t):
         group = row * GROUPS + g
         offset = group * slots
         now = tl.load(exchange + group * exchange_size + NOW)
