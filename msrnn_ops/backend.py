@@ -119,12 +119,13 @@ def _triton() -> str:
     return "ok"
 
 
-def _is_usable(name: str) -> bool:
+def _usable(name: str) -> bool:
     return (_cuda() if name == "cuda" else _triton()) == "ok"
 
 
-# torch.compile takes the answer and does not look at how it is found.
-_usable: Callable[[str], bool] = torch.compiler.assume_constant_result(_is_usable)
+# torch.compile takes the answer and does not look at how it is found. This is what
+# torch.compiler.assume_constant_result sets, after two seconds of importing Dynamo.
+_usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _interpreted() -> bool:

@@ -157,8 +157,9 @@ def test_readme() -> None:
 def test_importing_loads_neither_triton_nor_optional_packages() -> None:
     code = (
         "import torch, sys; before = set(sys.modules); import msrnn_ops;"
-        "print([m for m in set(sys.modules) - before if m.split('.')[0] not in"
-        "('msrnn_ops', 'torch') and not m.startswith('_')])"
+        "print(*(set(sys.modules) - before))"
     )
-    loaded = run(sys.executable, "-c", code)
-    assert not re.search(r"triton|transformers|matplotlib|rich|pytest", loaded)
+    loaded = run(sys.executable, "-c", code).split()
+    assert "msrnn_ops.backend" in loaded
+    slow = r"(triton|transformers|matplotlib|rich|pytest|sympy|torch\._dynamo|torch\._inductor)\b"
+    assert not [name for name in loaded if re.match(slow, name)]
