@@ -136,14 +136,15 @@ if ms.backends()["triton"] == "ok":
         size=st.sampled_from([2, 4, 8]),
         inputs=st.sampled_from([2, 3]),
         backward=st.booleans(),
+        packed=st.booleans(),
     )
     def test_a_scan_plan_covers_its_shape(
-        rows: int, time: int, channels: int, size: int, inputs: int, backward: bool
+        rows: int, time: int, channels: int, size: int, inputs: int, backward: bool, packed: bool
     ) -> None:
-        plan = scan.plan(backward, size, inputs, rows, time, channels)
+        plan = scan.plan(backward, size, inputs, packed, rows, time, channels)
         assert (plan.chunks - 1) * plan.chunk_steps < time <= plan.chunks * plan.chunk_steps
         assert plan.chunk_steps % (plan.segments * plan.rows) == 0
-        assert plan.form == "walk" or plan.chunks == 1
+        assert plan.form == "chunks" or plan.chunks == 1
 
     @given(
         rows=st.integers(1, 300),

@@ -59,13 +59,15 @@ class Plan:
         return self.segments * self.rows
 
 
-def plan(backward: bool, size: int, inputs: int, rows: int, time: int, channels: int) -> Plan:
+def plan(
+    backward: bool, size: int, inputs: int, packed: bool, rows: int, time: int, channels: int
+) -> Plan:
     """Of elements of so many bytes. The fewer rows and channels, the more is parallel in time."""
 
     def tuned(form: str, chunks: int = 1) -> Plan:
         key = ("backward" if backward else "forward", form, min(size, 4), inputs)
         segments, tile_rows, block_d, warps = SCANS[key]
-        if size == 8:
+        if size == 8 or (packed and segments == 1):  # more registers a row
             tile_rows = max(1, tile_rows // 2)
         block_d = min(block_d, triton.next_power_of_2(channels))
         tile = segments * tile_rows
@@ -164,8 +166,9 @@ def forward(
     op: Op, inputs: Sequence[Tensor], h0: Tensor | None, cu_seqlens: Tensor | None,
     reverse: bool, identity: bool = False,
 ) -> Outputs:  # fmt: skip
+    packed = cu_seqlens is not None
     count = inputs[0].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    _check(inputs, [h0], count, cu_seqlens is not None)
+    _check(inputs, [h0], count, packed)
     shape = _, time, channels = tuple(inputs[0].shape)
     h = inputs[0].new_empty(shape)
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
@@ -176,12 +179,12 @@ def forward(
         return h, last
     first, sequence = _marks(cu_seqlens, time, starts=not reverse)
     _run(
-        scan_kernels.scan_forward, plan(False, h.element_size(), op.inputs, *shape), shape,
-        None if cu_seqlens is not None else h0, op is LOG, h,
+        scan_kernels.scan_forward, plan(False, h.element_size(), op.inputs, packed, *shape),
+        shape, None if packed else h0, op is LOG, h,
         {
             **_named("x", inputs), "h": h, "strides_h": h.stride(), "h0": h0, "last": last,
             "first": first, "sequence": sequence, "OP": op.code, "IDENTITY": identity,
-            "REVERSE": reverse, "PACKED": cu_seqlens is not None, "HAS_H0": h0 is not None,
+            "REVERSE": reverse, "PACKED": packed, "HAS_H0": h0 is not None,
             "INPUTS": op.inputs,
         },
     )  # fmt: skip
@@ -194,9 +197,10 @@ def backward(
     reverse: bool, identity: bool = False,
 ) -> Tensor:  # fmt: skip
     """Fills the gradients of the inputs; returns that of h0."""
+    packed = cu_seqlens is not None
     count = h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tensors = [h, *saved, *([] if grad_h is None else [grad_h])]
-    _check(tensors, [h0, grad_last], count, cu_seqlens is not None)
+    _check(tensors, [h0, grad_last], count, packed)
     shape = _, time, channels = tuple(h.shape)
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     if grad_last is None:
@@ -209,15 +213,15 @@ def backward(
     grad_last = None if grad_last is None else grad_last.contiguous()
     ends, sequence = _marks(cu_seqlens, time, starts=reverse)
     _run(
-        scan_kernels.scan_backward, plan(True, h.element_size(), op.inputs, *shape), shape,
-        None if cu_seqlens is not None else grad_last, False, h,
+        scan_kernels.scan_backward, plan(True, h.element_size(), op.inputs, packed, *shape),
+        shape, None if packed else grad_last, False, h,
         {
             **_named("x", saved), **_named("grad", gradients), "h": h, "strides_h": h.stride(),
             "h0": h0, "grad_h": grad_h,
             "strides_grad_h": (0, 0, 0) if grad_h is None else grad_h.stride(),
             "grad_last": grad_last, "grad_h0": grad_h0, "first": ends, "sequence": sequence,
             "OP": op.code, "IDENTITY": identity, "REVERSE": reverse,
-            "PACKED": cu_seqlens is not None, "HAS_H0": h0 is not None,
+            "PACKED": packed, "HAS_H0": h0 is not None,
             "HAS_GRAD_H": grad_h is not None, "HAS_GRAD_LAST": grad_last is not None,
             "SAVED": op.saved, "INPUTS": op.inputs,
         },
