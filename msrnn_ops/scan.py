@@ -375,11 +375,13 @@ def _check_cu_seqlens(op: _Op, x: Tensor, cu_seqlens: Tensor) -> None:
             f"{op.name}: expected B = 1 with cu_seqlens (sequences packed along time), "
             f"got B = {x.shape[0]}"
         )
-    # Values are known for plain CPU tensors alone; elsewhere kernels stay in bounds for any.
-    if torch.compiler.is_compiling() or type(cu_seqlens) is not Tensor or x.device.type != "cpu":
+
+
+def _check_cu_values(op: _Op, cu_seqlens: Tensor, time: int) -> None:
+    """For plain CPU tensors, whose values are known; elsewhere kernels stay in bounds for any."""
+    if torch.compiler.is_compiling() or type(cu_seqlens) is not Tensor or not cu_seqlens.is_cpu:
         return
     ends = cu_seqlens.tolist()
-    time = x.shape[1]
     if ends[0] != 0:
         raise ValueError(f"{op.name}: expected cu_seqlens to start at 0, got {ends[0]}")
     for i, (start, end) in enumerate(itertools.pairwise(ends)):
@@ -454,6 +456,7 @@ def _run(
     x = inputs[0]
     if cu_seqlens is not None:
         _check_cu_seqlens(op, x, cu_seqlens)
+        _check_cu_values(op, cu_seqlens, x.shape[1])
     if h0 is not None:
         count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         _check_state(op, x, h0, count, x.shape[2] // op.parts, autocast)
