@@ -17,7 +17,7 @@ more, added up over ranks, in backward and, with cu_seqlens, in forward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
@@ -63,15 +63,26 @@ class _Shard:
 
     def sent(self, x: Tensor) -> Tensor:
         x = x.unsqueeze(0).contiguous()
-        return _collectives.all_gather_into_tensor(x, self.ranks, self.group)
+        return self._exchange(_collectives.all_gather_into_tensor, x, self.ranks, self.group)
 
     def arrived(self, x: Tensor) -> Tensor:
-        x = _collectives.wait_tensor(x)
+        x = self._exchange(_collectives.wait_tensor, x)
         return x.flip(0) if self.reverse else x
 
     def total(self, x: Tensor) -> Tensor:
-        x = _collectives.all_reduce(x.contiguous(), "sum", self.group)
-        return _collectives.wait_tensor(x)
+        x = self._exchange(_collectives.all_reduce, x.contiguous(), "sum", self.group)
+        return self._exchange(_collectives.wait_tensor, x)
+
+    def _exchange(self, collective: Callable[..., Tensor], *args: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return collective(*args)
+        try:
+            return collective(*args)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{self.name}: rank {self.rank} of {self.ranks} waited in vain for the others: one "
+                f"of them failed, left or called something else ({error})"
+            ) from error
 
     def scan(
         self, op: _Op, inputs: Sequence[Tensor], h0: Tensor | None, cu_seqlens: Tensor | None
@@ -124,12 +135,11 @@ class _Packing:
 
 def _packing(shard: _Shard, cu_seqlens: Tensor, time: int) -> _Packing:
     here = torch.full((1,), time, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    lengths = _collectives.wait_tensor(
-        _collectives.all_gather_into_tensor(here, shard.ranks, shard.group)
-    )
+    lengths = shard.by_place(here)[:, 0]
     if not torch.compiler.is_compiling() and cu_seqlens.is_cpu:
         scan._check_cu_values(shard.op, cu_seqlens, int(lengths.sum()))
-    start = lengths[: shard.rank].sum()
+    before = lengths[: shard.place].sum()
+    start = lengths.sum() - before - time if shard.reverse else before
     end = start + time
     first, last = cu_seqlens[:-1, None], cu_seqlens[1:, None]
     some = first < last
