@@ -86,10 +86,11 @@ class MultiStateCache(Cache):  # type: ignore[misc]
     def __init__(self, policy: Policy, config: Any) -> None:
         config = config.get_text_config(decoder=True)
         _check_config(config)
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None)
         head_dim = head_dim or config.hidden_size // config.num_attention_heads
         # Refuses now what would be refused at the first tokens.
-        MultiState(policy, batch=0, kv_heads=1, head_dim=head_dim, device="meta")
+        MultiState(policy, batch=0, kv_heads=kv_heads, head_dim=head_dim, device="meta")
         layers: list[Any] = []
         for layer in DynamicCache(config=config).layers:
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
@@ -97,7 +98,7 @@ class MultiStateCache(Cache):  # type: ignore[misc]
                     "MultiStateCache: expected layers of full or sliding attention, got "
                     f"{type(layer).__name__} in {config.model_type}"
                 )
-            layers.append(layer if layer.is_sliding else _MultiStateLayer(policy))
+            layers.append(layer if layer.is_sliding else _MultiStateLayer(policy, kv_heads))
         super().__init__(layers=layers)
         self._config = config
 
@@ -122,9 +123,7 @@ class MultiStateCache(Cache):  # type: ignore[misc]
     def nbytes(self) -> int:
         """Memory of all layers, in bytes."""
         return sum(
-            layer.nbytes
-            if isinstance(layer, _MultiStateLayer)
-            else sum(x.numel() * x.element_size() for x in (layer.keys, layer.values))
+            layer.keys.nbytes + layer.values.nbytes if layer.is_sliding else layer.state.nbytes
             for layer in self.layers
             if layer.is_initialized
         )
@@ -135,7 +134,7 @@ class MultiStateCache(Cache):  # type: ignore[misc]
             # Not by its own reset, which leaves zeros to attend to in transformers 5.2.
             DynamicSlidingWindowLayer(layer.sliding_window)
             if layer.is_sliding
-            else _MultiStateLayer(layer.policy)
+            else _MultiStateLayer(layer.policy, layer.kv_heads)
             for layer in self.layers
         ]
 
@@ -174,15 +173,21 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, kv_heads: int) -> None:
         super().__init__()
         self.policy = policy
+        self.kv_heads = kv_heads
         self.state: MultiState | None = None
         self.tokens = 0  # of the longest row, padding included: positions depend on it
         self.waiting = False  # for the attention function
 
     def lazy_initialization(self, key: Tensor, value: Tensor) -> None:
         batch, kv_heads, _, head_dim = key.shape
+        if kv_heads != self.kv_heads:  # of some heads alone, each rank would keep other tokens
+            raise NotImplementedError(
+                f"MultiStateCache: expected {self.kv_heads} key-value heads as in the config, got "
+                f"{kv_heads}: heads sharded over ranks are not supported"
+            )
         self.state = MultiState(
             self.policy,
             batch=batch,
@@ -240,19 +245,17 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
 
     get_max_cache_shape = get_max_length  # its name in transformers 5.2
 
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.state is None else self.state.nbytes
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.state is not None:
             self.state.reorder(beam_idx.to(self.state.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.state = _pytree.tree_map(lambda x: x.repeat_interleave(repeats, 0), self.state)
+        if self.state is not None:
+            self.state = _pytree.tree_map(lambda x: x.repeat_interleave(repeats, 0), self.state)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.state = _pytree.tree_map(lambda x: x[indices], self.state)
+        if self.state is not None:
+            self.state = _pytree.tree_map(lambda x: x[indices], self.state)
 
 
 def _mask(**kwargs: Any) -> Tensor | None:

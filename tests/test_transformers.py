@@ -253,7 +253,7 @@ def test_enough_slots_equal_the_stock_model(family: str, options: dict[str, Any]
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", ["tova", "window+i", "h2o_head"])
 def test_beams_keep_their_own_states(name: str) -> None:
     """The score of a beam is that of its tokens alone, whatever rows it has come through."""
     model, beams = make("gemma3"), 4
@@ -351,6 +351,17 @@ def test_memory_does_not_grow() -> None:
         model(token, past_key_values=cache)
         assert cache.nbytes == bytes_of_prompt
     assert cache.get_seq_length() == 39 and cache.kept_positions()[1] is None
+
+
+def test_steps_of_padded_rows_take_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding in front of the prompt does not make each step a prompt."""
+    model = make(dtype=torch.float32)
+    cache = MultiStateCache(POLICIES["tova"], model.config)
+    prompt, mask = left_padded(14, 9)
+    model(prompt, attention_mask=mask.long(), past_key_values=cache)
+    monkeypatch.delattr(ours, "attend_prompt")
+    mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.bool)], 1)
+    model(prompt[:, -1:], attention_mask=mask.long(), past_key_values=cache)
 
 
 def test_reset_forgets() -> None:
@@ -460,6 +471,13 @@ def test_keys_that_do_not_arrive_are_refused() -> None:
         cache.update(keys, keys, 0)
 
 
+def test_sharded_heads_are_refused() -> None:
+    cache = MultiStateCache(POLICIES["tova"], make().config)
+    keys = torch.randn(1, 1, 5, 16)
+    with pytest.raises(NotImplementedError, match=r"expected 2 key-value heads .* got 1"):
+        cache.update(keys, keys, 0)
+
+
 def test_learned_sinks_are_refused() -> None:
     config = transformers.GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1)
     model = transformers.GptOssForCausalLM(config).eval()
@@ -471,7 +489,7 @@ def test_learned_sinks_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"prompt_lookup_num_tokens": 2}, {"cache_implementation": "static"}],
+    [{"prompt_lookup_num_tokens": 2, "eos_token_id": 96}, {"cache_implementation": "static"}],
     ids=["prompt lookup", "static cache"],
 )
 def test_generation_that_is_refused(options: dict[str, Any]) -> None:
