@@ -264,8 +264,8 @@ def _mask(**kwargs: Any) -> Tensor | None:
         return sdpa_mask(**kwargs)
     if kwargs["mask_function"] is not causal_mask_function:
         raise NotImplementedError(
-            "MultiStateCache: expected causal attention with padding, got another mask (packed "
-            "sequences, or images whose tokens see each other)"
+            "MultiStateCache: expected causal attention with padding, got another mask, such as "
+            "that of images whose tokens see each other"
         )
     mask: Tensor | None = kwargs["attention_mask"]
     if mask is None:

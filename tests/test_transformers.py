@@ -428,11 +428,10 @@ def test_compile() -> None:
 
 
 def refused_models() -> dict[str, tuple[Any, str]]:
-    window = {"num_kv_shared_layers": 1}
     return {
         "t5": (transformers.T5Config(), "t5 with an encoder"),
         "gemma2": (transformers.Gemma2Config(), "gemma2 with attn_logit_softcapping"),
-        "shared": (transformers.LlamaConfig(**window), "layers that share keys"),
+        "shared": (transformers.LlamaConfig(num_kv_shared_layers=1), "layers that share keys"),
         "llama4": (transformers.Llama4TextConfig(), "llama4_text with other layers"),
     }
 
@@ -527,11 +526,17 @@ def test_calls_that_are_refused() -> None:
         model(tokens, past_key_values=fresh(other))
 
 
-def test_masks_that_are_refused() -> None:
-    """Images whose tokens see each other, as multimodal Gemma 3 has them."""
-    model = make("gemma3", torch.float32, use_bidirectional_attention=True)
-    with pytest.raises(NotImplementedError, match=r"another mask|got bidirectional"):
-        model(left_padded(5)[0], past_key_values=MultiStateCache(POLICIES["tova"], model.config))
+def test_attention_to_later_tokens_is_refused() -> None:
+    """By the mask, as for images and in embedding models of Gemma 3; or by the layer."""
+    for family, options, message in (
+        ("gemma3", {"use_bidirectional_attention": True}, "with padding, got another mask"),
+        ("llama", {}, "causal attention, got bidirectional"),
+    ):
+        model = make(family, torch.float32, **options)
+        model.model.layers[0].self_attn.is_causal = False
+        cache = MultiStateCache(POLICIES["tova"], model.config)
+        with pytest.raises(NotImplementedError, match=message):
+            model(left_padded(5)[0], past_key_values=cache)
 
 
 @pytest.mark.parametrize("found", ["none", "4.57.1"])
