@@ -132,7 +132,7 @@ class MultiStateCache(Cache):  # type: ignore[misc]
         """Forgets everything, also the number of rows."""
         self.layers: list[Any] = [
             # Not by its own reset, which leaves zeros to attend to in transformers 5.2.
-            DynamicSlidingWindowLayer(layer.sliding_window)
+            DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
             if layer.is_sliding
             else _MultiStateLayer(layer.policy, layer.kv_heads)
             for layer in self.layers
