@@ -60,9 +60,10 @@ class MultiStateCache(Cache):  # type: ignore[misc]
             logits, learned sinks, or layers that share keys; head_dim a multiple of 8 up to 256.
 
     Raises:
-        TypeError, ValueError: a wrong policy, a head_dim that is not supported.
-        NotImplementedError: a model as above; a mask other than causal with padding; tokens taken
-            back (:meth:`crop`), as assisted decoding does.
+        TypeError, ValueError: a wrong policy or config, a head_dim that is not supported; in use: a
+            mask that hides what was stored before, dropout, what the ops refuse.
+        NotImplementedError: another model; a mask other than causal with padding; heads sharded
+            over ranks; tokens taken back (:meth:`crop`), as assisted decoding does.
         RuntimeError: in use: the attention is not ``"msrnn"``, or a gradient is asked for.
 
     Source: Oren et al. 2024, "Transformers are Multi-State RNNs".
@@ -84,6 +85,11 @@ class MultiStateCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, policy: Policy, config: Any) -> None:
+        if not isinstance(config, transformers.PreTrainedConfig):
+            raise TypeError(
+                "MultiStateCache: expected config to be the configuration of a model, got "
+                f"{type(config).__name__}"
+            )
         config = config.get_text_config(decoder=True)
         _check_config(config)
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -103,6 +109,7 @@ class MultiStateCache(Cache):  # type: ignore[misc]
         self._config = config
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """What a layer attends to, as transformers asks for it before the attention."""
         attention = self._config._attn_implementation
         if attention != _ATTENTION:
             raise RuntimeError(

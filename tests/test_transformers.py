@@ -65,7 +65,7 @@ POLICIES = {
     "h2o": ms.Policy.h2o(SLOTS),
     "h2o_head": ms.Policy.h2o(SLOTS, scope="head"),
 }
-GREEDY = {"do_sample": False, "max_new_tokens": 12}
+GREEDY = {"do_sample": False, "max_new_tokens": 9}
 
 
 def make(family: str = "llama", dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
@@ -222,7 +222,7 @@ def test_kernels_against_masked_attention(
 GENERATION: dict[str, dict[str, Any]] = {
     "greedy": GREEDY,
     "beams": {**GREEDY, "num_beams": 3, "num_return_sequences": 3},
-    "sampling": {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 12},
+    "sampling": {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 9},
     "chunked prefill": {**GREEDY, "prefill_chunk_size": 5},
 }
 
@@ -427,26 +427,38 @@ def test_compile() -> None:
     assert torch.equal(caches[0].kept_positions()[0], caches[1].kept_positions()[0])
 
 
-def refused_models() -> dict[str, tuple[Any, str]]:
-    return {
-        "t5": (transformers.T5Config(), "t5 with an encoder"),
-        "gemma2": (transformers.Gemma2Config(), "gemma2 with attn_logit_softcapping"),
-        "shared": (transformers.LlamaConfig(num_kv_shared_layers=1), "layers that share keys"),
-        "llama4": (transformers.Llama4TextConfig(), "llama4_text with other layers"),
-    }
-
-
-@pytest.mark.parametrize("name", ["t5", "gemma2", "shared", "llama4"])
-def test_models_that_are_refused(name: str) -> None:
-    config, message = refused_models()[name]
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("T5Config", {}, "t5 with an encoder"),
+        ("LlamaConfig", {"add_cross_attention": True}, "llama with cross attention"),
+        ("Gemma2Config", {}, "gemma2 with attn_logit_softcapping"),
+        ("LlamaConfig", {"num_kv_shared_layers": 1}, "layers that share keys"),
+        ("Llama4TextConfig", {}, "llama4_text with other layers"),
+    ],
+)
+def test_models_that_are_refused(name: str, options: dict[str, Any], message: str) -> None:
+    config = getattr(transformers, name)(**options)
     with pytest.raises(NotImplementedError, match=message):
         MultiStateCache(POLICIES["tova"], config)
+
+
+def test_layers_that_are_not_known_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OtherLayer(ours.DynamicLayer):  # type: ignore[misc]
+        pass
+
+    other = transformers.Cache(layers=[OtherLayer()])
+    monkeypatch.setattr(ours, "DynamicCache", lambda config: other)
+    with pytest.raises(NotImplementedError, match="got OtherLayer in llama"):
+        MultiStateCache(POLICIES["tova"], transformers.LlamaConfig())
 
 
 def test_arguments_that_are_refused() -> None:
     config = make().config
     with pytest.raises(TypeError, match="expected a Policy, got int"):
         MultiStateCache(512, config)
+    with pytest.raises(TypeError, match="configuration of a model, got NoneType"):
+        MultiStateCache(POLICIES["tova"], None)
     config.head_dim = 12
     with pytest.raises(ValueError, match="multiple of 8, up to 256, got 12"):
         MultiStateCache(POLICIES["tova"], config)
