@@ -24,9 +24,7 @@ SANITIZED = MSRNN_TEST_EXAMPLES=10 PYTHONPATH=. \
 
 test: $(VENV)/ready
 	$(BIN)/pytest tests --cov=msrnn_ops --cov-report=term
-	$(MAKE) emulate
-	$(MAKE) -j2 triton
-	$(MAKE) budget DTYPES=bfloat16 ARCHS=80,90
+	$(MAKE) -j2 -Otarget emulate triton budget DTYPES=bfloat16 ARCHS=80,90
 
 # The CUDA kernels without a GPU: most of the same tests on the emulator; schedules, sanitizers and
 # most planted bugs (MUTATIONS=mutations: all of them).
