@@ -1,7 +1,7 @@
 """What every part of ``bench.papers`` has in common.
 
-A part is a module with ``NAME``, ``run(options, store)``, which returns JSON, and ``section(result)``,
-which makes of it what the report shows.
+A part is a module of its name with ``run(options, store)``, which returns JSON, and
+``section(result)``, which makes of it what the report shows.
 """
 
 from __future__ import annotations
@@ -49,6 +49,11 @@ class Store:
             written.write_text(json.dumps({"options": self._options, "pieces": self._found}))
             written.replace(self._path)
         return self._found[key]
+
+    def file(self, name: str) -> Path:
+        """Where a piece puts what is no JSON, such as weights; it goes when the command ends."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        return self._path.with_name(f"{self._path.stem}-{name}")
 
 
 @dataclass(frozen=True)
