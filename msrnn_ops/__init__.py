@@ -1,5 +1,6 @@
 """Sequence models with a bounded state: minGRU, minLSTM, their scans, attention with eviction."""
 
+from msrnn_ops import nn
 from msrnn_ops.backend import backends, use_backend
 from msrnn_ops.multi_state import (
     MultiState,
@@ -43,6 +44,7 @@ __all__ = [
     "min_lstm",
     "min_lstm_joint",
     "min_lstm_step",
+    "nn",
     "use_backend",
 ]
 

@@ -1,0 +1,537 @@
+"""Layers: minGRU and minLSTM behind the interfaces of torch.nn.GRU and torch.nn.LSTM; a block."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
+
+from msrnn_ops.scan import min_gru_joint, min_gru_step, min_lstm_joint, min_lstm_step
+
+__all__ = ["BlockState", "MinGRU", "MinLSTM", "MinRNNBlock", "load_mingru_pytorch"]
+
+_Pair: TypeAlias = tuple[Tensor, Tensor]
+
+
+@lru_cache(maxsize=16)
+def _packing(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """For the batch sizes of a PackedSequence, whose rows lie time by time: cu_seqlens, the rows
+    sequence by sequence, and the way back."""
+    with torch.inference_mode(False):  # what is kept must serve a later backward pass too
+        steps = torch.tensor(sizes, device=device)
+        sequence = torch.arange(sizes[0], device=device)[:, None]
+        there = sequence < steps
+        rows = (steps.cumsum(0) - steps + sequence)[there]
+        return F.pad(there.sum(1).cumsum(0), (1, 0)), rows, rows.argsort()
+
+
+class _Layers(nn.Module):
+    """A stack of recurrences, each a linear layer and its scan in one or two directions."""
+
+    _parts: int  # pre-activations of one channel in the projection; the first holds the gate
+    _keeps: int  # +1: a large gate keeps the state; -1: it replaces it
+    _joint: Callable[..., Any]
+    _one_step: Callable[..., Tensor]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str = "g",
+        forget_bias: float = 0.0,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
+        for label, value in sizes.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: expected {label} to be an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name}: expected {label} >= 1, got {value}")
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float):
+            raise TypeError(f"{name}: expected dropout to be a number, got {dropout!r}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"{name}: expected dropout in [0, 1], got {dropout}")
+        if proj_size:
+            raise ValueError(f"{name}: expected proj_size=0, its state is not projected, got "
+                             f"{proj_size}")  # fmt: skip
+        if activation not in ("g", "identity"):
+            raise ValueError(f"{name}: expected activation 'g' or 'identity', got {activation!r}")
+        if forget_bias and not bias:
+            raise ValueError(f"{name}: expected bias=True with forget_bias={forget_bias}")
+        if dropout and num_layers == 1:
+            warnings.warn(
+                f"{name}: dropout={dropout} acts between layers and num_layers=1", stacklevel=2
+            )
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.bias, self.batch_first, self.bidirectional = bias, batch_first, bidirectional
+        self.dropout, self.proj_size = float(dropout), proj_size
+        self.activation, self.forget_bias = activation, forget_bias
+        for i, suffix in enumerate(self._suffixes()):
+            directions = 1 + bidirectional
+            features = input_size if i < directions else directions * hidden_size
+            weight = torch.empty(self._parts * hidden_size, features, device=device, dtype=dtype)
+            self.register_parameter(f"weight_ih_{suffix}", nn.Parameter(weight))
+            offset = nn.Parameter(torch.empty_like(weight[:, 0])) if bias else None
+            self.register_parameter(f"bias_ih_{suffix}", offset)
+        self.reset_parameters()
+
+    def _suffixes(self) -> list[str]:
+        """Of the parameters' names, as in torch.nn.GRU: layer by layer, forward, then reverse."""
+        directions = ("", "_reverse") if self.bidirectional else ("",)
+        return [f"l{i}{direction}" for i in range(self.num_layers) for direction in directions]
+
+    def reset_parameters(self) -> None:
+        """As nn.Linear, and ``forget_bias`` on top of the bias of what keeps the state."""
+        for suffix in self._suffixes():
+            weight, bias = self._parameters_of(suffix)
+            bound = 1 / math.sqrt(weight.shape[1])
+            nn.init.uniform_(weight, -bound, bound)
+            if bias is not None:
+                nn.init.uniform_(bias, -bound, bound)
+                with torch.no_grad():
+                    bias[: self.hidden_size] += self._keeps * self.forget_bias
+
+    def flatten_parameters(self) -> None:
+        """Nothing to do: there for scripts that call it on an nn.GRU."""
+
+    def _parameters_of(self, suffix: str) -> tuple[Tensor, Tensor | None]:
+        return getattr(self, f"weight_ih_{suffix}"), getattr(self, f"bias_ih_{suffix}")
+
+    def extra_repr(self) -> str:
+        defaults: dict[str, object] = {
+            "num_layers": 1,
+            "bias": True,
+            "batch_first": False,
+            "dropout": 0.0,
+        }
+        defaults |= {"bidirectional": False, "activation": "g", "forget_bias": 0.0}
+        changed = [
+            f"{k}={getattr(self, k)!r}" for k, v in defaults.items() if getattr(self, k) != v
+        ]
+        return ", ".join([f"{self.input_size}, {self.hidden_size}", *changed])
+
+    def _check(self, x: Tensor, shape: str, *dims: int) -> None:
+        name = type(self).__name__
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if x.dim() not in dims or x.shape[-1] != self.input_size:
+            raise ValueError(
+                f"{name}: expected input of shape {shape} with {self.input_size} features, got "
+                f"{tuple(x.shape)}"
+            )
+
+    def _check_state(self, h: Tensor, *batch: int) -> None:
+        if not isinstance(h, Tensor):
+            raise TypeError(
+                f"{type(self).__name__}: expected hx to be a tensor, got {type(h).__name__}"
+            )
+        expected = (self.num_layers * (1 + self.bidirectional), *batch, self.hidden_size)
+        if tuple(h.shape) != expected:
+            raise ValueError(
+                f"{type(self).__name__}: expected hx of shape {expected}, got {tuple(h.shape)}"
+            )
+
+    def _run(
+        self, x: Tensor, h0: Tensor | None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """All layers over x (B, T, features): their output and last states."""
+        suffixes, last = self._suffixes(), []
+        directions = 1 + self.bidirectional
+        for i in range(self.num_layers):
+            if i:
+                x = F.dropout(x, self.dropout, self.training)
+            outputs = []
+            for k in range(directions * i, directions * (i + 1)):
+                h, state = self._joint(
+                    F.linear(x, *self._parameters_of(suffixes[k])),
+                    None if h0 is None else h0[k],
+                    activation=self.activation,
+                    reverse=k % directions == 1,
+                    cu_seqlens=cu_seqlens,
+                    return_state=True,
+                )
+                outputs.append(h)
+                last.append(state)
+            x = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
+        return x, torch.stack(last).to(x.dtype if h0 is None else h0.dtype)
+
+    def _forward(self, x: Tensor | PackedSequence, h0: Tensor | None) -> tuple[Any, Tensor]:
+        if isinstance(x, PackedSequence):
+            return self._forward_packed(x, h0)
+        time_major = not self.batch_first
+        self._check(x, "(T, B, F) or (T, F)" if time_major else "(B, T, F) or (T, F)", 2, 3)
+        if x.dim() == 2:
+            if h0 is not None:
+                self._check_state(h0)
+                h0 = h0.unsqueeze(1)
+            output, last = self._run(x.unsqueeze(0), h0)
+            return output.squeeze(0), last.squeeze(1)
+        if time_major:  # one copy here and one there: the linear layers would make more
+            x = x.transpose(0, 1).contiguous()
+        if h0 is not None:
+            self._check_state(h0, x.shape[0])
+        output, last = self._run(x, h0)
+        return output.transpose(0, 1).contiguous() if time_major else output, last
+
+    def _forward_packed(
+        self, packed: PackedSequence, h0: Tensor | None
+    ) -> tuple[PackedSequence, Tensor]:
+        data, sizes, order, original = packed
+        self._check(data, "(rows, F)", 2)
+        if h0 is not None:
+            self._check_state(h0, int(sizes[0]))
+            h0 = h0 if order is None else h0.index_select(1, order)
+        cu_seqlens, rows, back = _packing(tuple(sizes.tolist()), data.device)
+        output, last = self._run(data.index_select(0, rows).unsqueeze(0), h0, cu_seqlens)
+        output = output.squeeze(0).index_select(0, back)
+        last = last if original is None else last.index_select(1, original)
+        return PackedSequence(output, sizes, order, original), last
+
+    def _step(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.bidirectional:
+            raise ValueError(f"{type(self).__name__}: expected one direction for step, got two")
+        self._check(x, "(B, F) or (F,)", 1, 2)
+        if h is not None:
+            self._check_state(h, *x.shape[:-1])
+        else:
+            h = x.new_zeros(self.num_layers, *x.shape[:-1], self.hidden_size)
+        batched, after = x.dim() == 2, []
+        x, h = (x, h) if batched else (x.unsqueeze(0), h.unsqueeze(1))
+        for i, suffix in enumerate(self._suffixes()):
+            if i:
+                x = F.dropout(x, self.dropout, self.training)
+            projection = F.linear(x, *self._parameters_of(suffix))
+            parts = projection.chunk(self._parts, -1)
+            after.append(self._one_step(*parts, h[i], activation=self.activation))
+            x = after[-1].to(projection.dtype)
+        last = torch.stack(after)
+        return (x, last) if batched else (x.squeeze(0), last.squeeze(1))
+
+
+class MinGRU(_Layers):
+    r"""minGRU layers with the constructor and the ``forward`` of :class:`torch.nn.GRU`.
+
+    .. math:: h_t = (1 - z_t) h_{t-1} + z_t \phi(c_t), \quad
+        z_t = \sigma(W_z x_t + b_z), \; c_t = W_c x_t + b_c
+
+    Gate and candidate come from one linear layer and are fused with the scan over time.
+
+    Args:
+        input_size: features of the input.
+        hidden_size: channels H of the state.
+        num_layers: layers on top of each other.
+        bias: whether the linear layers add one.
+        batch_first: input and output are (B, T, F) instead of (T, B, F).
+        dropout: probability in [0, 1], on the output of each layer but the last.
+        bidirectional: a second direction from the end to the start; outputs side by side.
+        proj_size: 0; there for its place.
+        device, dtype: of the parameters: float32, float64, bfloat16 or float16.
+        activation: ``"g"``, the paper's log-space form, phi(x) = x + 1/2 for x >= 0 and sigma(x)
+            otherwise; or ``"identity"``, its vanilla form.
+        forget_bias: how much smaller b_z starts, so that states are kept longer.
+
+    Parameters: ``weight_ih_l{k}`` (2 H, features), ``bias_ih_l{k}`` (2 H,), W_z and b_z first;
+    ``..._reverse`` of the second direction. They start as those of nn.Linear.
+
+    Raises:
+        TypeError, ValueError: an argument out of range; in ``forward`` and ``step`` a wrong shape.
+
+    Source: Feng et al. 2024, "Were RNNs All We Needed?", section 3.1 and its appendix.
+
+    >>> import torch, msrnn_ops as ms
+    >>> rnn = ms.nn.MinGRU(10, 20, num_layers=2, batch_first=True)
+    >>> output, h_n = rnn(torch.randn(3, 5, 10))
+    >>> output.shape, h_n.shape
+    (torch.Size([3, 5, 20]), torch.Size([2, 3, 20]))
+    """
+
+    _parts, _keeps = 2, -1
+    _joint, _one_step = staticmethod(min_gru_joint), staticmethod(min_gru_step)
+
+    def forward(self, input: Any, hx: Tensor | None = None) -> tuple[Any, Tensor]:
+        """Runs over a sequence.
+
+        Args:
+            input: (T, B, F), with ``batch_first`` (B, T, F), without a batch (T, F); or a
+                PackedSequence.
+            hx: initial states, (layers x directions, B, H), without a batch (layers x directions,
+                H); in linear space. None: 0.
+
+        Returns:
+            The last layer's states, (T, B, directions x H), in the layout of the input; and h_n,
+            every layer's last state, in the shape and dtype of ``hx``. In 16 bit a float32 ``hx``
+            carries a sequence on without rounding.
+        """
+        return self._forward(input, hx)
+
+    def step(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One token, as ``forward`` of a sequence of one.
+
+        Args:
+            input: (B, F) or (F,).
+            hx: what ``forward`` or ``step`` returned. None: 0.
+
+        >>> import torch, msrnn_ops as ms
+        >>> rnn = ms.nn.MinGRU(10, 20)
+        >>> output, h = rnn.step(torch.randn(3, 10))
+        >>> output, h = rnn.step(torch.randn(3, 10), h)
+        """
+        return self._step(input, hx)
+
+
+class MinLSTM(_Layers):
+    r"""minLSTM layers with the constructor and the ``forward`` of :class:`torch.nn.LSTM`.
+
+    .. math:: h_t = \frac{f_t}{f_t + i_t} h_{t-1} + \frac{i_t}{f_t + i_t} \phi(c_t), \quad
+        f_t, i_t = \sigma(W_f x_t + b_f), \sigma(W_i x_t + b_i), \; c_t = W_c x_t + b_c
+
+    It has one state: where nn.LSTM has (h, c) it returns that state twice, and uses the first.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
+            device, dtype, activation: as :class:`MinGRU`.
+        forget_bias: how much larger b_f starts, so that states are kept longer.
+
+    Parameters: ``weight_ih_l{k}`` (3 H, features), ``bias_ih_l{k}`` (3 H,): W_f, W_i, W_c.
+
+    Raises:
+        TypeError, ValueError: as :class:`MinGRU`.
+
+    Source: Feng et al. 2024, "Were RNNs All We Needed?", section 3.2 and its appendix.
+
+    >>> import torch, msrnn_ops as ms
+    >>> rnn = ms.nn.MinLSTM(10, 20, bidirectional=True)
+    >>> output, (h_n, c_n) = rnn(torch.randn(5, 3, 10))
+    >>> output.shape, h_n.shape
+    (torch.Size([5, 3, 40]), torch.Size([2, 3, 20]))
+    """
+
+    _parts, _keeps = 3, 1
+    _joint, _one_step = staticmethod(min_lstm_joint), staticmethod(min_lstm_step)
+
+    def _state(self, hx: Tensor | _Pair | None) -> Tensor | None:
+        if not isinstance(hx, tuple | list):
+            return hx
+        if len(hx) != 2 or not all(isinstance(x, Tensor) for x in hx):
+            raise TypeError(
+                f"{type(self).__name__}: expected hx to be a tensor or a pair of tensors"
+            )
+        if hx[0].shape != hx[1].shape:
+            raise ValueError(
+                f"{type(self).__name__}: expected both tensors of hx in one shape, got "
+                f"{tuple(hx[0].shape)} and {tuple(hx[1].shape)}"
+            )
+        return hx[0]
+
+    def forward(self, input: Any, hx: Tensor | _Pair | None = None) -> tuple[Any, _Pair]:
+        """Runs over a sequence: as :meth:`MinGRU.forward`, but for the form of the state.
+
+        Args:
+            input: as there.
+            hx: (h_0, c_0), of which h_0 is used, or h_0. None: 0.
+
+        Returns:
+            The output and (h_n, h_n).
+        """
+        output, last = self._forward(input, self._state(hx))
+        return output, (last, last)
+
+    def step(self, input: Tensor, hx: Tensor | _Pair | None = None) -> tuple[Tensor, _Pair]:
+        """One token, as ``forward`` of a sequence of one: (output, (h, h))."""
+        output, last = self._step(input, self._state(hx))
+        return output, (last, last)
+
+
+class BlockState(NamedTuple):
+    """What a :class:`MinRNNBlock` remembers."""
+
+    h: Tensor  # (B, inner width), of the recurrence
+    inputs: Tensor  # (B, conv - 1, width), the last ones of the convolution
+
+
+class MinRNNBlock(nn.Module):
+    """A residual block: norm, causal convolution, minGRU or minLSTM, then norm and MLP.
+
+    ``x = x + out(rnn(conv(norm(x))))``, then ``x = x + mlp(norm(x))``; layers of the paper's
+    language models.
+
+    Args:
+        width: features D of input and output.
+        cell: ``"gru"`` or ``"lstm"``.
+        expansion: the recurrence has round(expansion x width) channels.
+        conv: steps that the depthwise causal convolution sees; 0: none.
+        mlp: the MLP has round(mlp x width) hidden units; 0: none.
+        dropout: probability, on what is added to the residual stream.
+        device, dtype, activation, forget_bias: as :class:`MinGRU`.
+
+    Raises:
+        TypeError, ValueError: an argument out of range, a wrong shape.
+
+    Source: Feng et al. 2024, "Were RNNs All We Needed?", its appendix on architectures.
+
+    >>> import torch, msrnn_ops as ms
+    >>> block = ms.nn.MinRNNBlock(16)
+    >>> x = torch.randn(2, 7, 16)
+    >>> y, state = block(x[:, :6], return_state=True)
+    >>> last, state = block.step(x[:, 6], state)
+    >>> torch.allclose(last, block(x)[:, 6], atol=1e-5)
+    True
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        cell: str = "gru",
+        expansion: float = 1.0,
+        conv: int = 4,
+        mlp: float = 4.0,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        activation: str = "g",
+        forget_bias: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if cell not in _CELLS:
+            raise ValueError(f"MinRNNBlock: expected cell 'gru' or 'lstm', got {cell!r}")
+        for label, value in (("conv", conv), ("mlp", mlp)):
+            if value < 0:
+                raise ValueError(f"MinRNNBlock: expected {label} >= 0, got {value}")
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        inner, hidden = round(expansion * width), round(mlp * width)
+        self.width = width
+        self.norm = nn.RMSNorm(width, **made)
+        self.conv = nn.Conv1d(width, width, conv, groups=width, **made) if conv else None
+        self.rnn = _CELLS[cell](
+            width, inner, batch_first=True, activation=activation, forget_bias=forget_bias, **made
+        )
+        self.out = nn.Linear(inner, width, **made)
+        self.dropout = nn.Dropout(dropout)
+        self.mlp: nn.Module | None = None
+        if hidden:
+            self.mlp = nn.Sequential(
+                nn.RMSNorm(width, **made),
+                nn.Linear(width, hidden, **made),
+                nn.GELU(),
+                nn.Linear(hidden, width, **made),
+            )
+
+    def forward(
+        self, x: Tensor, state: BlockState | None = None, return_state: bool = False
+    ) -> Any:
+        """Runs over a sequence.
+
+        Args:
+            x: (B, T, D).
+            state: what an earlier call returned; its h is float32 in 16-bit models. None: 0.
+            return_state: also return the state after the last step.
+        """
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != self.width:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"MinRNNBlock: expected x of shape (B, T, {self.width}), got {got}")
+        y = self.norm(x)
+        inputs = y[:, :0]
+        if self.conv is not None:
+            before = y.new_zeros(x.shape[0], self.conv.kernel_size[0] - 1, self.width)
+            y = torch.cat([before if state is None else state.inputs, y], 1)
+            inputs = y[:, x.shape[1] :]
+            y = self.conv(y.mT).mT
+        h0 = None if state is None else state.h.unsqueeze(0)
+        if h0 is None and return_state:
+            wide = torch.promote_types(y.dtype, torch.float32)
+            h0 = y.new_zeros(1, x.shape[0], self.rnn.hidden_size, dtype=wide)
+        y, last = self.rnn(y, h0)
+        x = x + self.dropout(self.out(y))
+        if self.mlp is not None:
+            x = x + self.dropout(self.mlp(x))
+        if not return_state:
+            return x
+        last = last[0] if isinstance(last, tuple) else last
+        return x, BlockState(last.squeeze(0), inputs)
+
+    def step(self, x: Tensor, state: BlockState | None = None) -> tuple[Tensor, BlockState]:
+        """One token x (B, D): y (B, D) and the state after it."""
+        y, state = self.forward(x.unsqueeze(1), state, return_state=True)
+        return y.squeeze(1), state
+
+
+_CELLS: dict[str, type[MinGRU] | type[MinLSTM]] = {"gru": MinGRU, "lstm": MinLSTM}
+
+
+def load_mingru_pytorch(
+    state_dict: Mapping[str, Tensor], prefix: str = ""
+) -> tuple[MinGRU | MinLSTM, nn.Linear | nn.Identity]:
+    """A layer with the weights of a minGRU or minLSTM of the package minGRU-pytorch.
+
+    That package keeps ``to_hidden_and_gate`` or ``to_hidden_and_f_i_gate``, candidate first, and,
+    where it widens its state, a projection ``to_out``.
+
+    Args:
+        state_dict: of that module, or of a model that holds it.
+        prefix: of the module's names in it, such as ``"layers.0.2."``.
+
+    Returns:
+        The layer, ``batch_first``, and what follows its output. ``out(layer(x)[0])`` equals their
+        module's output. (Their minLSTM starts from g(h) in parallel and from h in a step; ours
+        always from h.)
+
+    Raises:
+        ValueError: the names or shapes are not those of such a module.
+
+    >>> import torch, msrnn_ops as ms
+    >>> theirs = {"to_hidden_and_gate.weight": torch.randn(2 * 24, 16),
+    ...           "to_out.weight": torch.randn(16, 24)}
+    >>> layer, out = ms.nn.load_mingru_pytorch(theirs)
+    >>> out(layer(torch.randn(1, 5, 16))[0]).shape
+    torch.Size([1, 5, 16])
+    """
+    kinds: dict[str, type[MinGRU] | type[MinLSTM]] = {
+        "to_hidden_and_gate.weight": MinGRU,
+        "to_hidden_and_f_i_gate.weight": MinLSTM,
+    }
+    found = [name for name in kinds if prefix + name in state_dict]
+    if len(found) != 1:
+        raise ValueError(
+            f"load_mingru_pytorch: expected one of {', '.join(prefix + name for name in kinds)}, "
+            f"got {', '.join(state_dict) or 'nothing'}"
+        )
+    kind, weight = kinds[found[0]], state_dict[prefix + found[0]]
+    if weight.dim() != 2 or weight.shape[0] % kind._parts:
+        raise ValueError(
+            f"load_mingru_pytorch: expected {prefix + found[0]} of shape ({kind._parts} H, D), got "
+            f"{tuple(weight.shape)}"
+        )
+    hidden = weight.shape[0] // kind._parts
+    made: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    layer = kind(weight.shape[1], hidden, bias=False, batch_first=True, **made)
+    candidate, *gates = weight.chunk(kind._parts)
+    layer.load_state_dict({"weight_ih_l0": torch.cat([*gates, candidate])})
+    if f"{prefix}to_out.weight" not in state_dict:
+        return layer, nn.Identity()
+    back = state_dict[f"{prefix}to_out.weight"]
+    if back.dim() != 2 or back.shape[1] != hidden:
+        raise ValueError(
+            f"load_mingru_pytorch: expected {prefix}to_out.weight of shape (D, {hidden}), got "
+            f"{tuple(back.shape)}"
+        )
+    out = nn.Linear(hidden, back.shape[0], bias=False, **made)
+    out.load_state_dict({"weight": back})
+    return layer, out

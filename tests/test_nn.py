@@ -1,0 +1,436 @@
+"""The layers: against the equations in float64, and in the places of torch.nn.GRU and LSTM."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from conftest import norm_error
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_sequence
+
+import msrnn_ops as ms
+
+CELLS = {"MinGRU": ms.nn.MinGRU, "MinLSTM": ms.nn.MinLSTM}
+PEERS = {"MinGRU": nn.GRU, "MinLSTM": nn.LSTM}
+cells = pytest.mark.parametrize("cell", list(CELLS))
+
+
+def state(h: Any) -> Tensor:
+    """The state that a layer returned, minLSTM's twice the same."""
+    if isinstance(h, tuple):
+        assert torch.equal(h[0], h[1])
+        return h[0]
+    return h
+
+
+def phi(x: Tensor, activation: str) -> Tensor:
+    return x if activation == "identity" else torch.where(x >= 0, x + 0.5, torch.sigmoid(x))
+
+
+def one_direction(layer: Any, suffix: str, x: Tensor, h: Tensor, reverse: bool) -> Any:
+    """x (B, T, F) and h (B, H) in float64, step by step."""
+    weight = getattr(layer, f"weight_ih_{suffix}").double()
+    p = x @ weight.T
+    if layer.bias:
+        p = p + getattr(layer, f"bias_ih_{suffix}").double()
+    outputs = []
+    for t in reversed(range(x.shape[1])) if reverse else range(x.shape[1]):
+        if isinstance(layer, ms.nn.MinGRU):
+            gate, candidate = p[:, t].chunk(2, -1)
+            z = torch.sigmoid(gate)
+            keep = 1 - z
+        else:
+            forget, new, candidate = p[:, t].chunk(3, -1)
+            f, i = torch.sigmoid(forget), torch.sigmoid(new)
+            keep, z = f / (f + i), i / (f + i)
+        h = keep * h + z * phi(candidate, layer.activation)
+        outputs.append(h)
+    return torch.stack(outputs[::-1] if reverse else outputs, 1), h
+
+
+def oracle(layer: Any, x: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """All layers in float64 over x (B, T, F), without dropout."""
+    x, last = x.double(), []
+    for i in range(layer.num_layers):
+        outputs = []
+        for suffix, reverse in (("", False), ("_reverse", True))[: 1 + layer.bidirectional]:
+            k = len(last)
+            h = x.new_zeros(x.shape[0], layer.hidden_size) if h0 is None else h0[k].double()
+            output, h = one_direction(layer, f"l{i}{suffix}", x, h, reverse)
+            outputs.append(output)
+            last.append(h)
+        x = torch.cat(outputs, -1)
+    return x, torch.stack(last)
+
+
+@cells
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one_way", "two_ways"])
+@pytest.mark.parametrize("activation", ["g", "identity"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_values_and_gradients(cell: str, bidirectional: bool, activation: str, layers: int) -> None:
+    layer = CELLS[cell](
+        5, 7, layers, bidirectional=bidirectional, batch_first=True, activation=activation
+    )
+    x = torch.randn(3, 11, 5, requires_grad=True)
+    h0 = torch.randn(layers * (1 + bidirectional), 3, 7, requires_grad=True)
+    wanted = (x, h0, *layer.parameters())
+    weights = torch.randn(3, 11, 7 * (1 + bidirectional)), torch.randn_like(h0)
+
+    def both(output: Tensor, last: Tensor) -> tuple[Tensor, ...]:
+        total = (output * weights[0]).sum() + (last * weights[1]).sum()
+        return output, last, *torch.autograd.grad(total, wanted)
+
+    output, last = layer(x, h0)
+    found = both(output, state(last))
+    exact = both(*oracle(layer, x, h0))
+    for mine, truth in zip(found, exact, strict=True):
+        assert norm_error(mine, truth.double()) < 1e-6
+
+
+@cells
+@pytest.mark.parametrize("batch_first", [False, True], ids=["time_major", "batch_first"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
+def test_layouts(cell: str, batch_first: bool, bias: bool) -> None:
+    layer = CELLS[cell](4, 6, 2, bias, batch_first)
+    x, h0 = torch.randn(3, 9, 4), torch.randn(2, 3, 6)
+    exact, exact_last = oracle(layer, x, h0)
+    output, last = layer(x if batch_first else x.transpose(0, 1), h0)
+    assert output.is_contiguous()
+    assert norm_error(output if batch_first else output.transpose(0, 1), exact) < 1e-6
+    assert norm_error(state(last), exact_last) < 1e-6
+    output, last = layer(x[1], h0[:, 1])
+    assert norm_error(output, exact[1]) < 1e-6
+    assert norm_error(state(last), exact_last[:, 1]) < 1e-6
+
+
+@cells
+@pytest.mark.parametrize("order", ["sorted", "any"])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one_way", "two_ways"])
+def test_a_packed_sequence_is_its_rows_alone(cell: str, order: str, bidirectional: bool) -> None:
+    lengths = [9, 7, 7, 2, 1] if order == "sorted" else [2, 9, 1, 7, 7]
+    rows = [torch.randn(n, 4, requires_grad=True) for n in lengths]
+    layer = CELLS[cell](4, 6, 2, bidirectional=bidirectional)
+    h0 = torch.randn(2 * (1 + bidirectional), 5, 6, requires_grad=True)
+    packed = pack_sequence(rows, enforce_sorted=order == "sorted")
+    with torch.inference_mode():  # leaves nothing behind that a backward pass cannot use
+        layer(packed.to(torch.float32))
+    output, last = layer(packed, h0)
+    assert isinstance(output, PackedSequence)
+    assert torch.equal(output.batch_sizes, packed.batch_sizes)
+    padded, found_lengths = nn.utils.rnn.pad_packed_sequence(output)
+    assert found_lengths.tolist() == lengths
+    wanted = (*rows, h0, *layer.parameters())
+    found = torch.autograd.grad(padded.square().sum() + state(last).sum(), wanted)
+    total = torch.zeros((), dtype=torch.float64)
+    for i, row in enumerate(rows):
+        alone, alone_last = oracle(layer, row[None], h0[:, i : i + 1])
+        assert norm_error(padded[: lengths[i], i], alone[0]) < 1e-6
+        assert norm_error(state(last)[:, i], alone_last[:, 0]) < 1e-6
+        total = total + alone.square().sum() + alone_last.sum()
+    for mine, truth in zip(found, torch.autograd.grad(total, wanted), strict=True):
+        assert norm_error(mine, truth.double()) < 1e-6
+
+
+def script(kind: Any, options: dict[str, Any], packed: bool) -> list[Any]:
+    """What people write around nn.GRU and nn.LSTM: facts about what comes out of it."""
+    torch.manual_seed(0)
+    rnn = kind(5, 8, **options).train()
+    rnn.flatten_parameters()
+    for name, parameter in rnn.named_parameters():
+        if "weight" in name:
+            nn.init.orthogonal_(parameter)
+        elif "bias" in name:
+            nn.init.zeros_(parameter)
+    directions = 2 if rnn.bidirectional else 1
+    first, second = (4, 6) if rnn.batch_first else (6, 4)
+    x = torch.randn(first, second, 5, dtype=options.get("dtype"), requires_grad=True)
+    h0 = x.new_zeros(rnn.num_layers * directions, 4, rnn.hidden_size)
+    pair = "LSTM" in kind.__name__
+    given: Any = x
+    if packed:
+        given = pack_padded_sequence(
+            x, torch.tensor([3, 6, 1, 2]), batch_first=rnn.batch_first, enforce_sorted=False
+        )
+    output, hidden = rnn(given, (h0, h0.clone()) if pair else h0)
+    output, hidden = rnn(given, hidden)
+    facts: list[Any] = [type(output), type(hidden)]
+    tensors = [output.data, *(hidden if pair else [hidden])]
+    if not packed and not rnn.batch_first:
+        tensors.append(output.view(-1, rnn.hidden_size * directions))
+    facts += [(y.shape, y.dtype, y.device, y.requires_grad) for y in tensors]
+    sum(y.sum() for y in tensors).backward()
+    facts += [x.grad.shape, all(p.grad is not None for p in rnn.parameters())]
+    copied = copy.deepcopy(rnn.eval())
+    copied.load_state_dict(rnn.state_dict())
+    facts.append(torch.equal(copied(given)[0].data, rnn(given)[0].data))
+    return facts
+
+
+@cells
+@pytest.mark.parametrize("packed", [False, True], ids=["tensor", "packed"])
+@pytest.mark.parametrize("batch_first", [False, True], ids=["time_major", "batch_first"])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one_way", "two_ways"])
+def test_swapping_one_word(cell: str, packed: bool, batch_first: bool, bidirectional: bool) -> None:
+    options: dict[str, Any] = dict(
+        num_layers=3, bias=True, batch_first=batch_first, dropout=0.25,
+        bidirectional=bidirectional, device="cpu", dtype=torch.float64,
+    )  # fmt: skip
+    expected, found = (script(k, options, packed) for k in (PEERS[cell], CELLS[cell]))
+    assert found == expected
+    positional = CELLS[cell](5, 8, 3, False, batch_first, 0.0, bidirectional)
+    assert not list(p for name, p in positional.named_parameters() if "bias" in name)
+
+
+@cells
+def test_steps_equal_the_sequence(cell: str) -> None:
+    layer = CELLS[cell](4, 6, 2)
+    x = torch.randn(9, 3, 4)
+    output, last = layer(x)
+    h = None
+    for t in range(9):
+        y, h = layer.step(x[t], h)
+        torch.testing.assert_close(y, output[t], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(state(h), state(last), atol=1e-6, rtol=1e-5)
+    y, h = layer.step(x[0, 1], state(last)[:, 1])
+    expected, h_expected = layer.step(x[0], last)
+    torch.testing.assert_close(y, expected[1])
+    torch.testing.assert_close(state(h), state(h_expected)[:, 1])
+
+
+@cells
+def test_a_float32_state_carries_bfloat16_on_without_rounding(cell: str) -> None:
+    layer = CELLS[cell](4, 6, 1, dtype=torch.bfloat16)
+    x = torch.randn(10, 3, 4, dtype=torch.bfloat16)
+    whole, last = layer(x, torch.zeros(1, 3, 6))
+    assert whole.dtype == torch.bfloat16 and state(last).dtype == torch.float32
+    first, h = layer(x[:4], torch.zeros(1, 3, 6))
+    second, h = layer(x[4:], h)
+    rounded = state(last).bfloat16().float()
+    assert not torch.equal(state(last), rounded)
+    # As near as matrix products of other sizes round their bfloat16 results.
+    assert norm_error(torch.cat([first, second]), whole.double()) < 4e-3
+    assert norm_error(state(h), state(last).double()) < 4e-3
+    assert state(layer(x)[1]).dtype == torch.bfloat16
+    y, h = layer.step(x[0], torch.zeros(1, 3, 6))
+    assert y.dtype == torch.bfloat16 and state(h).dtype == torch.float32
+
+
+@cells
+def test_dropout_is_between_layers(cell: str) -> None:
+    layer = CELLS[cell](4, 6, 2, dropout=1.0)
+    x = torch.randn(5, 3, 4)
+    second = CELLS[cell](6, 6)
+    names = {"weight_ih_l0": layer.weight_ih_l1, "bias_ih_l0": layer.bias_ih_l1}
+    second.load_state_dict(names)
+    torch.testing.assert_close(layer(x)[0], second(torch.zeros(5, 3, 6))[0])
+    torch.testing.assert_close(layer.step(x[0])[0], second.step(torch.zeros(3, 6))[0])
+    assert (
+        norm_error(layer.eval()(x)[0].transpose(0, 1), oracle(layer, x.transpose(0, 1))[0]) < 1e-6
+    )
+
+
+@cells
+def test_nothing_to_run_over(cell: str) -> None:
+    layer = CELLS[cell](4, 6, 2)
+    h0 = torch.randn(2, 3, 6)
+    output, last = layer(torch.randn(0, 3, 4), h0)
+    assert output.shape == (0, 3, 6) and torch.equal(state(last), h0)
+    output, last = layer(torch.randn(5, 0, 4))
+    assert output.shape == (5, 0, 6) and state(last).shape == (2, 0, 6)
+
+
+def test_forget_bias() -> None:
+    torch.manual_seed(0)
+    gru, lstm = ms.nn.MinGRU(64, 256, forget_bias=3.0), ms.nn.MinLSTM(64, 256, forget_bias=3.0)
+    assert (gru.bias_ih_l0[:256] + 3).abs().max() <= 1 / 8
+    assert (lstm.bias_ih_l0[:256] - 3).abs().max() <= 1 / 8
+    for layer, kept_at_least in ((gru, 0.93), (lstm, 0.63)):  # without it 0.5
+        assert layer.bias_ih_l0[256:].abs().max() <= 1 / 8
+        h0 = torch.ones(1, 1, 256)
+        kept = state(layer(torch.zeros(1, 1, 64), h0)[1]) - state(layer(torch.zeros(1, 1, 64))[1])
+        assert kept.mean() > kept_at_least
+
+
+@cells
+def test_compile_export_autocast_and_copies(cell: str) -> None:
+    layer = CELLS[cell](4, 6, 2, batch_first=True, bidirectional=True)
+    x, h0 = torch.randn(3, 9, 4, requires_grad=True), torch.randn(4, 3, 6)
+    output, last = layer(x, h0)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, h0), (output, last))
+    grad = torch.autograd.grad(output.square().sum(), x)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x, h0)[0].square().sum(), x), grad)
+    length = torch.export.Dim("length", min=2, max=64)
+    program = torch.export.export(layer, (x.detach(),), dynamic_shapes={"input": {1: length}})
+    longer = torch.randn(3, 17, 4)
+    torch.testing.assert_close(program.module()(longer)[0], layer(longer)[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        half, half_last = layer(x, h0)
+    assert half.dtype == torch.bfloat16 and state(half_last).dtype == torch.float32
+    assert norm_error(half, output.detach().double()) < 0.02
+    saved = io.BytesIO()
+    torch.save(layer, saved)
+    saved.seek(0)
+    for other in (
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        torch.load(saved, weights_only=False),
+    ):
+        assert torch.equal(other(x, h0)[0], output)
+    assert "bidirectional=True" in repr(layer)
+
+
+def heinsen(log_a: Tensor, log_b: Tensor) -> Tensor:
+    total = log_a.cumsum(1)
+    return (total + (log_b - total).logcumsumexp(1)).exp()
+
+
+@cells
+@pytest.mark.parametrize("widened", [False, True], ids=["plain", "widened"])
+def test_weights_of_mingru_pytorch(cell: str, widened: bool) -> None:
+    """Their forward pass, in float64: candidate first, two cumulative sums in log-space."""
+    inner = 9 if widened else 6
+    name = "to_hidden_and_gate" if cell == "MinGRU" else "to_hidden_and_f_i_gate"
+    parts = 2 if cell == "MinGRU" else 3
+    weights = {f"net.3.{name}.weight": torch.randn(parts * inner, 6, dtype=torch.float64)}
+    if widened:
+        weights["net.3.to_out.weight"] = torch.randn(6, inner, dtype=torch.float64)
+    x = torch.randn(2, 8, 6, dtype=torch.float64)
+    softplus = nn.functional.softplus
+    candidate, *gates = (x @ weights[f"net.3.{name}.weight"].T).chunk(parts, -1)
+    if cell == "MinGRU":
+        log_a, log_z = -softplus(gates[0]), -softplus(-gates[0])
+    else:
+        difference = softplus(-gates[0]) - softplus(-gates[1])
+        log_a, log_z = -softplus(difference), -softplus(-difference)
+    expected = heinsen(log_a, log_z + phi(candidate, "g").log())
+    if widened:
+        expected = expected @ weights["net.3.to_out.weight"].T
+    layer, out = ms.nn.load_mingru_pytorch(weights, "net.3.")
+    assert type(layer) is CELLS[cell]
+    torch.testing.assert_close(out(layer(x)[0]), expected)
+    with pytest.raises(ValueError, match=r"expected one of net\.to_hidden"):
+        ms.nn.load_mingru_pytorch(weights, "net.")
+    weights["net.3.to_out.weight"] = torch.randn(6, inner + 1)
+    with pytest.raises(ValueError, match=r"to_out.weight of shape \(D, "):
+        ms.nn.load_mingru_pytorch(weights, "net.3.")
+    weights[f"net.3.{name}.weight"] = torch.randn(parts * inner + 1, 6)
+    with pytest.raises(ValueError, match=r"H, D\), got"):
+        ms.nn.load_mingru_pytorch(weights, "net.3.")
+
+
+BLOCKS: dict[str, dict[str, Any]] = {
+    "gru": {},
+    "lstm": {"cell": "lstm", "expansion": 1.5},
+    "bare": {"conv": 0, "mlp": 0},
+    "pointwise_conv": {"conv": 1},
+}
+blocks = pytest.mark.parametrize("options", BLOCKS.values(), ids=list(BLOCKS))
+
+
+@blocks
+def test_block_against_its_equation(options: dict[str, Any]) -> None:
+    block = ms.nn.MinRNNBlock(8, **options).double()
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    y = nn.functional.rms_norm(x, (8,), block.norm.weight)
+    if block.conv is not None:
+        steps, taps = block.conv.weight.shape[2], block.conv.weight[:, 0]
+        y = block.conv.bias + sum(
+            nn.functional.pad(y, (0, 0, k, 0))[:, :9] * taps[:, steps - 1 - k] for k in range(steps)
+        )
+    expected = x + block.out(oracle(block.rnn, y)[0])
+    if block.mlp is not None:
+        expected = expected + block.mlp(expected)
+    torch.testing.assert_close(block(x), expected)
+
+
+@blocks
+def test_block_in_parts_and_steps(options: dict[str, Any]) -> None:
+    block = ms.nn.MinRNNBlock(8, **options)
+    x = torch.randn(2, 9, 8, requires_grad=True)
+    whole = block(x)
+    first, carried = block(x[:, :2], return_state=True)
+    second, carried = block(x[:, 2:6], carried, return_state=True)
+    steps = []
+    for t in range(6, 9):
+        y, carried = block.step(x[:, t], carried)
+        steps.append(y)
+    parts = torch.cat([first, second, torch.stack(steps, 1)], 1)
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+    grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (parts, whole)]
+    torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
+    y, carried = block.step(x[:, 0])
+    torch.testing.assert_close(y, whole[:, 0], atol=1e-5, rtol=1e-5)
+    half = copy.deepcopy(block).bfloat16()
+    assert half(x.bfloat16(), return_state=True)[1].h.dtype == torch.float32
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), whole)
+
+
+@cells
+def test_errors(cell: str) -> None:
+    kind = CELLS[cell]
+    wrong: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (ValueError, "hidden_size >= 1, got 0", {"hidden_size": 0}),
+        (TypeError, "input_size to be an int, got 2.5", {"input_size": 2.5}),
+        (ValueError, "num_layers >= 1", {"num_layers": 0}),
+        (ValueError, r"dropout in \[0, 1\], got 2", {"dropout": 2}),
+        (TypeError, "dropout to be a number", {"dropout": "0.1"}),
+        (ValueError, "proj_size=0", {"proj_size": 3}),
+        (ValueError, "'g' or 'identity', got 'tanh'", {"activation": "tanh"}),
+        (ValueError, "bias=True with forget_bias", {"bias": False, "forget_bias": 1.0}),
+    ]
+    for error, words, options in wrong:
+        with pytest.raises(error, match=f"{cell}: .*{words}"):
+            kind(**{"input_size": 4, "hidden_size": 6} | options)
+    with pytest.warns(UserWarning, match="acts between layers"):
+        kind(4, 6, dropout=0.5)
+    layer = kind(4, 6)
+    with pytest.raises(ValueError, match=r"with 4 features, got \(5, 3, 7\)"):
+        layer(torch.randn(5, 3, 7))
+    with pytest.raises(ValueError, match=r"got \(5, 3, 2, 4\)"):
+        layer(torch.randn(5, 3, 2, 4))
+    with pytest.raises(TypeError, match="expected a tensor, got list"):
+        layer([1.0])
+    with pytest.raises(ValueError, match=r"hx of shape \(1, 3, 6\), got \(1, 5, 6\)"):
+        layer(torch.randn(5, 3, 4), torch.randn(1, 5, 6))
+    with pytest.raises(ValueError, match=r"hx of shape \(1, 6\), got \(1, 3, 6\)"):
+        layer(torch.randn(5, 4), torch.randn(1, 3, 6))
+    with pytest.raises(ValueError, match=r"hx of shape \(1, 2, 6\)"):
+        layer(pack_sequence([torch.randn(3, 4)] * 2), torch.randn(1, 3, 6))
+    with pytest.raises(TypeError, match="hx to be a tensor"):
+        layer(torch.randn(5, 3, 4), 1.0)
+    with pytest.raises(ValueError, match=r"input of shape \(B, F\)"):
+        layer.step(torch.randn(5, 3, 4))
+    with pytest.raises(ValueError, match="one direction for step"):
+        kind(4, 6, bidirectional=True).step(torch.randn(3, 4))
+
+
+def test_errors_of_pairs_and_blocks() -> None:
+    layer, h = ms.nn.MinLSTM(4, 6), torch.zeros(1, 3, 6)
+    with pytest.raises(ValueError, match=r"in one shape, got \(1, 3, 6\) and \(1, 3, 5\)"):
+        layer(torch.randn(5, 3, 4), (h, h[..., :5]))
+    with pytest.raises(TypeError, match="a tensor or a pair of tensors"):
+        layer(torch.randn(5, 3, 4), (h, h, h))
+    with pytest.raises(ValueError, match="'gru' or 'lstm', got 'rnn'"):
+        ms.nn.MinRNNBlock(8, cell="rnn")
+    with pytest.raises(ValueError, match="conv >= 0, got -1"):
+        ms.nn.MinRNNBlock(8, conv=-1)
+    with pytest.raises(ValueError, match=r"x of shape \(B, T, 8\), got \(2, 8\)"):
+        ms.nn.MinRNNBlock(8)(torch.randn(2, 8))
+
+
+def test_a_padded_batch_is_what_packing_is_for() -> None:
+    """Right-padded rows: states before the padding are right, h_n is not; packed, both are."""
+    rows = [torch.randn(n, 4) for n in (3, 6)]
+    layer = ms.nn.MinGRU(4, 6, batch_first=True)
+    output, _ = layer(pad_sequence(rows, batch_first=True))
+    packed, last = layer(pack_sequence(rows, enforce_sorted=False))
+    padded, _ = nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)
+    torch.testing.assert_close(padded[0, :3], output[0, :3])
+    torch.testing.assert_close(last[0, 0], output[0, 2])
