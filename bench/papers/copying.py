@@ -173,5 +173,5 @@ def section(result: dict[str, Any]) -> Section:
                 rows,
             )
         ],
-        plots=[Plot("copying", "Accuracy on held-out sequences.", _draw(result), columns=2)],
+        plots=[Plot("accuracy", "Accuracy on held-out sequences.", _draw(result), columns=2)],
     )
