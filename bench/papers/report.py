@@ -137,5 +137,7 @@ def show(sections: Mapping[str, Section], console: Console) -> None:
         for term, text in _said(section).items():
             console.print(Text(f"{term}: ", style="bold").append(text, style="not bold"))
         for table in section.tables:
-            console.print(Text(f"\n{table.title}", style="bold"), Text(table.note, style="dim"))
+            console.print(
+                Text(f"\n{table.title}", style="bold"), Text(table.note, style="dim"), sep="\n"
+            )
             console.print(rich_table(table))
