@@ -12,16 +12,18 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from bench.papers.decoder import Attend, attend_all
 
 _ATTENTION = "bench_papers"
+_UNUSUAL = ("sliding_window", "softcap", "s_aux")  # arguments of other kinds of attention
 
 
 def _attention(
     module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **others: Any
 ) -> tuple[Tensor, None]:
     scale = q.shape[-1] ** -0.5
-    if attention_mask is not None or others.get("scaling", scale) != scale:
+    unusual = [name for name in _UNUSUAL if others.get(name) is not None]
+    if attention_mask is not None or unusual or others.get("scaling", scale) != scale:
         raise ValueError(
-            "bench.papers: expected a model that attends causally to everything, with logits "
-            f"scaled by 1 / sqrt(head_dim); {type(module).__name__} does not"
+            "bench.papers: expected a model whose tokens attend to all before them, with logits "
+            f"scaled by 1 / sqrt(head_dim), got {type(module).__name__} ({', '.join(unusual)})"
         )
     return others["attend"](module.layer_idx, q, k, v).transpose(1, 2), None
 

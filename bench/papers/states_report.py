@@ -1,0 +1,219 @@
+"""What the part states shows: its sentences, tables and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+
+from bench.papers.part import Plot, Section
+from bench.table import Table, number
+
+
+def _eighth(result: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
+    """An eighth of the context, and the perplexity of every policy there."""
+    slots = str(result["subject"]["context"] // 8)
+    policies = result["perplexity"]["policies"]
+    return slots, {name: at[slots] for name, at in policies.items()}
+
+
+def verdict(result: Mapping[str, Any]) -> str:
+    """Whether TOVA-layer is the best of what the paper compares it to, at an eighth."""
+    slots, at = _eighth(result)
+    full, tova = result["perplexity"]["full"], at["TOVA-layer"]
+    rivals = ("Window+4", "H2O-head", "H2O-layer")
+    better = [name for name in rivals if at[name] < tova]
+    said = (
+        f"With {slots} of {result['subject']['context']} states TOVA-layer has perplexity "
+        f"{tova:.2f}, the full state {full:.2f}, Window {at['Window']:.2f}, Window+4 "
+        f"{at['Window+4']:.2f}, H2O-head {at['H2O-head']:.2f} and H2O-layer {at['H2O-layer']:.2f}: "
+    )
+    if not better:
+        return said + "as in the paper, none of them is better than TOVA-layer."
+    gap = max(tova / at[name] - 1 for name in better)
+    return (
+        said + f"unlike in the paper, {' and '.join(better)} did better, by {gap:.1%} at most, "
+        f"where forgetting all but the last {slots} tokens costs {at['Window'] / full - 1:.1%}: "
+        "so much, or little, is all that this model takes from far behind."
+    )
+
+
+def _perplexity_table(result: Mapping[str, Any]) -> Table:
+    found, subject = result["perplexity"], result["subject"]
+    sizes = found["states"]
+    rows = [
+        [name, *(number(at[str(slots)], 4) for slots in sizes), number(found["full"], 4)]
+        for name, at in found["policies"].items()
+    ]
+    return Table(
+        "Perplexity against the number of states",
+        f"{subject['name']}, {subject['parameters']:,} parameters; {subject['windows']} windows of "
+        f"{subject['context']} held-out tokens of {subject['text']}. The policy acts after every "
+        "token. The paper, LLaMA-2-7B on PG-19: TOVA 7.41 at 512 of 4096 states, full 7.16, "
+        "Window 2184.",
+        ("policy", *(f"{slots}" for slots in sizes), f"{subject['context']}, full"),
+        rows,
+    )
+
+
+def _kept_table(kept: Mapping[str, Any]) -> Table:
+    stays = sorted(kept["stays"].items(), key=lambda item: -item[1][0])
+    return Table(
+        "Which tokens stay",
+        f"TOVA-layer with {kept['slots']} states, last layer: for how much of the rest of the text "
+        "a token of its first half is kept.",
+        ("token", "kept for", "tokens"),
+        [[kind, f"{share:.1%}", f"{count:,}"] for kind, (share, count) in stays],
+    )
+
+
+def _writing_table(writing: Mapping[str, Any]) -> Table:
+    rows = [
+        [
+            name if not name.isdigit() else f"{name} states",
+            f"{judged['tokens']}",
+            f"{judged['tokens_a_paragraph']:.0f}",
+            *(f"{judged[f'distinct_{n}']:.2f}" for n in (1, 2, 4)),
+            number(judged["perplexity"]),
+        ]
+        for name, judged in writing["judged"].items()
+    ]
+    return Table(
+        "Long texts, written with TOVA-layer",
+        f"{writing['texts']} texts sampled at temperature 1 after prompts of {writing['prompt']} "
+        "held-out tokens. Tokens written, and how many of them between blank lines; different "
+        "n-grams over all n-grams; the perplexity of what was written under the model with its "
+        "full state, in place of a judge.",
+        ("", "tokens", "a paragraph", "distinct-1", "distinct-2", "distinct-4", "perplexity"),
+        rows,
+    )
+
+
+def _recall_table(found: Mapping[str, Any]) -> Table:
+    return Table(
+        "Key-value recall",
+        f"Right answers with {found['slots']} states (full: {found['context']}), by the number of "
+        f"tokens between {found['pairs']} pairs and the question. A decoder of its own, trained "
+        "with its full state.",
+        ("policy", *(f"{distance}" for distance in found["distances"])),
+        [[name, *(f"{x:.0%}" for x in right)] for name, right in found["accuracy"].items()],
+    )
+
+
+def _speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    full = rows[-1]["tokens_per_second"]
+    cells = [
+        [
+            f"{row['slots']:,}",
+            f"{row['batch']}",
+            f"{row['bytes'] / 2**20:,.0f} MiB",
+            number(row["tokens_per_second"]),
+            f"{number(row['tokens_per_second'] / full, 2)}×",
+        ]
+        for row in rows
+    ]
+    return Table(
+        "Throughput at one budget of memory",
+        "Tokens a second at the largest batch whose states fit what the full state takes; "
+        "whole decode steps. The paper, LLaMA-2-7B on a V100: 4.8× at an eighth.",
+        ("states", "batch", "memory of the states", "tokens/s", "over the full state"),
+        cells,
+    )
+
+
+def _draw_perplexity(result: Mapping[str, Any], axes: Sequence[Axes]) -> None:
+    found = result["perplexity"]
+    for name, at in found["policies"].items():
+        style = "-" if name.startswith("TOVA") else "--" if name.startswith("H2O") else ":"
+        axes[0].plot(found["states"], list(at.values()), style, marker="o", label=name)
+    axes[0].axhline(found["full"], color="#222", linewidth=1, label="full state")
+    axes[0].set_xscale("log", base=2)
+    axes[0].set_yscale("log")
+    axes[0].set_xticks(found["states"], [str(slots) for slots in found["states"]])
+    axes[0].set_xlabel("states")
+    axes[0].set_ylabel("perplexity of held-out text")
+    axes[0].legend(frameon=False, fontsize=9)
+
+
+def _draw_kept(kept: Mapping[str, Any], axes: Sequence[Axes]) -> None:
+    expiry = torch.tensor(kept["expiry"])
+    step = torch.arange(len(expiry))[:, None]
+    visible = (step >= step.T) & (step < expiry)
+    axes[0].grid(False)
+    axes[0].imshow(visible.numpy(), cmap="Greys", aspect="auto", interpolation="nearest")
+    axes[0].set_xlabel("position of a token")
+    axes[0].set_ylabel("after so many tokens")
+    stays = sorted(kept["stays"].items(), key=lambda item: item[1][0])
+    axes[1].barh([kind for kind, _ in stays], [share for _, (share, _) in stays], color="#0b6e4f")
+    axes[1].set_xlabel("share of the rest of the text for which it is kept")
+
+
+def _draw_recall(found: Mapping[str, Any], axes: Sequence[Axes]) -> None:
+    for name, right in found["accuracy"].items():
+        style = {"T": "-", "H": "--", "W": ":"}.get(name[0], "-.")
+        axes[0].plot(found["distances"], right, style, marker="o", label=name)
+    axes[0].set_xlabel("tokens between the pairs and the question")
+    axes[0].set_ylabel("right answers")
+    axes[0].set_ylim(0, 1.03)
+    axes[0].legend(frameon=False, fontsize=9)
+
+
+def _comparable(subject: Mapping[str, Any]) -> str:
+    if subject["trained_on"] is None:
+        return (
+            "Perplexities compare to the paper's as far as the checkpoint, the text and the "
+            "context are the same; recall is of a small decoder, and throughput of this machine."
+        )
+    return (
+        "The order of the policies compares to the paper's; the perplexities, of a decoder of "
+        f"{subject['parameters']:,} parameters trained on {subject['trained_on']:,} tokens, and "
+        "the throughput, of another machine and model, do not (--model measures a real checkpoint)."
+    )
+
+
+def section(result: Mapping[str, Any]) -> Section:
+    subject, speed = result["subject"], result["speed"]
+    gain = speed[0]["tokens_per_second"] / speed[-1]["tokens_per_second"]
+    return Section(
+        title="Transformers as multi-state RNNs: bounding the state",
+        claim=(
+            "A trained transformer needs few of its states: with TOVA and an eighth of them it is "
+            "close to the full model (LLaMA-2-7B on PG-19: perplexity 7.41 against 7.16, a plain "
+            "window 2184), ahead of H2O and of windows with attention sinks, and writes 4.8 times "
+            "as many tokens a second on a V100."
+        ),
+        found=(
+            f"{verdict(result)} At one budget of memory an eighth of the states gives "
+            f"{number(gain, 2)} times the throughput of the full state."
+        ),
+        comparable=_comparable(subject),
+        tables=(
+            _perplexity_table(result),
+            _kept_table(result["kept"]),
+            _writing_table(result["writing"]),
+            _recall_table(result["recall"]),
+            _speed_table(speed),
+        ),
+        plots=(
+            Plot(
+                "perplexity",
+                "Perplexity of held-out text against the number of states.",
+                partial(_draw_perplexity, result),
+            ),
+            Plot(
+                "kept",
+                f"TOVA-layer with {result['kept']['slots']} states, last layer. Left: which tokens "
+                "are kept (dark) as the text goes on downwards. Right: which kinds stay.",
+                partial(_draw_kept, result["kept"]),
+                columns=2,
+            ),
+            Plot(
+                "recall",
+                f"Key-value recall with {result['recall']['slots']} states.",
+                partial(_draw_recall, result["recall"]),
+            ),
+        ),
+    )
