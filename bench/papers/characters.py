@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -62,13 +63,11 @@ def _width(setting: Setting, kind: str, characters: int) -> int:
         with torch.device("meta"):
             return parameters(_build(setting, kind, characters, width))
 
-    goal = count("transformer", setting.width)
-    candidates = range(8, 2 * setting.width, 4)
-    return (
-        setting.width
-        if kind == "transformer"
-        else min(candidates, key=lambda width: abs(count(kind, width) - goal))
-    )
+    if kind == "transformer":
+        return setting.width
+    goal, widths = count("transformer", setting.width), range(8, 2 * setting.width, 4)
+    above = bisect.bisect_left(widths, goal, key=lambda width: count(kind, width))
+    return min(widths[above - 1 : above + 1], key=lambda width: abs(count(kind, width) - goal))
 
 
 def _train(setting: Setting, kind: str, corpus: Corpus, device: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -304,18 +305,13 @@ def _draw(result: dict[str, Any]) -> Callable[[Sequence[Axes]], None]:
 
 def section(result: dict[str, Any]) -> Section:
     setting, environments = result["setting"], result["environments"]
-    means = {}
-    for kind in _KINDS:
-        scores = [np.mean(_scores(found, _best(found, kind))) for found in environments.values()]
-        means[kind] = float(np.mean(scores))
-    data = float(
-        np.mean(
-            [
-                np.mean(_scores(found, found["yardsticks"]["data"]))
-                for found in environments.values()
-            ]
-        )
-    )
+
+    def score(returns_of: Callable[[dict[str, Any]], Sequence[float]]) -> float:
+        scores = (_scores(found, returns_of(found)) for found in environments.values())
+        return float(np.mean([np.mean(values) for values in scores]))
+
+    means = {kind: score(partial(_best, kind=kind)) for kind in _KINDS}
+    data = score(lambda found: found["yardsticks"]["data"])
     return Section(
         title="Control by sequence modelling",
         claim="On the nine medium tasks of D4RL a decision transformer's mean score is 76.4; with "
@@ -323,8 +319,8 @@ def section(result: dict[str, Any]) -> Section:
         found="Asked for a return as high as the best of the data, the mean score is "
         + ", ".join(f"{mean:.1f} with {kind}" for kind, mean in means.items())
         + f"; the policy that made the data scores {data:.1f}.",
-        comparable="D4RL is not shipped: the data are made here, so only the order of backbones and "
-        "how far they rise above their data compare, not the scores; one token holds return, "
+        comparable="D4RL is not shipped: the data are made here, so only the order of backbones "
+        "and how far they rise above their data compare, not the scores; one token holds return, "
         "observation and the action before, where a decision transformer has three.",
         tables=[
             Table(

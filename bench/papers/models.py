@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,38 +17,10 @@ from torch.nn.functional import pad, scaled_dot_product_attention, silu, softplu
 
 import msrnn_ops as ms
 
-MINIMAL = {"minGRU": "gru", "minLSTM": "lstm"}
+_CELLS = {"minGRU": "gru", "minLSTM": "lstm"}
 _HEAD_DIM = 32
 _WARMUP = 0.05  # of the steps
 _CLIP = 1.0
-
-
-class MinRNNBlock(nn.Module):
-    def __init__(
-        self,
-        width: int,
-        cell: str,
-        expansion: float = 1.0,
-        conv: int = 0,
-        mlp: float = 4.0,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        inner = int(width * expansion)
-        self.norm = nn.RMSNorm(width)
-        self.scan = ms.min_gru_joint if cell == "gru" else ms.min_lstm_joint
-        self.projection = nn.Linear(width, (2 if cell == "gru" else 3) * inner)
-        self.conv = nn.Conv1d(width, width, conv, groups=width) if conv else None
-        self.out = nn.Linear(inner, width)
-        self.mlp = _mlp(width, mlp) if mlp else None
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(x)
-        if self.conv is not None:
-            y = _causal(self.conv, y)
-        x = x + self.dropout(self.out(self.scan(self.projection(y))))
-        return x if self.mlp is None else x + self.dropout(self.mlp(x))
 
 
 def _mlp(width: int, factor: float) -> nn.Module:
@@ -62,22 +35,10 @@ def _causal(conv: nn.Conv1d, x: Tensor) -> Tensor:
     return cast(Tensor, conv(pad(x.mT, (conv.kernel_size[0] - 1, 0)))).mT
 
 
-class Minimal(nn.Module):
-    """A bare minGRU or minLSTM layer: one projection and its scan."""
-
-    def __init__(self, cell: str, width: int) -> None:
-        super().__init__()
-        self.scan = ms.min_gru_joint if cell == "gru" else ms.min_lstm_joint
-        self.projection = nn.Linear(width, (2 if cell == "gru" else 3) * width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.scan(self.projection(x)))
-
-
 class Recurrent(nn.Module):
-    """torch.nn.GRU or torch.nn.LSTM."""
+    """A layer with the interface of torch.nn.GRU, as MinGRU and MinLSTM are."""
 
-    def __init__(self, layer: type[nn.GRU] | type[nn.LSTM], width: int) -> None:
+    def __init__(self, layer: Callable[..., nn.Module], width: int) -> None:
         super().__init__()
         self.layer = layer(width, width, batch_first=True)
 
@@ -151,10 +112,10 @@ class SelectiveScan(nn.Module):
 
 
 MIXERS: dict[str, Callable[[int], nn.Module]] = {
-    "minGRU": lambda width: Minimal("gru", width),
-    "minLSTM": lambda width: Minimal("lstm", width),
-    "GRU": lambda width: Recurrent(nn.GRU, width),
-    "LSTM": lambda width: Recurrent(nn.LSTM, width),
+    "minGRU": partial(Recurrent, ms.nn.MinGRU),
+    "minLSTM": partial(Recurrent, ms.nn.MinLSTM),
+    "GRU": partial(Recurrent, nn.GRU),
+    "LSTM": partial(Recurrent, nn.LSTM),
     "transformer": Attention,
     "selective scan": SelectiveScan,
 }
@@ -208,8 +169,15 @@ class SequenceModel(nn.Module):
         self.embedding = embedding
 
         def block() -> nn.Module:
-            if kind in MINIMAL:
-                return MinRNNBlock(width, MINIMAL[kind], expansion, conv, mlp, dropout)
+            if kind in _CELLS:
+                return ms.nn.MinRNNBlock(
+                    width,
+                    cell=_CELLS[kind],
+                    expansion=expansion,
+                    conv=conv,
+                    mlp=mlp,
+                    dropout=dropout,
+                )
             return Block(MIXERS[kind](width), width, mlp, dropout)
 
         self.blocks = nn.Sequential(*(block() for _ in range(layers)))
