@@ -39,7 +39,7 @@ class Setting:
     conv: int = 4
 
 
-QUICK = Setting(96, 2, 128, 16, 400, 3e-3, 40, 96, 0.0)
+QUICK = Setting(96, 2, 128, 16, 400, 3e-3, 50, 96, 0.0)
 FULL = Setting(384, 6, 256, 64, 5000, 1e-3, 100, 400, 0.2, expansion=2.0)
 
 
