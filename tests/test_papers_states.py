@@ -41,9 +41,9 @@ TINY = states.Scale(
     prompt=16,
     texts=2,
     recall=recall.Task(
-        pairs=2,
+        facts=2,
         keys=4,
-        distances=(0, 58),
+        distances=(0, 60),
         width=16,
         layers=1,
         heads=2,
@@ -159,14 +159,28 @@ def test_recall_asks_for_what_was_told() -> None:
     generator = torch.Generator().manual_seed(0)
     for questions in (1, 2):
         tokens, values = recall._draw(task, 20, 7, questions, generator)
-        assert tokens.shape == (20, 1 + 2 * task.pairs + 7 + 2 * questions - 1)
+        assert tokens.shape == (20, 1 + task.facts + 7 + questions)
         for row, wanted in zip(tokens.tolist(), values.tolist(), strict=True):
-            told = dict(zip(row[1:5:2], row[2:5:2], strict=True))
-            assert len(told) == task.pairs
-            asked = row[-2 * questions + 1 :: 2]
-            assert [told[key] for key in asked] == wanted
+            facts = [divmod(token - 1 - 2 * task.keys, task.keys) for token in row[1:3]]
+            told = dict(facts)
+            assert len(told) == task.facts
+            assert [told[key - 1] for key in row[-questions:]] == wanted
+            assert all(task.keys < token <= 2 * task.keys for token in row[3:10])
     longest, _ = recall._draw(task, 1, max(task.distances), 1, generator)
     assert longest.shape[1] == task.context
+
+
+@torch.no_grad()
+def test_recall_finds_what_is_kept() -> None:
+    model, tokens = _decoder(), torch.randint(50, (3, 20))
+    again = torch.cat([tokens, tokens[:, -1:]], 1)
+    everything = ms.Policy.tova(21)
+    for answer, wanted in (
+        (recall._token_by_token, model(tokens)),
+        (recall._after_a_prompt, model(again)),
+    ):
+        found = answer(everything, model, tokens)
+        torch.testing.assert_close(found, wanted[:, -1], rtol=1e-3, atol=1e-3)
 
 
 def _perplexities(at: dict[str, float]) -> dict[str, object]:

@@ -120,9 +120,6 @@ class Decoder(nn.Module):
         for weight in self.parameters():
             if weight.ndim == 2:
                 nn.init.normal_(weight, std=0.02)
-        for block in self.blocks:
-            for projection in (cast(_Block, block).out, cast(_Block, block).down):
-                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * layers))
 
     def forward(self, tokens: Tensor, attend: Attend = attend_all, start: int = 0) -> Tensor:
         x = self.embedding(tokens)

@@ -92,14 +92,25 @@ def _writing_table(writing: Mapping[str, Any]) -> Table:
     )
 
 
+_RECALL = {
+    "token_by_token": "the policy after every token",
+    "after_a_prompt": "once after a prompt with the question",
+}
+
+
 def _recall_table(found: Mapping[str, Any]) -> Table:
+    rows = [["full", "", *(f"{x:.0%}" for x in found["full"])]]
+    for key, way in _RECALL.items():
+        rows += [[name, way, *(f"{x:.0%}" for x in right)] for name, right in found[key].items()]
     return Table(
         "Key-value recall",
         f"Right answers with {found['slots']} states (full: {found['context']}), by the number of "
-        f"tokens between {found['pairs']} pairs and the question. A decoder of its own, trained "
-        "with its full state.",
-        ("policy", *(f"{distance}" for distance in found["distances"])),
-        [[name, *(f"{x:.0%}" for x in right)] for name, right in found["accuracy"].items()],
+        f"tokens between {found['facts']} facts and the question. Policies act after every token, "
+        "where nothing asks for a fact before the end; or once, after a prompt that ends with the "
+        "question, which is then asked again. A decoder of its own, trained with its full state.",
+        ("policy", "acts", *(f"{distance}" for distance in found["distances"])),
+        rows,
+        labels=2,
     )
 
 
@@ -124,11 +135,14 @@ def _speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
+def _style(policy: str) -> str:
+    return {"TOVA": "-", "H2O": "--"}.get(policy.partition("-")[0], ":")
+
+
 def _draw_perplexity(result: Mapping[str, Any], axes: Sequence[Axes]) -> None:
     found = result["perplexity"]
     for name, at in found["policies"].items():
-        style = "-" if name.startswith("TOVA") else "--" if name.startswith("H2O") else ":"
-        axes[0].plot(found["states"], list(at.values()), style, marker="o", label=name)
+        axes[0].plot(found["states"], list(at.values()), _style(name), marker="o", label=name)
     axes[0].axhline(found["full"], color="#222", linewidth=1, label="full state")
     axes[0].set_xscale("log", base=2)
     axes[0].set_yscale("log")
@@ -152,13 +166,15 @@ def _draw_kept(kept: Mapping[str, Any], axes: Sequence[Axes]) -> None:
 
 
 def _draw_recall(found: Mapping[str, Any], axes: Sequence[Axes]) -> None:
-    for name, right in found["accuracy"].items():
-        style = {"T": "-", "H": "--", "W": ":"}.get(name[0], "-.")
-        axes[0].plot(found["distances"], right, style, marker="o", label=name)
-    axes[0].set_xlabel("tokens between the pairs and the question")
-    axes[0].set_ylabel("right answers")
-    axes[0].set_ylim(0, 1.03)
-    axes[0].legend(frameon=False, fontsize=9)
+    for (key, way), one in zip(_RECALL.items(), axes, strict=True):
+        one.plot(found["distances"], found["full"], "-.", color="#222", label="full state")
+        for name, right in found[key].items():
+            one.plot(found["distances"], right, _style(name), marker="o", label=name)
+        one.set_title(way)
+        one.set_xlabel("tokens between the facts and the question")
+        one.set_ylabel("right answers")
+        one.set_ylim(0, 1.03)
+    axes[-1].legend(frameon=False, fontsize=9)
 
 
 def _comparable(subject: Mapping[str, Any]) -> str:
@@ -214,6 +230,7 @@ def section(result: Mapping[str, Any]) -> Section:
                 "recall",
                 f"Key-value recall with {result['recall']['slots']} states.",
                 partial(_draw_recall, result["recall"]),
+                columns=2,
             ),
         ),
     )
