@@ -141,7 +141,7 @@ def _draw(models: dict[str, Any]) -> Callable[[Sequence[Axes]], None]:
             axes[1].plot(seconds, [value for _, value in points], label=kind)
         axes[0].set(xlabel="training steps", ylabel="held-out loss (nats per character)")
         axes[1].set(xlabel="seconds of training, evaluation included")
-        axes[0].legend()
+        axes[0].legend(frameon=False)
 
     return onto
 

@@ -131,7 +131,7 @@ def _draw(result: dict[str, Any]) -> Any:
                     values = [100 * point["value"] for point in one["curve"]]
                     plot.plot(steps, values, label=f"layers: {one['layers']}")
             plot.set(title=kind, xlabel="training steps", ylabel="accuracy (%)", ylim=(0, 102))
-            plot.legend(loc="lower right")
+            plot.legend(frameon=False, loc="lower right")
 
     return onto
 

@@ -94,12 +94,9 @@ def run(options: Options, store: Store) -> dict[str, Any]:
     return {"setting": vars(setting), "device": options.device, "lengths": measured}
 
 
-def _over(result: dict[str, Any], length: str, name: str, what: str) -> float | None:
-    """What a layer takes over what minGRU takes, of "time" or "peak"."""
-    row = result["lengths"][length]
-    if name not in row:
-        return None
-    values = [row[layer][what] for layer in (name, "minGRU")]
+def _over(row: dict[str, Any], name: str, other: str, what: str) -> float:
+    """What a layer takes over what another takes, of "time" or "peak"."""
+    values = [row[layer][what] for layer in (name, other)]
     first, second = (x["median"] if what == "time" else x for x in values)
     return first / second
 
@@ -113,8 +110,8 @@ def _cells(result: dict[str, Any], what: str) -> list[list[str]]:
             if name not in row:
                 cells.append("out of memory")
             elif what == "time":
-                ratio = _over(result, length, name, what)
-                cells.append(f"{duration(row[name]['time'])} ({number(ratio or 0.0)}×)")
+                ratio = number(_over(row, name, "minGRU", what))
+                cells.append(f"{duration(row[name]['time'])} ({ratio}×)")
             else:
                 tensor = 4 * setting["batch"] * int(length) * setting["width"]
                 mebibytes = number(row[name]["peak"] / 2**20)
@@ -125,6 +122,7 @@ def _cells(result: dict[str, Any], what: str) -> list[list[str]]:
 
 def _plot(result: dict[str, Any]) -> Callable[[Sequence[Axes]], None]:
     def onto(axes: Sequence[Axes]) -> None:
+        ticks = [int(length) for length in result["lengths"]]
         for name in LAYERS:
             rows = [(int(t), row[name]) for t, row in result["lengths"].items() if name in row]
             lengths = [length for length, _ in rows]
@@ -138,27 +136,26 @@ def _plot(result: dict[str, Any]) -> Callable[[Sequence[Axes]], None]:
         for one in axes:
             one.set_xscale("log", base=2)
             one.set_yscale("log")
+            one.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
             one.set_xlabel("sequence length T")
 
     return onto
 
 
 def section(result: dict[str, Any]) -> Section:
-    setting, lengths = result["setting"], list(result["lengths"])
+    setting, lengths = result["setting"], result["lengths"]
     against = []
-    for length in lengths:
-        ratio = _over(result, length, "GRU", "time")
-        if ratio is not None:
-            paper = f" (paper: {PAPER[int(length)]:,})" if int(length) in PAPER else ""
-            against.append(f"{number(ratio)} at T = {int(length):,}{paper}")
+    for length, row in lengths.items():
+        ratio = number(_over(row, "GRU", "minGRU", "time"))
+        paper = f" (paper: {PAPER[int(length)]:,})" if int(length) in PAPER else ""
+        against.append(f"{ratio} at T = {int(length):,}{paper}")
     found = f"nn.GRU takes so many times minGRU's time: {', '.join(against)}."
-    longest = lengths[-1]
-    gru, unfused = (_over(result, longest, name, "peak") for name in ("GRU", _UNFUSED))
-    if gru and unfused:
+    longest, row = list(lengths.items())[-1]
+    if _UNFUSED in row:
+        unfused, fused = (number(_over(row, x, "GRU", "peak")) for x in (_UNFUSED, "minGRU"))
         found += (
-            f" At T = {int(longest):,} minGRU written in PyTorch takes {number(unfused / gru)} "
-            f"times nn.GRU's peak memory (paper: {_PAPER_MEMORY}), the fused one "
-            f"{number(1 / gru)} times."
+            f" At T = {int(longest):,} minGRU written in PyTorch takes {unfused} times nn.GRU's "
+            f"peak memory (paper: {_PAPER_MEMORY}), the fused one {fused} times."
         )
     shape = f"{setting['batch']}×T×{setting['width']}, float32, {result['device']}"
     columns = ("layer", *(f"T = {int(length):,}" for length in lengths))
