@@ -1,8 +1,8 @@
 """Selective copying: the paper's Table 1, accuracy against the number of layers.
 
 A sequence of noise holds a few tokens at random places; after it the model writes them in order.
-Where a token stands must not matter and what it is must: a recurrence whose gates see the input can
-drop the noise, one layer of it cannot also tell the tokens' order.
+A gate that sees the input can drop the noise; only a second layer's gates can see how many tokens
+came before.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def section(result: dict[str, Any]) -> Section:
             Table(
                 "Accuracy",
                 f"Percent of {_HELD_OUT:,} held-out sequences' tokens; {shape}, width "
-                f"{setting['width']}, recurrence {setting['expansion']:g} times as wide, at most "
+                f"{setting['width']}, {setting['expansion']:g} times that in the recurrence, at most "
                 f"{setting['steps']:,} steps of {setting['batch']} sequences.",
                 ("model", "layers", "accuracy here (%)", "in the paper (%)"),
                 rows,
