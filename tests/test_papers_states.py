@@ -36,6 +36,7 @@ TINY = states.Scale(
     context=64,
     training=TRAINING,
     batch=2,
+    copies=1,
     states=(6, 16),
     windows=3,
     prompt=16,
@@ -183,16 +184,35 @@ def test_recall_finds_what_is_kept() -> None:
         torch.testing.assert_close(found, wanted[:, -1], rtol=1e-3, atol=1e-3)
 
 
-def _perplexities(at: dict[str, float]) -> dict[str, object]:
-    policies = {name: {"8": 9.0, **({"8": at[name]} if name in at else {})} for name in at}
-    return {"subject": {"context": 64}, "perplexity": {"full": 7.0, "policies": policies}}
+def _result(at: dict[str, float], forgotten: dict[str, float]) -> dict[str, object]:
+    policies = {name: {"8": perplexity} for name, perplexity in at.items()}
+    perplexity = {"full": 7.0, "policies": policies}
+    return {"subject": {"context": 64}, "perplexity": perplexity, "forgotten": forgotten}
 
 
 def test_the_verdict_follows_the_results() -> None:
     at = {name: 9.0 for name in states.POLICIES} | {"TOVA-layer": 8.0}
-    assert "as in the paper" in states_report.verdict(_perplexities(at))
-    verdict = states_report.verdict(_perplexities(at | {"H2O-head": 7.5}))
-    assert "unlike in the paper, H2O-head did better" in verdict
+    forgotten = {name: 0.2 for name in states.POLICIES}
+    assert "as in the paper" in states_report.verdict(_result(at, forgotten))
+    worse = at | {"H2O-head": 7.5, "H2O-layer": 7.9}
+    verdict = states_report.verdict(_result(worse, forgotten | {"TOVA-layer": 0.3}))
+    assert "unlike in the paper, H2O-head and H2O-layer did better" in verdict
+    assert (
+        "30.0% goes to states that TOVA-layer has dropped, 20.0% to those that H2O-head" in verdict
+    )
+    assert "it drops more" in verdict
+    assert "it is not for lack" in states_report.verdict(_result(worse, forgotten))
+
+
+@torch.no_grad()
+def test_forgotten_attention_of_a_window() -> None:
+    model, tokens = _decoder(), torch.randint(50, (1, 13))
+    for weight in model.parameters():
+        torch.nn.init.zeros_(weight)  # so that all attention is equal
+    subject = states.Subject(model, tokens, str, {})
+    found = states._forgotten(subject, 6)["Window"]
+    dropped = [max(t + 1 - 7, 0) / (t + 1) for t in range(12)]  # a token sees itself and six more
+    assert found == pytest.approx(sum(dropped) / 12)
 
 
 @pytest.mark.usefixtures("tiny")

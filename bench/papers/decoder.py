@@ -117,9 +117,6 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(_Block(layer, width, heads) for layer in range(layers))
         self.norm = nn.RMSNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
-        for weight in self.parameters():
-            if weight.ndim == 2:
-                nn.init.normal_(weight, std=0.02)
 
     def forward(self, tokens: Tensor, attend: Attend = attend_all, start: int = 0) -> Tensor:
         x = self.embedding(tokens)

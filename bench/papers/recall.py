@@ -53,7 +53,7 @@ QUICK = Task(
     width=64,
     layers=2,
     heads=2,
-    training=Training(steps=300, rate=3e-3, warmup=30),
+    training=Training(steps=350, rate=3e-3, warmup=30),
     batch=32,
     rows=256,
 )

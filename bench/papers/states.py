@@ -46,6 +46,7 @@ POLICIES: dict[str, Callable[[int], ms.Policy]] = {
     "TOVA-layer+4": partial(ms.Policy.tova, sinks=4),
 }
 _SHARES = (8, 4, 2, 1)  # the state is one such part of the context
+_ROWS_OF_ATTENTION = 8  # windows whose attention weights are looked at
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Scale:
     context: int
     training: Training
     batch: int
+    copies: int  # rows of a batch that are shuffled text, repeated: they teach to look far back
     states: Sequence[int]
     windows: int  # of held-out text, one context each
     prompt: int  # tokens that are continued
@@ -79,16 +81,17 @@ class Scale:
 
 
 QUICK = Scale(
-    vocabulary=1024,
+    vocabulary=512,
     width=128,
     layers=3,
-    heads=4,
-    context=512,
-    training=Training(steps=300, rate=3e-3, warmup=30),
+    heads=8,
+    context=256,
+    training=Training(steps=800, rate=2e-3, warmup=30),
     batch=4,
-    states=(16, 32, 64, 128, 256),
-    windows=16,
-    prompt=64,
+    copies=1,
+    states=(16, 32, 64, 128),
+    windows=32,
+    prompt=32,
     texts=8,
     recall=recall.QUICK,
     speed=Speed(1024, 256, 4, 8, 4096, 2, 1.0),
@@ -101,6 +104,7 @@ FULL = Scale(
     context=4096,
     training=Training(steps=20_000, rate=6e-4, warmup=500),
     batch=16,
+    copies=0,
     states=(16, 32, 64, 128, 256, 512, 1024, 2048),
     windows=64,
     prompt=512,
@@ -139,8 +143,15 @@ def _trained(options: Options, scale: Scale, store: Store) -> Subject:
         generator = torch.Generator().manual_seed(step)
         first = torch.randint(len(corpus.train) - length + 1, (scale.batch,), generator=generator)
         rows = torch.stack([corpus.train[i : i + length] for i in first.tolist()])
-        rows = rows.to(options.device)
-        return torch.cat([torch.zeros_like(rows[:, :1]), rows[:, :-1]], 1), rows
+        targets = rows.clone()
+        for row, target in zip(rows[: scale.copies], targets, strict=False):
+            period = int(torch.randint(4, length // 2 + 1, (), generator=generator))
+            shuffled = row[:period][torch.randperm(period, generator=generator)]
+            row[:] = shuffled.repeat(length // period + 1)[:length]
+            target[period:] = row[period:]
+            target[:period] = -100
+        rows, targets = rows.to(options.device), targets.to(options.device)
+        return torch.cat([torch.zeros_like(rows[:, :1]), rows[:, :-1]], 1), targets
 
     losses = train(model, lesson, scale.training, "decoder", store)
     facts = {
@@ -179,6 +190,38 @@ def _perplexity(subject: Subject, batch: int, attend: Callable[[], Attend]) -> f
         logits = subject.model(rows[:, :-1], attend()).float()
         total += float(cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"))
     return math.exp(total / subject.windows[:, 1:].numel())
+
+
+class _Forgotten:
+    """Full attention; `shares` has of every layer what part of it is paid to dropped states."""
+
+    def __init__(self, policy: ms.Policy) -> None:
+        self.policy = policy
+        self.shares: list[float] = []
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        _, expiry = ms.attend_sequence(q, k, v, self.policy)
+        heads, time = q.shape[1], q.shape[2]
+        logits = q @ k.repeat_interleave(heads // k.shape[1], 1).mT * q.shape[-1] ** -0.5
+        step = torch.arange(time, device=q.device)[:, None]
+        weights = logits.float().masked_fill(step < step.T, -torch.inf).softmax(-1)
+        gone = step >= expiry.repeat_interleave(heads // expiry.shape[1], 1)[:, :, None]
+        self.shares.append(float((weights * gone).sum(-1).mean()))
+        return attend_all(layer, q, k, v)
+
+
+@torch.no_grad()
+def _forgotten(subject: Subject, slots: int) -> dict[str, float]:
+    """What share of the full model's attention is paid to states that each policy has dropped."""
+    found = {}
+    for name, policy in POLICIES.items():
+        shares: list[float] = []
+        for row in subject.windows[:_ROWS_OF_ATTENTION, :-1]:
+            attend = _Forgotten(policy(slots))
+            subject.model(row[None], attend)
+            shares += attend.shares
+        found[name] = sum(shares) / len(shares)
+    return found
 
 
 @torch.no_grad()
@@ -312,6 +355,7 @@ def run(options: Options, store: Store, scale: Scale | None = None) -> dict[str,
     result = {
         "subject": {**subject.facts, "context": context, "windows": len(subject.windows)},
         "perplexity": {"full": full, "states": sizes, "policies": found},
+        "forgotten": store.once("forgotten", lambda: _forgotten(subject, context // 8)),
         "kept": store.once("kept", lambda: _kept(subject, ms.Policy.tova(context // 8))),
         "writing": store.once("writing", lambda: _writing(subject, scale)),
         "recall": store.once("recall", lambda: recall.run(scale.recall, POLICIES, device, store)),
