@@ -167,8 +167,8 @@ def section(result: dict[str, Any]) -> Section:
             Table(
                 "Accuracy",
                 f"Percent of {_HELD_OUT:,} held-out sequences' tokens; {shape}, width "
-                f"{setting['width']}, {setting['expansion']:g} times that in the recurrence, at most "
-                f"{setting['steps']:,} steps of {setting['batch']} sequences.",
+                f"{setting['width']}, {setting['expansion']:g} times that in the recurrence, "
+                f"at most {setting['steps']:,} steps of {setting['batch']} sequences.",
                 ("model", "layers", "accuracy here (%)", "in the paper (%)"),
                 rows,
             )
