@@ -257,6 +257,21 @@ def test_the_command_goes_on_where_it_was_stopped(
     assert (tmp_path / "papers.html").exists()
 
 
+@pytest.mark.parametrize("scale", [states.QUICK, states.FULL], ids=["quick", "full"])
+def test_the_sizes_fit_together(scale: states.Scale) -> None:
+    task, speed = scale.recall, scale.speed
+    for sizes in (scale, task, speed):
+        for name, policy in states.POLICIES.items():
+            bounded = policy(sizes.context // 8)
+            head_dim = sizes.width // sizes.heads
+            ms.MultiState(bounded, batch=0, kv_heads=sizes.heads, head_dim=head_dim)
+            assert bounded.scope == ("head" if name.endswith("head") else "layer")
+    assert scale.context // 8 in scale.states
+    assert max(scale.states) < scale.context
+    assert task.facts <= task.keys
+    assert scale.copies < scale.batch
+
+
 @pytest.mark.parametrize(
     ("words_", "message"),
     [

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 import msrnn_ops as ms
 from bench.papers.decoder import (
@@ -142,7 +142,11 @@ def run(
 ) -> dict[str, Any]:
     """Trains with full attention, then bounds the state to an eighth of the longest question."""
     torch.manual_seed(0)
-    model = Decoder(1 + task.keys * (2 + task.keys), task.width, task.layers, task.heads).to(device)
+    model = Decoder(1 + task.keys * (2 + task.keys), task.width, task.layers, task.heads)
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            nn.init.normal_(weight, std=0.02)  # from larger ones it does not learn to match keys
+    model.to(device)
     losses = train(model, lambda step: _lesson(task, device, step), task.training, "recall", store)
     slots = task.context // 8
     by_token, by_prompt = {}, {}
