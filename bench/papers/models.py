@@ -6,6 +6,7 @@ All are one stack of residual blocks; they differ in how a block mixes over time
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -210,8 +211,9 @@ def fit(
 ) -> list[dict[str, Any]]:
     """AdamW on `loss`, which draws a batch at every call.
 
-    Returns the curve: step, mean loss since the last point and `evaluate()`, every so many steps
-    and at the end, which comes early where `solved` says so of the evaluation.
+    Returns the curve, a point every so many steps and at the end, which comes early where `solved`
+    says so of the evaluation: the step, the mean loss and time of a step since the last point, and
+    `evaluate()`.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps))
@@ -220,6 +222,7 @@ def fit(
     recent = torch.zeros((), device=next(model.parameters()).device)
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[value]}")) as progress:
         task = progress.add_task(label, total=steps, value="")
+        start = time.perf_counter()
         for step in range(1, steps + 1):
             optimizer.zero_grad()
             value = loss()
@@ -231,11 +234,14 @@ def fit(
             progress.advance(task)
             if step % every == 0 or step == steps:
                 since = step - (curve[-1]["step"] if curve else 0)
+                mean = float(recent) / since  # waits for the device
+                seconds = (time.perf_counter() - start) / since
                 model.eval()
                 with torch.no_grad():
                     figure = evaluate()
                 model.train()
-                curve.append({"step": step, "loss": float(recent) / since, "value": figure})
+                curve.append({"step": step, "loss": mean, "step_seconds": seconds, "value": figure})
+                start = time.perf_counter()
                 recent.zero_()
                 progress.update(task, value=f"{figure:.3f}")
                 if solved(figure):
