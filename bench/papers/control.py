@@ -268,7 +268,8 @@ def _scores(found: dict[str, Any], returns: Sequence[float]) -> list[float]:
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{np.mean(values):.1f} ± {np.std(values) / len(values) ** 0.5:.1f}"
+    mean = round(float(np.mean(values)), 1) + 0.0  # no "-0.0"
+    return f"{mean:.1f} ± {np.std(values) / len(values) ** 0.5:.1f}"
 
 
 def _best(found: dict[str, Any], kind: str) -> list[float]:
@@ -329,7 +330,8 @@ def section(result: dict[str, Any]) -> Section:
                 f"Mean ± standard error of {setting['tested']} episodes (the data: of "
                 f"{setting['episodes']}); score: percent of the way from random actions to the "
                 f"script that makes no errors. The data's episodes take a random action in "
-                f"{', '.join(f'{share:.0%}' for share in sorted(_ERRORS))} of the steps.",
+                f"{', '.join(f'{share:.0%}' for share in sorted(_ERRORS))} of the steps. "
+                "One training run of each model.",
                 ("policy", "parameters", "return", "score", "paper, mean on D4RL"),
                 _rows(found),
             )
