@@ -201,7 +201,7 @@ def test_the_verdict_follows_the_results() -> None:
         "30.0% goes to states that TOVA-layer has dropped, 20.0% to those that H2O-head" in verdict
     )
     assert "it drops more" in verdict
-    assert "it is not for lack" in states_report.verdict(_result(worse, forgotten))
+    assert "it drops no more" in states_report.verdict(_result(worse, forgotten))
 
 
 @torch.no_grad()

@@ -59,6 +59,7 @@ def _draw(plot: Plot, path: Path) -> None:
     )
     for one in axes[0]:
         one.grid(color="#e4e4e4", linewidth=0.7)
+        one.set_axisbelow(True)
         one.spines[["top", "right"]].set_visible(False)
     plot.draw(axes[0])
     figure.savefig(path, dpi=150)

@@ -271,7 +271,7 @@ def _written(subject: Subject, prompts: Tensor, length: int, policy: ms.Policy) 
     attend = AttendStates(policy)
     tokens = prompts
     logits = subject.model(prompts, attend)
-    for start in track(range(prompts.shape[1], length), f"{policy.slots} states"):
+    for start in track(range(prompts.shape[1], length), f"writing, {policy.slots} states"):
         token = torch.multinomial(logits[:, -1].float().softmax(-1), 1, generator=generator)
         tokens = torch.cat([tokens, token], 1)
         logits = subject.model(token, attend, start)
