@@ -38,7 +38,7 @@ def verdict(result: Mapping[str, Any]) -> str:
     why = (
         "it drops more of what later tokens look for"
         if lost > lost_best
-        else "it drops no more of what later tokens look for, but what they look for helps them less"
+        else "it drops no more of what later tokens look for, but that helps them less"
     )
     return (
         said + f"unlike in the paper, {' and '.join(better)} did better, by at most "
