@@ -76,7 +76,7 @@ bench-full: $(VENV)/ready
 $(VENV)/ready: $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "$(TORCH)" numpy setuptools pybind11 ninja
-	$(BIN)/pip install -q --no-build-isolation -e ".[test,bench,papers]"
+	$(BIN)/pip install -q --no-build-isolation -e ".[test,bench,papers,transformers]"
 	touch $@
 
 lint: $(VENV)/ready
