@@ -66,7 +66,7 @@ bench: $(VENV)/ready
 bench-cuda: $(VENV)/ready
 	$(BIN)/python -m bench --device cuda
 
-# The papers' experiments, small enough for two cores: a quarter of an hour, and a report to read.
+# The papers' experiments, small enough for two cores: minutes, and a page to read.
 papers: $(VENV)/ready
 	$(BIN)/python -m bench.papers
 

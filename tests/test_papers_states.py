@@ -218,10 +218,7 @@ def test_forgotten_attention_of_a_window() -> None:
 @pytest.mark.usefixtures("tiny")
 def test_the_command_writes_one_report(tmp_path: Path) -> None:
     command.main(["states", "--output", str(tmp_path)])
-    results = json.loads((tmp_path / "papers.json").read_text("utf-8"))
-    alone = json.loads((tmp_path / "papers-states.json").read_text("utf-8"))
-    assert results["parts"]["states"] == alone["result"]
-    result = alone["result"]
+    result = json.loads((tmp_path / "papers-states.json").read_text("utf-8"))["result"]
     page = (tmp_path / "papers.html").read_text("utf-8")
     section = states.section(result)
     for text in (section.title, *(table.title for table in section.tables)):
@@ -230,10 +227,12 @@ def test_the_command_writes_one_report(tmp_path: Path) -> None:
     assert not re.search(r"""(src|href)="(?!data:|#)""", page)
     assert {path.name for path in tmp_path.iterdir()} == {
         "papers.html",
-        "papers.json",
         "papers-states.json",
         *(f"papers-states-{plot.name}.png" for plot in section.plots),
     }
+    (tmp_path / "papers.html").unlink()
+    command.main(["--report", "--output", str(tmp_path)])
+    assert (tmp_path / "papers.html").read_text("utf-8") == page
     assert set(result["perplexity"]["policies"]) == set(states.POLICIES)
     assert result["perplexity"]["states"] == [6, 8, 16]
     eighth, *_, full = result["speed"]
@@ -364,6 +363,6 @@ def test_the_command_measures_a_checkpoint(tmp_path: Path) -> None:
     text.write_text("Some words, again and again.\n" * 30, encoding="utf-8")
     model = ["--model", str(tmp_path / "tiny-llama"), "--dataset", str(text)]
     command.main(["states", *model, "--output", str(tmp_path / "out")])
-    results = json.loads((tmp_path / "out" / "papers.json").read_text("utf-8"))
-    assert results["parts"]["states"]["subject"]["name"] == "tiny-llama"
+    stored = json.loads((tmp_path / "out" / "papers-states.json").read_text("utf-8"))
+    assert stored["result"]["subject"]["name"] == "tiny-llama"
     assert str(tmp_path) not in (tmp_path / "out" / "papers.html").read_text("utf-8")

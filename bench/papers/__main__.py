@@ -1,4 +1,7 @@
-"""``python -m bench.papers``: the experiments of both papers, and one page of what was found."""
+"""``python -m bench.papers``: the experiments of both papers, and one page of what was found.
+
+Every part leaves its results in a file; the page shows those of all parts that are there.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,7 +22,7 @@ from rich.console import Console
 from bench import machine
 from bench.measure import reuse_freed_memory
 from bench.papers import report
-from bench.papers.part import Options, Section, Store
+from bench.papers.part import Options, Store
 
 PARTS = ("cost", "copying", "characters", "control", "states")
 
@@ -32,6 +34,7 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
     scale = parser.add_mutually_exclusive_group()
     scale.add_argument("--quick", action="store_true", help="minutes on two cores (the default)")
     scale.add_argument("--full", action="store_true", help="the papers' sizes, for a GPU")
+    scale.add_argument("--report", action="store_true", help="run nothing, show what was found")
     add("--text", type=Path, nargs="+", default=[], metavar="FILE", help="texts to learn, UTF-8")
     add("--model", type=Path, help="folder of a Llama-style checkpoint, for the part states")
     add("--dataset", type=Path, metavar="FILE", help="text to evaluate it on, UTF-8")
@@ -62,16 +65,12 @@ def _module(name: str) -> ModuleType:
         ) from error
 
 
-def _write(path: Path, results: dict[str, Any]) -> None:
-    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
-
-
 def main(words: Sequence[str]) -> None:
     arguments = _arguments(words)
     options = Options(
         arguments.full, arguments.device, tuple(arguments.text), arguments.model, arguments.dataset
     )
-    names = [name for name in PARTS if name in (arguments.parts or PARTS)]
+    names = [name for name in PARTS if name in (arguments.parts or PARTS) and not arguments.report]
     modules = {name: _module(name) for name in names}  # what is missing is said at once
     if options.model is not None:
         _module("checkpoint")
@@ -87,21 +86,22 @@ def main(words: Sequence[str]) -> None:
         "machine": machine.machine(),
         "versions": machine.versions(),
     }
-    results: dict[str, Any] = {**head, "seconds_taken": {}, "parts": {}}
-    sections: dict[str, Section] = {}
     for name, module in modules.items():
         console.rule(name, align="left")
         start = time.perf_counter()
         result = module.run(options, Store(unfinished / f"{name}.json", options))
         seconds = time.perf_counter() - start
-        results["seconds_taken"][name] = seconds
-        results["parts"][name] = result
-        sections[name] = module.section(result)
-        _write(folder / f"papers-{name}.json", {**head, "seconds_taken": seconds, "result": result})
-    _write(folder / "papers.json", results)
-    report.show(sections, console)
+        file = folder / f"papers-{name}.json"
+        stored = {**head, "seconds_taken": seconds, "result": result}
+        file.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    found = {name: folder / f"papers-{name}.json" for name in PARTS}
+    results = {
+        name: json.loads(file.read_text("utf-8")) for name, file in found.items() if file.exists()
+    }
+    sections = {name: _module(name).section(stored["result"]) for name, stored in results.items()}
+    report.show({name: sections[name] for name in names or sections}, console)
     report.write(sections, results, folder)
-    shutil.rmtree(unfinished)
+    shutil.rmtree(unfinished, ignore_errors=True)
     console.print(f"Written to {folder / 'papers.html'}")
 
 

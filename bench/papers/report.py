@@ -105,20 +105,22 @@ def _machine(results: Mapping[str, Any]) -> str:
         f"{machine['processor']}, {machine['threads']} threads on {machine['cores']} cores, "
         f"{machine['memory'] / 2**30:.0f} GiB; torch {versions['torch']}, "
         f"Python {versions['python']}; {results['date']}; {results['command']}, "
-        f"{sum(results['seconds_taken'].values()):.0f} s."
+        f"{results['seconds_taken']:.0f} s."
     )
 
 
-def write(sections: Mapping[str, Section], results: Mapping[str, Any], folder: Path) -> None:
+def write(
+    sections: Mapping[str, Section], results: Mapping[str, Mapping[str, Any]], folder: Path
+) -> None:
     """papers.html and a PNG of every plot."""
     parts = [f"<p>{escape(paragraph)}</p>" for paragraph in _INTRODUCTION]
-    parts.append(f"<p class=note>{escape(_machine(results))}</p>")
     links = (f'<li><a href="#{name}">{escape(s.title)}</a></li>' for name, s in sections.items())
     parts.append(f"<ul>{''.join(links)}</ul>")
     for name, section in sections.items():
         said = (f"<dt>{term}</dt><dd>{escape(x)}</dd>" for term, x in _said(section).items())
         parts.append(f'<h2 id="{name}">{escape(section.title)}</h2>')
         parts.append(f"<dl>{''.join(said)}</dl>")
+        parts.append(f"<p class=note>{escape(_machine(results[name]))}</p>")
         parts += [
             _figure(plot, folder / f"papers-{name}-{plot.name}.png") for plot in section.plots
         ]
