@@ -116,6 +116,14 @@ class MultiStateCache(Cache):  # type: ignore[misc]
                 f"MultiStateCache: expected the attention {_ATTENTION!r}, got {attention!r}: call "
                 f"model.set_attn_implementation({_ATTENTION!r}), and pass model.config itself"
             )
+        before, tokens = self.layers[layer_idx - 1], self.layers[layer_idx].get_seq_length()
+        expected = tokens + key.shape[2] if layer_idx else tokens
+        if before.get_seq_length() != expected or getattr(before, "waiting", False):
+            raise RuntimeError(
+                f"MultiStateCache: expected layer {layer_idx} after one that has attended to "
+                f"{expected} tokens, got {before.get_seq_length()}: a call was interrupted (then "
+                f"call reset), or the attention is not {_ATTENTION!r}"
+            )
         return super().update(key, value, layer_idx, *args, **kwargs)
 
     def kept_positions(self) -> list[Tensor | None]:
@@ -193,16 +201,18 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
         if kv_heads != self.kv_heads:  # of some heads alone, each rank would keep other tokens
             raise NotImplementedError(
                 f"MultiStateCache: expected {self.kv_heads} key-value heads as in the config, got "
-                f"{kv_heads}: heads sharded over ranks are not supported"
+                f"{kv_heads}: neither models that cache other heads nor heads sharded over ranks "
+                "are supported"
             )
-        self.state = MultiState(
-            self.policy,
-            batch=batch,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            dtype=key.dtype,
-            device=key.device,
-        )
+        with torch.inference_mode(False):  # the state may outlive it
+            self.state = MultiState(
+                self.policy,
+                batch=batch,
+                kv_heads=kv_heads,
+                head_dim=head_dim,
+                dtype=key.dtype,
+                device=key.device,
+            )
         self.is_initialized = True
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -212,9 +222,11 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
                 "update returned; this model changes or bypasses them, or a call was interrupted "
                 "(then call reset)"
             )
+        if torch.is_autocast_enabled(key.device.type):  # rotary embedding leaves float32
+            dtype = torch.get_autocast_dtype(key.device.type)
+            key, value = key.to(dtype), value.to(dtype)
         if not self.is_initialized:
             self.lazy_initialization(key, value)
-        self.tokens += key.shape[2]
         self.waiting = True
         key.multi_state_layer = self  # type: ignore[attr-defined]
         return key, value
@@ -224,21 +236,29 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
     ) -> Tensor:
         """The output (B, Hq, T, Dh); mask (B, tokens) bool, False at padding."""
         assert self.state is not None  # update has made it
+        if not self.waiting:
+            raise NotImplementedError(
+                "MultiStateCache: expected one attention to each layer's new keys, got a second one"
+            )
         self.waiting = False
+        before, query = self.tokens, query.to(key.dtype)
         if mask is None and query.shape[2] == 1:
             q, k, v = (x[:, :, 0] for x in (query, key, value))
-            return attend_evict(q, k, v, self.state, scale=scale)[:, :, None]
+            out = attend_evict(q, k, v, self.state, scale=scale)[:, :, None]
+            self.tokens = before + 1
+            return out
         valid = None
         if mask is not None:
-            before = self.tokens - query.shape[2]
-            valid = mask[:, before : self.tokens]
+            valid = mask[:, before : before + query.shape[2]]
             if before and (mask[:, :before].sum(1) != self.state.seen).any():
                 raise ValueError(
                     "MultiStateCache: expected an attention_mask that has a 1 for each of the "
                     f"{self.state.seen.tolist()} tokens that rows have stored before, got "
                     f"{mask[:, :before].sum(1).tolist()}: what was stored cannot be masked later"
                 )
-        return attend_prompt(query, key, value, self.state, valid=valid, scale=scale)
+        out = attend_prompt(query, key, value, self.state, valid=valid, scale=scale)
+        self.tokens = before + query.shape[2]
+        return out
 
     def get_mask_sizes(self, _: Any) -> tuple[int, int]:
         """No columns, for slots have no order of tokens: :func:`_mask` then gives the padding."""
@@ -270,10 +290,7 @@ def _mask(**kwargs: Any) -> Tensor | None:
     if kwargs["kv_length"]:
         return sdpa_mask(**kwargs)
     if kwargs["mask_function"] is not causal_mask_function:
-        raise NotImplementedError(
-            "MultiStateCache: expected causal attention with padding, got another mask, such as "
-            "that of images whose tokens see each other"
-        )
+        return torch.empty(1, 1, 1, 0)  # refused by the attention of a layer that gets it
     mask: Tensor | None = kwargs["attention_mask"]
     if mask is None:
         return None
@@ -315,8 +332,9 @@ def _attend(
         raise ValueError(f"MultiStateCache: expected model.eval(), got dropout {dropout}")
     if attention_mask is not None and attention_mask.dim() != 2:
         raise NotImplementedError(
-            "MultiStateCache: expected an attention_mask of shape (B, tokens), got "
-            f"{tuple(attention_mask.shape)}"
+            "MultiStateCache: expected causal attention with padding, an attention_mask of shape "
+            f"(B, tokens), got another mask, {tuple(attention_mask.shape)}, such as that of images "
+            "whose tokens see each other"
         )
     causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):

@@ -523,7 +523,7 @@ def test_calls_that_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected model.eval\(\), got dropout 0.5"):
         model.train()(tokens, past_key_values=fresh())
     model.eval()
-    with pytest.raises(NotImplementedError, match=r"shape \(B, tokens\), got \(1, 1, 5, 5\)"):
+    with pytest.raises(NotImplementedError, match=r"got another mask, \(1, 1, 5, 5\)"):
         mask = torch.ones(1, 1, 5, 5, dtype=torch.bool)
         masks = dict.fromkeys(("full_attention", "sliding_attention"), mask)
         model(tokens, attention_mask=masks, past_key_values=fresh())
@@ -538,10 +538,112 @@ def test_calls_that_are_refused() -> None:
         model(tokens, past_key_values=fresh(other))
 
 
+def test_a_refused_call_leaves_the_cache_as_it_was() -> None:
+    model = make("mistral_sliding", torch.float32, sliding_window=None)
+    prompt, mask = left_padded(9, 5)
+    expected, cache = (MultiStateCache(POLICIES["tova"], model.config) for _ in range(2))
+    with pytest.raises(RuntimeError, match="no gradient"), torch.enable_grad():
+        model(prompt, attention_mask=mask, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    for one in (expected, cache):
+        model(prompt, attention_mask=mask, past_key_values=one)
+    with pytest.raises(ValueError, match="batch"):
+        model(prompt[:1, :1], past_key_values=cache)
+    token, mask = left_padded(1, 1)[0], torch.nn.functional.pad(mask, (0, 1), value=1)
+    found, truth = (
+        model(token, attention_mask=mask, past_key_values=one).logits for one in (cache, expected)
+    )
+    assert torch.equal(found, truth)
+
+
+def test_an_interrupted_call_is_noticed() -> None:
+    model = make("qwen2_sliding", torch.float32)
+    prompt = left_padded(9)[0]
+    for layer in (1, 2):
+        cache = MultiStateCache(POLICIES["tova"], model.config)
+        model(prompt, past_key_values=cache)
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        hook = model.model.layers[layer].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(prompt[:, :1], past_key_values=cache)
+        hook.remove()
+        with pytest.raises(RuntimeError, match="a call was interrupted"):
+            model(prompt[:, :1], past_key_values=cache)
+        cache.reset()
+        model(prompt, past_key_values=cache)
+        assert cache.get_seq_length() == 9
+
+
+def test_a_second_attention_to_the_same_keys_is_refused() -> None:
+    model = make(dtype=torch.float32)
+    cache = MultiStateCache(POLICIES["tova"], model.config)
+    key, value = torch.randn(2, 1, 2, 3, 16)
+    key, value = cache.update(key, value, 0)
+    module, query = model.model.layers[0].self_attn, torch.randn(1, 4, 3, 16)
+    ours._attend(module, query, key, value, None)
+    with pytest.raises(NotImplementedError, match="one attention to each layer's new keys"):
+        ours._attend(module, query, key, value, None)
+
+
+def test_a_copy_notices_another_attention() -> None:
+    model = make(dtype=torch.float32)
+    cache = MultiStateCache(POLICIES["tova"], model.config)
+    model(left_padded(9)[0], past_key_values=cache)
+    copied = copy.deepcopy(cache)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="or the attention is not 'msrnn'"):
+        model(left_padded(1)[0], past_key_values=copied)
+
+
+def test_autocast() -> None:
+    model = make(dtype=torch.float32)
+    cache = MultiStateCache(ms.Policy.tova(40), model.config)
+    full = transformers.DynamicCache(config=model.config)
+    prompt, mask = left_padded(9, 5)
+    for width in (9, 1, 2):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model(prompt[:, :width], attention_mask=mask, past_key_values=cache).logits
+        truth = model(prompt[:, :width], attention_mask=mask, past_key_values=full).logits
+        seen = mask[:, -width:]
+        error = (found - truth)[seen].norm() / truth[seen].norm()
+        assert error < 0.05
+        more = {9: 1, 1: 2, 2: 0}[width]
+        mask = torch.nn.functional.pad(mask, (0, more), value=1)
+    assert cache.layers[0].state.dtype == torch.bfloat16
+
+
+def test_a_cache_outlives_inference_mode() -> None:
+    model = make(dtype=torch.float32)
+    prompt, mask = left_padded(9, 5)
+    cache = MultiStateCache(POLICIES["h2o"], model.config)
+    with torch.inference_mode():
+        model(prompt, attention_mask=mask, past_key_values=cache)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.batch_repeat_interleave(2)
+    assert [kept(cache, 0, row) for row in (0, 3)] == [[[0, 1, 2, 3, 4]], kept(cache, 0, 2)]
+
+
+def test_a_sliding_mask_that_no_layer_gets_is_no_error() -> None:
+    model = make("gemma3", torch.float32, layer_types=["full_attention"] * 3)
+    cache = MultiStateCache(ms.Policy.tova(40), model.config)
+    prompt, mask = left_padded(9, 5)
+    found = model(prompt, attention_mask=mask, past_key_values=cache).logits
+    model.set_attn_implementation("sdpa")
+    truth = model(prompt, attention_mask=mask).logits
+    torch.testing.assert_close(found[mask], truth[mask], rtol=1e-4, atol=1e-4)
+
+
 def test_attention_to_later_tokens_is_refused() -> None:
     """By the mask, as for images and in embedding models of Gemma 3; or by the layer."""
     for family, options, message in (
-        ("gemma3", {"use_bidirectional_attention": True}, "with padding, got another mask"),
+        (
+            "gemma3",
+            {"use_bidirectional_attention": True},
+            r"causal attention with padding, .* got another mask",
+        ),
         ("llama", {}, "causal attention, got bidirectional"),
     ):
         model = make(family, torch.float32, **options)
