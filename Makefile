@@ -20,13 +20,11 @@ SANITIZED = MSRNN_TEST_EXAMPLES=10 PYTHONPATH=. \
 	$(abspath $(BIN))/pytest -q -p no:cacheprovider
 
 .PHONY: test emulate triton budget bench bench-full bench-cuda gpu-check lint sanitize portable cuda wheel
-.PHONY: clean
+.PHONY: papers clean
 
 test: $(VENV)/ready
 	$(BIN)/pytest tests --cov=msrnn_ops --cov-report=term
-	$(MAKE) emulate
-	$(MAKE) -j2 triton
-	$(MAKE) budget DTYPES=bfloat16 ARCHS=80,90
+	$(MAKE) -j2 -Otarget emulate triton budget DTYPES=bfloat16 ARCHS=80,90
 
 # The CUDA kernels without a GPU: most of the same tests on the emulator; schedules, sanitizers and
 # most planted bugs (MUTATIONS=mutations: all of them).
@@ -68,13 +66,17 @@ bench: $(VENV)/ready
 bench-cuda: $(VENV)/ready
 	$(BIN)/python -m bench --device cuda
 
+# The papers' experiments, small enough for two cores: minutes, and a page to read.
+papers: $(VENV)/ready
+	$(BIN)/python -m bench.papers
+
 bench-full: $(VENV)/ready
 	$(BIN)/python -m bench --full --name cpu-full
 
 $(VENV)/ready: $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "$(TORCH)" numpy setuptools pybind11 ninja
-	$(BIN)/pip install -q --no-build-isolation -e ".[test,bench]"
+	$(BIN)/pip install -q --no-build-isolation -e ".[test,bench,papers,transformers]"
 	touch $@
 
 lint: $(VENV)/ready

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import time
@@ -52,15 +51,6 @@ def _arguments() -> argparse.Namespace:
             expected = ",".join(PARTS[arguments.device])
             parser.error(f"--only: expected some of {expected}, got {part!r}")
     return arguments
-
-
-def _reuse_freed_memory() -> None:
-    """Starts this process again with the allocator settings of measure.py, before torch loads."""
-    from bench.measure import REUSE_FREED_MEMORY
-
-    if any(name not in os.environ for name in REUSE_FREED_MEMORY):
-        environment = {**os.environ, **REUSE_FREED_MEMORY}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def _command() -> str:
@@ -139,7 +129,9 @@ def _measures(arguments: argparse.Namespace) -> dict[str, Measure]:
 def main() -> None:
     arguments = _arguments()
     if arguments.device == "cpu":
-        _reuse_freed_memory()
+        from bench.measure import reuse_freed_memory
+
+        reuse_freed_memory()
 
     import torch
     from rich.console import Console

@@ -263,7 +263,8 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _rich(table: Table) -> RichTable:
+def rich_table(table: Table) -> RichTable:
+    """A table for the terminal."""
     shown = RichTable(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for i, column in enumerate(table.columns):
         header = textwrap.fill(column, 12, break_long_words=False)
@@ -279,7 +280,7 @@ def show(results: dict[str, Any], console: Console) -> None:
         console.print(
             Text(f"\n{table.title}", style="bold"), Text(table.note, style="dim"), sep="\n"
         )
-        console.print(_rich(table))
+        console.print(rich_table(table))
     for name, model in results.get("text", {}).get("models", {}).items():
         if "generated" in model:
             console.rule(f"{name} continues the held-out text", align="left")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,16 +20,16 @@ __all__ = ["BlockState", "MinGRU", "MinLSTM", "MinRNNBlock", "load_mingru_pytorc
 _Pair: TypeAlias = tuple[Tensor, Tensor]
 
 
-@lru_cache(maxsize=16)
-def _packing(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _packing(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """For the batch sizes of a PackedSequence, whose rows lie time by time: cu_seqlens, the rows
     sequence by sequence, and the way back."""
-    with torch.inference_mode(False):  # what is kept must serve a later backward pass too
-        steps = torch.tensor(sizes, device=device)
-        sequence = torch.arange(sizes[0], device=device)[:, None]
-        there = sequence < steps
-        rows = (steps.cumsum(0) - steps + sequence)[there]
-        return F.pad(there.sum(1).cumsum(0), (1, 0)), rows, rows.argsort()
+    sizes = np.array(batch_sizes.tolist())
+    sequence = np.arange(sizes[0])[:, None]
+    there = sequence < sizes
+    rows = (sizes.cumsum() - sizes + sequence)[there]
+    ends = np.concatenate([[0], there.sum(1).cumsum()])
+    cu_seqlens, forth, back = (torch.from_numpy(x) for x in (ends, rows, rows.argsort()))
+    return cu_seqlens.to(device), forth.to(device), back.to(device)
 
 
 class _Layers(nn.Module):
@@ -80,16 +80,17 @@ class _Layers(nn.Module):
                 f"{name}: dropout={dropout} acts between layers and num_layers=1", stacklevel=2
             )
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self.bias, self.batch_first, self.bidirectional = bias, batch_first, bidirectional
+        self.bias, self.batch_first, self.bidirectional = bias, batch_first, bool(bidirectional)
         self.dropout, self.proj_size = float(dropout), proj_size
         self.activation, self.forget_bias = activation, forget_bias
         for i, suffix in enumerate(self._suffixes()):
-            directions = 1 + bidirectional
+            directions = 1 + self.bidirectional
             features = input_size if i < directions else directions * hidden_size
             weight = torch.empty(self._parts * hidden_size, features, device=device, dtype=dtype)
             self.register_parameter(f"weight_ih_{suffix}", nn.Parameter(weight))
-            offset = nn.Parameter(torch.empty_like(weight[:, 0])) if bias else None
-            self.register_parameter(f"bias_ih_{suffix}", offset)
+            if bias:
+                offset = nn.Parameter(torch.empty_like(weight[:, 0]))
+                self.register_parameter(f"bias_ih_{suffix}", offset)
         self.reset_parameters()
 
     def _suffixes(self) -> list[str]:
@@ -112,7 +113,8 @@ class _Layers(nn.Module):
         """Nothing to do: there for scripts that call it on an nn.GRU."""
 
     def _parameters_of(self, suffix: str) -> tuple[Tensor, Tensor | None]:
-        return getattr(self, f"weight_ih_{suffix}"), getattr(self, f"bias_ih_{suffix}")
+        bias = getattr(self, f"bias_ih_{suffix}") if self.bias else None
+        return getattr(self, f"weight_ih_{suffix}"), bias
 
     def extra_repr(self) -> str:
         defaults: dict[str, object] = {
@@ -198,7 +200,7 @@ class _Layers(nn.Module):
         if h0 is not None:
             self._check_state(h0, int(sizes[0]))
             h0 = h0 if order is None else h0.index_select(1, order)
-        cu_seqlens, rows, back = _packing(tuple(sizes.tolist()), data.device)
+        cu_seqlens, rows, back = _packing(sizes, data.device)
         output, last = self._run(data.index_select(0, rows).unsqueeze(0), h0, cu_seqlens)
         output = output.squeeze(0).index_select(0, back)
         last = last if original is None else last.index_select(1, original)
@@ -302,7 +304,8 @@ class MinLSTM(_Layers):
     .. math:: h_t = \frac{f_t}{f_t + i_t} h_{t-1} + \frac{i_t}{f_t + i_t} \phi(c_t), \quad
         f_t, i_t = \sigma(W_f x_t + b_f), \sigma(W_i x_t + b_i), \; c_t = W_c x_t + b_c
 
-    It has one state: where nn.LSTM has (h, c) it returns that state twice, and uses the first.
+    It has one state: where nn.LSTM returns (h, c) it returns that state twice; given a pair, it
+    reads the first, and no gradient flows to the second.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
@@ -351,12 +354,12 @@ class MinLSTM(_Layers):
             The output and (h_n, h_n).
         """
         output, last = self._forward(input, self._state(hx))
-        return output, (last, last)
+        return output, (last, last.clone())
 
     def step(self, input: Tensor, hx: Tensor | _Pair | None = None) -> tuple[Tensor, _Pair]:
         """One token, as ``forward`` of a sequence of one: (output, (h, h))."""
         output, last = self._step(input, self._state(hx))
-        return output, (last, last)
+        return output, (last, last.clone())
 
 
 class BlockState(NamedTuple):
@@ -412,9 +415,11 @@ class MinRNNBlock(nn.Module):
         super().__init__()
         if cell not in _CELLS:
             raise ValueError(f"MinRNNBlock: expected cell 'gru' or 'lstm', got {cell!r}")
-        for label, value in (("conv", conv), ("mlp", mlp)):
-            if value < 0:
-                raise ValueError(f"MinRNNBlock: expected {label} >= 0, got {value}")
+        if isinstance(width, bool) or not isinstance(width, int):
+            raise TypeError(f"MinRNNBlock: expected width to be an int, got {width!r}")
+        for label, value, least in (("width", width, 1), ("conv", conv, 0), ("mlp", mlp, 0)):
+            if value < least:
+                raise ValueError(f"MinRNNBlock: expected {label} >= {least}, got {value}")
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         inner, hidden = round(expansion * width), round(mlp * width)
         self.width = width
@@ -447,13 +452,16 @@ class MinRNNBlock(nn.Module):
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != self.width:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"MinRNNBlock: expected x of shape (B, T, {self.width}), got {got}")
+        steps = 0 if self.conv is None else self.conv.kernel_size[0] - 1
+        if state is not None:
+            self._check_state(state, x.shape[0], steps)
         y = self.norm(x)
         inputs = y[:, :0]
         if self.conv is not None:
-            before = y.new_zeros(x.shape[0], self.conv.kernel_size[0] - 1, self.width)
-            y = torch.cat([before if state is None else state.inputs, y], 1)
+            before = y.new_zeros(x.shape[0], steps, self.width) if state is None else state.inputs
+            y = torch.cat([before, y], 1)
             inputs = y[:, x.shape[1] :]
-            y = self.conv(y.mT).mT
+            y = self.conv(y.mT).mT if x.shape[1] else y[:, :0]
         h0 = None if state is None else state.h.unsqueeze(0)
         if h0 is None and return_state:
             wide = torch.promote_types(y.dtype, torch.float32)
@@ -465,10 +473,24 @@ class MinRNNBlock(nn.Module):
         if not return_state:
             return x
         last = last[0] if isinstance(last, tuple) else last
-        return x, BlockState(last.squeeze(0), inputs)
+        return x, BlockState(last.squeeze(0), inputs.clone())  # not a view of all inputs
+
+    def _check_state(self, state: BlockState, batch: int, steps: int) -> None:
+        if not isinstance(state, BlockState):
+            raise TypeError(f"MinRNNBlock: expected a BlockState, got {type(state).__name__}")
+        expected = ((batch, self.rnn.hidden_size), (batch, steps, self.width))
+        got = tuple(tuple(x.shape) for x in state)
+        if got != expected:
+            raise ValueError(
+                f"MinRNNBlock: expected a state of shapes {expected[0]} and {expected[1]}, got "
+                f"{got[0]} and {got[1]}"
+            )
 
     def step(self, x: Tensor, state: BlockState | None = None) -> tuple[Tensor, BlockState]:
         """One token x (B, D): y (B, D) and the state after it."""
+        if not isinstance(x, Tensor) or x.dim() != 2:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"MinRNNBlock: expected x of shape (B, {self.width}), got {got}")
         y, state = self.forward(x.unsqueeze(1), state, return_state=True)
         return y.squeeze(1), state
 
@@ -519,6 +541,9 @@ def load_mingru_pytorch(
             f"load_mingru_pytorch: expected {prefix + found[0]} of shape ({kind._parts} H, D), got "
             f"{tuple(weight.shape)}"
         )
+    biases = {found[0].replace(".weight", ".bias"), "to_out.bias"}
+    if more := [prefix + name for name in sorted(biases) if prefix + name in state_dict]:
+        raise ValueError(f"load_mingru_pytorch: expected no biases, got {', '.join(more)}")
     hidden = weight.shape[0] // kind._parts
     made: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     layer = kind(weight.shape[1], hidden, bias=False, batch_first=True, **made)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -16,6 +18,8 @@ from torch import Tensor
 
 import msrnn_ops as ms
 from msrnn_ops import backend, multi_state
+
+sys.path.append(str(Path(__file__).parents[1]))  # bench, after whichever msrnn_ops is installed
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:

@@ -24,6 +24,7 @@ def state(h: Any) -> Tensor:
     """The state that a layer returned, minLSTM's twice the same."""
     if isinstance(h, tuple):
         assert torch.equal(h[0], h[1])
+        assert h[0].numel() == 0 or h[0].data_ptr() != h[1].data_ptr()  # for in-place changes
         return h[0]
     return h
 
@@ -134,6 +135,25 @@ def test_a_packed_sequence_is_its_rows_alone(cell: str, order: str, bidirectiona
         total = total + alone.square().sum() + alone_last.sum()
     for mine, truth in zip(found, torch.autograd.grad(total, wanted), strict=True):
         assert norm_error(mine, truth.double()) < 1e-6
+
+
+def test_packing_under_export_leaves_nothing_behind() -> None:
+    """Index tensors of fake ones must not reach later calls."""
+    sizes, data = torch.tensor([3, 2, 1]), torch.randn(6, 4)
+
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = ms.nn.MinGRU(4, 6)
+
+        def forward(self, data: Tensor) -> Tensor:
+            return self.rnn(PackedSequence(data, sizes))[0].data
+
+    module = Packed()
+    expected = module(data)
+    program = torch.export.export(module, (data,))
+    torch.testing.assert_close(program.module()(data), expected)
+    assert type(module(data)) is Tensor
 
 
 def script(kind: Any, options: dict[str, Any], packed: bool) -> list[Any]:
@@ -316,6 +336,8 @@ def test_weights_of_mingru_pytorch(cell: str, widened: bool) -> None:
     torch.testing.assert_close(out(layer(x)[0]), expected)
     with pytest.raises(ValueError, match=r"expected one of net\.to_hidden"):
         ms.nn.load_mingru_pytorch(weights, "net.")
+    with pytest.raises(ValueError, match=r"no biases, got net\.3\.to_out\.bias"):
+        ms.nn.load_mingru_pytorch(weights | {"net.3.to_out.bias": torch.randn(6)}, "net.3.")
     weights["net.3.to_out.weight"] = torch.randn(6, inner + 1)
     with pytest.raises(ValueError, match=r"to_out.weight of shape \(D, "):
         ms.nn.load_mingru_pytorch(weights, "net.3.")
@@ -370,6 +392,24 @@ def test_block_in_parts_and_steps(options: dict[str, Any]) -> None:
     assert half(x.bfloat16(), return_state=True)[1].h.dtype == torch.float32
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), whole)
+
+
+def test_block_states_are_small_and_checked() -> None:
+    block = ms.nn.MinRNNBlock(8)
+    _, carried = block(torch.randn(1, 500, 8), return_state=True)
+    assert carried.inputs.untyped_storage().nbytes() == 3 * 8 * 4
+    y, after = block(torch.randn(1, 0, 8), carried, return_state=True)
+    assert y.shape == (1, 0, 8)
+    assert torch.equal(after.inputs, carried.inputs) and torch.equal(after.h, carried.h)
+    other = ms.nn.MinRNNBlock(8, conv=2)
+    with pytest.raises(ValueError, match=r"shapes \(1, 8\) and \(1, 1, 8\), got .* \(1, 3, 8\)"):
+        other(torch.randn(1, 4, 8), carried)
+    with pytest.raises(TypeError, match="expected a BlockState, got tuple"):
+        block(torch.randn(1, 4, 8), tuple(carried))
+    with pytest.raises(ValueError, match=r"x of shape \(B, 8\), got \(8,\)"):
+        block.step(torch.randn(8))
+    with pytest.raises(TypeError, match="width to be an int"):
+        ms.nn.MinRNNBlock(8.0)
 
 
 @cells

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import msrnn_ops as ms
-from msrnn_ops import backend, multi_state, scan, version
+from msrnn_ops import backend, multi_state, nn, scan, version
 
 PACKAGE = Path(ms.__file__).parent
 LIBRARY = next(PACKAGE.glob("_cpu*.so"))
@@ -118,7 +118,7 @@ def test_control_register_is_left_as_found() -> None:
 
 
 def test_documentation_examples() -> None:
-    for module in (scan, multi_state, backend):
+    for module in (scan, multi_state, backend, nn):
         result = doctest.testmod(
             module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
         )
@@ -130,10 +130,10 @@ README = Path(__file__).parents[1] / "README.md"
 
 @pytest.mark.skipif(not README.exists(), reason="needs the source tree")
 def test_readme() -> None:
-    """The two examples run in order; the written-out step is what the op computes."""
+    """The first examples run in order; the written-out step is what the op computes."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.S)
     scope: dict[str, object] = {}
-    for block in blocks[:2]:
+    for block in blocks[:3]:
         exec(block, scope)
     step = next(block for block in blocks if "protected =" in block)
     for policy in (ms.Policy.tova(6, sinks=1), ms.Policy.h2o(6), ms.Policy.window_sinks(6, 2)):

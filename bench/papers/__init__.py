@@ -1,0 +1,1 @@
+"""The experiments of the two papers, at home: ``python -m bench.papers``."""

@@ -1,0 +1,76 @@
+"""What every part of ``bench.papers`` has in common.
+
+A part is a module of its name with ``run(options, store)``, which returns JSON, and
+``section(result)``, which makes of it what the report shows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from bench.table import Table
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    full: bool  # a GPU's worth of work instead of three minutes of two cores
+    device: str
+    texts: tuple[Path, ...]  # empty: Python's documentation topics
+    model: Path | None  # a local Llama-style checkpoint
+    dataset: Path | None  # a text file to evaluate it on
+
+
+class Store:
+    """Results of a part, saved after every piece of work: a run goes on where it was stopped."""
+
+    def __init__(self, path: Path, options: Options) -> None:
+        self._path = path
+        self._options = {k: str(v) for k, v in vars(options).items()}
+        self._found: dict[str, Any] = {}
+        if path.exists():
+            stored = json.loads(path.read_text())
+            if stored["options"] == self._options:
+                self._found = stored["pieces"]
+
+    def once(self, key: str, compute: Callable[[], Any]) -> Any:
+        """What `compute` returned, JSON, now or in an earlier run."""
+        if key not in self._found:
+            self._found[key] = compute()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            written = self._path.with_suffix(".partial")
+            written.write_text(json.dumps({"options": self._options, "pieces": self._found}))
+            written.replace(self._path)
+        return self._found[key]
+
+    def file(self, name: str) -> Path:
+        """Where a piece puts what is no JSON, such as weights; it goes when the command ends."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        return self._path.with_name(f"{self._path.stem}-{name}")
+
+
+@dataclass(frozen=True)
+class Plot:
+    name: str  # of the file, without a suffix
+    caption: str
+    draw: Callable[[Sequence[Axes]], None]
+    columns: int = 1  # axes side by side
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part in the report."""
+
+    title: str
+    claim: str  # what the paper says, with its numbers
+    found: str  # what was measured here, with its numbers
+    comparable: str  # one sentence: what of it compares to the paper and what does not
+    tables: Sequence[Table] = ()
+    plots: Sequence[Plot] = field(default=())

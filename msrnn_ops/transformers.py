@@ -1,0 +1,352 @@
+"""Bounded key-value caches for the decoders of Hugging Face transformers.
+
+Importing this module registers the attention ``"msrnn"``. transformers hands a layer's keys first
+to the cache and then to the attention, which gets no cache: the keys carry their layer along.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from msrnn_ops.multi_state import MultiState, Policy, attend_evict, attend_prompt
+
+try:
+    import transformers
+except ImportError as error:
+    raise ImportError(
+        "msrnn_ops.transformers: expected transformers >= 5.2, found none: "
+        "pip install msrnn_ops[transformers]"
+    ) from error
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 2):
+    raise ImportError(
+        f"msrnn_ops.transformers: expected transformers >= 5.2, got {transformers.__version__}: "
+        "pip install msrnn_ops[transformers]"
+    )
+
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+__all__ = ["MultiStateCache"]
+
+_ATTENTION = "msrnn"
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# What models pass to their attention that changes its weights.
+_CHANGES_WEIGHTS = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
+
+
+class MultiStateCache(Cache):  # type: ignore[misc]
+    """A key-value cache of N states a layer, for ``model.generate`` and for the model itself.
+
+    Every layer that attends to all tokens holds a :class:`msrnn_ops.MultiState`, made by its first
+    tokens. A layer with a sliding window keeps transformers' own cache of that window. What one
+    forward call brings is a prompt (:func:`msrnn_ops.attend_prompt`: full attention over it and the
+    kept states, then one reduction to N) or one token (:func:`msrnn_ops.attend_evict`). So a prompt
+    in chunks is reduced after each of them. Positions count a row's real tokens, without padding.
+
+    Args:
+        policy: what each layer keeps.
+        config: ``model.config`` of a decoder without cross attention, capped or biased attention
+            logits, learned sinks, or layers that share keys; head_dim a multiple of 8 up to 256.
+
+    Raises:
+        TypeError, ValueError: a wrong policy or config, a head_dim that is not supported; in use: a
+            mask that hides what was stored before, dropout, what the ops refuse.
+        NotImplementedError: another model; a mask other than causal with padding; heads sharded
+            over ranks; tokens taken back (:meth:`crop`), as assisted decoding does.
+        RuntimeError: in use: the attention is not ``"msrnn"``, or a gradient is asked for.
+
+    Source: Oren et al. 2024, "Transformers are Multi-State RNNs".
+
+    >>> import torch, transformers, msrnn_ops as ms
+    >>> from msrnn_ops.transformers import MultiStateCache
+    >>> config = transformers.LlamaConfig(
+    ...     vocab_size=99, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+    ...     num_attention_heads=4, num_key_value_heads=2, eos_token_id=None)
+    >>> model = transformers.LlamaForCausalLM(config)
+    >>> model.set_attn_implementation("msrnn")
+    >>> cache = MultiStateCache(ms.Policy.window(4), model.config)
+    >>> prompt = torch.arange(1, 11)[None]
+    >>> model.generate(
+    ...     prompt, past_key_values=cache, max_new_tokens=3, do_sample=False, pad_token_id=0).shape
+    torch.Size([1, 13])
+    >>> cache.kept_positions()[0], cache.get_seq_length()
+    (tensor([[[ 8,  9, 10, 11]]]), 12)
+    """
+
+    def __init__(self, policy: Policy, config: Any) -> None:
+        if not isinstance(config, transformers.PreTrainedConfig):
+            raise TypeError(
+                "MultiStateCache: expected config to be the configuration of a model, got "
+                f"{type(config).__name__}"
+            )
+        config = config.get_text_config(decoder=True)
+        _check_config(config)
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None)
+        head_dim = head_dim or config.hidden_size // config.num_attention_heads
+        # Refuses now what would be refused at the first tokens.
+        MultiState(policy, batch=0, kv_heads=kv_heads, head_dim=head_dim, device="meta")
+        layers: list[Any] = []
+        for layer in DynamicCache(config=config).layers:
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+                raise NotImplementedError(
+                    "MultiStateCache: expected layers of full or sliding attention, got "
+                    f"{type(layer).__name__} in {config.model_type}"
+                )
+            layers.append(layer if layer.is_sliding else _MultiStateLayer(policy, kv_heads))
+        super().__init__(layers=layers)
+        self._config = config
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """What a layer attends to, as transformers asks for it before the attention."""
+        attention = self._config._attn_implementation
+        if attention != _ATTENTION:
+            raise RuntimeError(
+                f"MultiStateCache: expected the attention {_ATTENTION!r}, got {attention!r}: call "
+                f"model.set_attn_implementation({_ATTENTION!r}), and pass model.config itself"
+            )
+        before, tokens = self.layers[layer_idx - 1], self.layers[layer_idx].get_seq_length()
+        expected = tokens + key.shape[2] if layer_idx else tokens
+        if before.get_seq_length() != expected or getattr(before, "waiting", False):
+            raise RuntimeError(
+                f"MultiStateCache: expected layer {layer_idx} after one that has attended to "
+                f"{expected} tokens, got {before.get_seq_length()}: a call was interrupted (then "
+                f"call reset), or the attention is not {_ATTENTION!r}"
+            )
+        return super().update(key, value, layer_idx, *args, **kwargs)
+
+    def kept_positions(self) -> list[Tensor | None]:
+        """Of each layer :meth:`msrnn_ops.MultiState.kept_positions`, (B, G, N) int64.
+
+        None for layers with a sliding window, and before the first tokens.
+        """
+        states = (getattr(layer, "state", None) for layer in self.layers)
+        return [None if state is None else state.kept_positions() for state in states]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all layers, in bytes."""
+        return sum(
+            layer.keys.nbytes + layer.values.nbytes if layer.is_sliding else layer.state.nbytes
+            for layer in self.layers
+            if layer.is_initialized
+        )
+
+    def reset(self) -> None:
+        """Forgets everything, also the number of rows."""
+        self.layers: list[Any] = [
+            # Not by its own reset, which leaves zeros to attend to in transformers 5.2.
+            DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+            if layer.is_sliding
+            else _MultiStateLayer(layer.policy, layer.kv_heads)
+            for layer in self.layers
+        ]
+
+    def crop(self, *_: Any) -> None:
+        """Raises NotImplementedError: evicted states cannot come back."""
+        raise NotImplementedError(
+            "MultiStateCache: expected tokens to stay, got a call to take some back: assisted "
+            "decoding and prompt lookup are not supported, an evicted state cannot come back"
+        )
+
+    def activate_past_recording(self) -> None:
+        """Raises NotImplementedError: transformers asks for it before :meth:`crop`."""
+        self.crop()
+
+
+def _check_config(config: Any) -> None:
+    refused = {
+        "an encoder": config.is_encoder_decoder,
+        "cross attention": getattr(config, "add_cross_attention", False),
+        "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None),
+        "layers that share keys": getattr(config, "num_kv_shared_layers", None),
+        "other layers": set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES,
+    }
+    found = [name for name, there in refused.items() if there]
+    if found:
+        raise NotImplementedError(
+            "MultiStateCache: expected a decoder whose layers attend to all tokens or to a sliding "
+            f"window, got {config.model_type} with {' and '.join(found)}"
+        )
+
+
+class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's state, and what transformers asks of it."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, policy: Policy, kv_heads: int) -> None:
+        super().__init__()
+        self.policy = policy
+        self.kv_heads = kv_heads
+        self.state: MultiState | None = None
+        self.tokens = 0  # of the longest row, padding included: positions depend on it
+        self.waiting = False  # for the attention function
+
+    def lazy_initialization(self, key: Tensor, value: Tensor) -> None:
+        batch, kv_heads, _, head_dim = key.shape
+        if kv_heads != self.kv_heads:  # of some heads alone, each rank would keep other tokens
+            raise NotImplementedError(
+                f"MultiStateCache: expected {self.kv_heads} key-value heads as in the config, got "
+                f"{kv_heads}: neither models that cache other heads nor heads sharded over ranks "
+                "are supported"
+            )
+        with torch.inference_mode(False):  # the state may outlive it
+            self.state = MultiState(
+                self.policy,
+                batch=batch,
+                kv_heads=kv_heads,
+                head_dim=head_dim,
+                dtype=key.dtype,
+                device=key.device,
+            )
+        self.is_initialized = True
+
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if self.waiting:
+            raise RuntimeError(
+                f"MultiStateCache: expected the attention {_ATTENTION!r} to take the keys that "
+                "update returned; this model changes or bypasses them, or a call was interrupted "
+                "(then call reset)"
+            )
+        if torch.is_autocast_enabled(key.device.type):  # rotary embedding leaves float32
+            dtype = torch.get_autocast_dtype(key.device.type)
+            key, value = key.to(dtype), value.to(dtype)
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+        self.waiting = True
+        key.multi_state_layer = self  # type: ignore[attr-defined]
+        return key, value
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+    ) -> Tensor:
+        """The output (B, Hq, T, Dh); mask (B, tokens) bool, False at padding."""
+        assert self.state is not None  # update has made it
+        if not self.waiting:
+            raise NotImplementedError(
+                "MultiStateCache: expected one attention to each layer's new keys, got a second one"
+            )
+        self.waiting = False
+        before, query = self.tokens, query.to(key.dtype)
+        if mask is None and query.shape[2] == 1:
+            q, k, v = (x[:, :, 0] for x in (query, key, value))
+            out = attend_evict(q, k, v, self.state, scale=scale)[:, :, None]
+            self.tokens = before + 1
+            return out
+        valid = None
+        if mask is not None:
+            valid = mask[:, before : before + query.shape[2]]
+            if before and (mask[:, :before].sum(1) != self.state.seen).any():
+                raise ValueError(
+                    "MultiStateCache: expected an attention_mask that has a 1 for each of the "
+                    f"{self.state.seen.tolist()} tokens that rows have stored before, got "
+                    f"{mask[:, :before].sum(1).tolist()}: what was stored cannot be masked later"
+                )
+        out = attend_prompt(query, key, value, self.state, valid=valid, scale=scale)
+        self.tokens = before + query.shape[2]
+        return out
+
+    def get_mask_sizes(self, _: Any) -> tuple[int, int]:
+        """No columns, for slots have no order of tokens: :func:`_mask` then gives the padding."""
+        return 0, self.tokens
+
+    def get_seq_length(self) -> int:
+        return self.tokens
+
+    def get_max_length(self) -> int:
+        return -1  # any number of tokens
+
+    get_max_cache_shape = get_max_length  # its name in transformers 5.2
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.state is not None:
+            self.state.reorder(beam_idx.to(self.state.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            self.state = _pytree.tree_map(lambda x: x.repeat_interleave(repeats, 0), self.state)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.state is not None:
+            self.state = _pytree.tree_map(lambda x: x[indices], self.state)
+
+
+def _mask(**kwargs: Any) -> Tensor | None:
+    """transformers' own mask; for layers with a state (B, tokens), False at padding, or None."""
+    if kwargs["kv_length"]:
+        return sdpa_mask(**kwargs)
+    if kwargs["mask_function"] is not causal_mask_function:
+        return torch.empty(1, 1, 1, 0)  # refused by the attention of a layer that gets it
+    mask: Tensor | None = kwargs["attention_mask"]
+    if mask is None:
+        return None
+    new = mask[:, kwargs["kv_offset"] :]
+    return None if (new if new.shape[1] == 1 else mask).all() else mask
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention "msrnn": of the layer's state if it has one, otherwise transformers' sdpa."""
+    for name in _CHANGES_WEIGHTS:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"attention {_ATTENTION!r}: expected a model without {name}, got "
+                f"{type(module).__name__}"
+            )
+    layer: _MultiStateLayer | None = getattr(key, "multi_state_layer", None)
+    if layer is None:
+        out, _ = sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            **kwargs,
+        )
+        return out, None
+    if dropout:
+        raise ValueError(f"MultiStateCache: expected model.eval(), got dropout {dropout}")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise NotImplementedError(
+            "MultiStateCache: expected causal attention with padding, an attention_mask of shape "
+            f"(B, tokens), got another mask, {tuple(attention_mask.shape)}, such as that of images "
+            "whose tokens see each other"
+        )
+    causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        raise NotImplementedError("MultiStateCache: expected causal attention, got bidirectional")
+    if kwargs.get("sliding_window") is not None:
+        raise ValueError(
+            "MultiStateCache: expected a layer that attends to all tokens, got one with a sliding "
+            "window: pass the config of this model"
+        )
+    out = layer.attend(query, key, value, attention_mask, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+transformers.AttentionInterface.register(_ATTENTION, _attend)
+transformers.AttentionMaskInterface.register(_ATTENTION, _mask)

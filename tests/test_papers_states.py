@@ -1,0 +1,368 @@
+"""The papers' experiments on finite transformers, their command and their report, at tiny sizes."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+import msrnn_ops as ms
+from bench.papers import __main__ as command
+from bench.papers import recall, states, states_report, words
+from bench.papers.decoder import (
+    AttendSequence,
+    AttendStates,
+    Decoder,
+    LanguageModel,
+    Training,
+    attend_all,
+    train,
+)
+from bench.papers.part import Options, Store
+
+TRAINING = Training(steps=10, rate=3e-3, warmup=2)
+TINY = states.Scale(
+    vocabulary=200,
+    width=16,
+    layers=2,
+    heads=2,
+    context=64,
+    training=TRAINING,
+    batch=2,
+    copies=1,
+    states=(6, 16),
+    windows=3,
+    prompt=16,
+    texts=2,
+    recall=recall.Task(
+        facts=2,
+        keys=4,
+        distances=(0, 60),
+        width=16,
+        layers=1,
+        heads=2,
+        training=TRAINING,
+        batch=4,
+        rows=6,
+    ),
+    speed=states.Speed(50, 16, 2, 2, 64, 2, 0.01),
+)
+OPTIONS = Options(full=False, device="cpu", texts=(), model=None, dataset=None)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "QUICK", TINY)
+
+
+def _decoder() -> Decoder:
+    torch.manual_seed(0)
+    model = Decoder(50, 32, 2, 4)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    return model
+
+
+def _stepped(
+    model: LanguageModel, tokens: torch.Tensor, policy: ms.Policy, prompt: int
+) -> torch.Tensor:
+    attend = AttendStates(policy)
+    parts = [model(tokens[:, :prompt], attend)]
+    for start in range(prompt, tokens.shape[1]):
+        parts.append(model(tokens[:, start : start + 1], attend, start))
+    return torch.cat(parts, 1)
+
+
+@torch.no_grad()
+def test_all_ways_to_attend_agree_while_everything_is_kept() -> None:
+    model, tokens = _decoder(), torch.randint(50, (2, 20))
+    policy = ms.Policy.tova(20)
+    for logits in (model(tokens, AttendSequence(policy)), _stepped(model, tokens, policy, 7)):
+        torch.testing.assert_close(logits, model(tokens), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", states.POLICIES)
+def test_a_sequence_is_the_steps_one_after_the_other(name: str) -> None:
+    model, tokens = _decoder(), torch.randint(50, (2, 24))
+    policy = states.POLICIES[name](8)
+    logits = model(tokens, AttendSequence(policy))
+    torch.testing.assert_close(logits, _stepped(model, tokens, policy, 1), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(logits, model(tokens), rtol=1e-3, atol=1e-3)
+
+
+def test_training_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    def losses(folder: str, stop_at: int | None = None) -> tuple[list[float], torch.Tensor]:
+        torch.manual_seed(0)
+        model, seen = Decoder(20, 16, 1, 2), []
+
+        def lesson(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+            seen.append(step)
+            if step == stop_at:
+                raise KeyboardInterrupt
+            tokens = torch.randint(20, (2, 9), generator=torch.Generator().manual_seed(step))
+            return tokens[:, :-1], tokens[:, 1:]
+
+        store = Store(tmp_path / folder / "part.json", OPTIONS)
+        found = train(model, lesson, TRAINING, "decoder", store)
+        steps.append(seen)
+        return found, model.head.weight.detach()
+
+    steps: list[list[int]] = []
+    whole = losses("whole")
+    with pytest.raises(KeyboardInterrupt):
+        losses("stopped", stop_at=6)
+    resumed = losses("stopped")
+    assert steps == [list(range(10)), list(range(6, 10))]
+    assert resumed[0] == whole[0]
+    assert torch.equal(resumed[1], whole[1])
+
+
+def test_words(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    text = "The cat sat on the mat, and the cat ate.\n\n" * 30 + "Rare things follow here: 42 ÄÖ."
+    path.write_text(text, encoding="utf-8")
+    corpus = words.corpus([path], 60)
+    assert len(corpus.vocabulary) <= 60
+    assert " cat" in corpus.vocabulary and " things" not in corpus.vocabulary
+    spelled = "".join(
+        corpus.vocabulary[token] for part in (corpus.train, corpus.held_out) for token in part
+    )
+    assert spelled == text
+    assert len(corpus.train) > 5 * len(corpus.held_out) > 0
+
+
+@pytest.mark.parametrize(
+    ("token", "kind"),
+    [
+        ("", "start of the text"),
+        ("\n\n", "line break"),
+        ("  ", "space"),
+        (" 17", "number"),
+        (" Mrs", "capitalised word"),
+        (" cat", "word"),
+        (" (", "punctuation"),
+    ],
+)
+def test_kinds_of_tokens(token: str, kind: str) -> None:
+    assert words.kind_of(token) == kind
+
+
+def test_recall_asks_for_what_was_told() -> None:
+    task = TINY.recall
+    generator = torch.Generator().manual_seed(0)
+    for questions in (1, 2):
+        tokens, values = recall._draw(task, 20, 7, questions, generator)
+        assert tokens.shape == (20, 1 + task.facts + 7 + questions)
+        for row, wanted in zip(tokens.tolist(), values.tolist(), strict=True):
+            facts = [divmod(token - 1 - 2 * task.keys, task.keys) for token in row[1:3]]
+            told = dict(facts)
+            assert len(told) == task.facts
+            assert [told[key - 1] for key in row[-questions:]] == wanted
+            assert all(task.keys < token <= 2 * task.keys for token in row[3:10])
+    longest, _ = recall._draw(task, 1, max(task.distances), 1, generator)
+    assert longest.shape[1] == task.context
+
+
+@torch.no_grad()
+def test_recall_finds_what_is_kept() -> None:
+    model, tokens = _decoder(), torch.randint(50, (3, 20))
+    again = torch.cat([tokens, tokens[:, -1:]], 1)
+    everything = ms.Policy.tova(21)
+    for answer, wanted in (
+        (recall._token_by_token, model(tokens)),
+        (recall._after_a_prompt, model(again)),
+    ):
+        found = answer(everything, model, tokens)
+        torch.testing.assert_close(found, wanted[:, -1], rtol=1e-3, atol=1e-3)
+
+
+def _result(at: dict[str, float], forgotten: dict[str, float]) -> dict[str, object]:
+    policies = {name: {"8": perplexity} for name, perplexity in at.items()}
+    perplexity = {"full": 7.0, "policies": policies}
+    return {"subject": {"context": 64}, "perplexity": perplexity, "forgotten": forgotten}
+
+
+def test_the_verdict_follows_the_results() -> None:
+    at = {name: 9.0 for name in states.POLICIES} | {"TOVA-layer": 8.0}
+    forgotten = {name: 0.2 for name in states.POLICIES}
+    assert "as in the paper" in states_report.verdict(_result(at, forgotten))
+    worse = at | {"H2O-head": 7.5, "H2O-layer": 7.9}
+    verdict = states_report.verdict(_result(worse, forgotten | {"TOVA-layer": 0.3}))
+    assert "unlike in the paper, H2O-head and H2O-layer did better" in verdict
+    assert (
+        "30.0% goes to states that TOVA-layer has dropped, 20.0% to those that H2O-head" in verdict
+    )
+    assert "it drops more" in verdict
+    assert "it drops no more" in states_report.verdict(_result(worse, forgotten))
+
+
+@torch.no_grad()
+def test_forgotten_attention_of_a_window() -> None:
+    model, tokens = _decoder(), torch.randint(50, (1, 13))
+    for weight in model.parameters():
+        torch.nn.init.zeros_(weight)  # so that all attention is equal
+    subject = states.Subject(model, tokens, str, {})
+    found = states._forgotten(subject, 6)["Window"]
+    dropped = [max(t + 1 - 7, 0) / (t + 1) for t in range(12)]  # a token sees itself and six more
+    assert found == pytest.approx(sum(dropped) / 12)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_command_writes_one_report(tmp_path: Path) -> None:
+    command.main(["states", "--output", str(tmp_path)])
+    result = json.loads((tmp_path / "papers-states.json").read_text("utf-8"))["result"]
+    page = (tmp_path / "papers.html").read_text("utf-8")
+    section = states.section(result)
+    for text in (section.title, *(table.title for table in section.tables)):
+        assert text in page
+    assert page.count("data:image/png;base64,") == len(section.plots)
+    assert not re.search(r"""(src|href)="(?!data:|#)""", page)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "papers.html",
+        "papers-states.json",
+        *(f"papers-states-{plot.name}.png" for plot in section.plots),
+    }
+    (tmp_path / "papers.html").unlink()
+    command.main(["--report", "--output", str(tmp_path)])
+    assert (tmp_path / "papers.html").read_text("utf-8") == page
+    assert set(result["perplexity"]["policies"]) == set(states.POLICIES)
+    assert result["perplexity"]["states"] == [6, 8, 16]
+    eighth, *_, full = result["speed"]
+    assert eighth["batch"] > full["batch"] == TINY.speed.rows
+    assert eighth["bytes"] <= full["bytes"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_command_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(states, "_writing", stop)
+        with pytest.raises(KeyboardInterrupt):
+            command.main(["states", "--output", str(tmp_path)])
+    monkeypatch.setattr(states, "_perplexity", stop)  # they are known already
+    command.main(["states", "--output", str(tmp_path)])
+    assert (tmp_path / "papers.html").exists()
+
+
+@pytest.mark.parametrize("scale", [states.QUICK, states.FULL], ids=["quick", "full"])
+def test_the_sizes_fit_together(scale: states.Scale) -> None:
+    task, speed = scale.recall, scale.speed
+    for sizes in (scale, task, speed):
+        for name, policy in states.POLICIES.items():
+            bounded = policy(sizes.context // 8)
+            head_dim = sizes.width // sizes.heads
+            ms.MultiState(bounded, batch=0, kv_heads=sizes.heads, head_dim=head_dim)
+            assert bounded.scope == ("head" if name.endswith("head") else "layer")
+    assert scale.context // 8 in scale.states
+    assert max(scale.states) < scale.context
+    assert task.facts <= task.keys
+    assert scale.copies < scale.batch
+
+
+@pytest.mark.parametrize(
+    ("words_", "message"),
+    [
+        (["costs"], "expected some of cost, copying"),
+        (["--text", "nowhere.txt"], "there is no file nowhere.txt"),
+        (["--model", "."], "--model and --dataset go together"),
+        (["--quick", "--full"], "not allowed with"),
+    ],
+)
+def test_wrong_arguments(
+    words_: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command.main(words_)
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'gymnasium'", name="gymnasium")
+
+    monkeypatch.setattr("importlib.import_module", absent)
+    with pytest.raises(SystemExit, match=re.escape("pip install 'msrnn_ops[papers]'")):
+        command.main(["control"])
+
+
+def _checkpoint(folder: Path) -> None:
+    """A tiny Llama with random weights, and a tokenizer of bytes."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    symbols = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: i for i, symbol in enumerate(["<s>", *symbols])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>"
+    ).save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@torch.no_grad()
+def test_a_checkpoint_is_the_model_that_was_saved(tmp_path: Path) -> None:
+    _checkpoint(tmp_path)
+    from transformers import AutoModelForCausalLM
+
+    from bench.papers.checkpoint import Checkpoint
+
+    model = Checkpoint(tmp_path, "cpu")
+    text = "A text,\n\nand more of it."
+    tokens = model.encode(text)
+    assert "".join(map(model.spell, tokens.tolist())) == text
+    assert model.start_token is not None and model.spell(model.start_token) == ""
+    tokens = tokens[None]
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits
+    close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-3)
+    close(model(tokens, attend_all), wanted)
+    close(model(tokens, AttendSequence(ms.Policy.tova(64))), wanted)
+    policy = ms.Policy.tova(8)
+    close(_stepped(model, tokens, policy, 1), model(tokens, AttendSequence(policy)))
+
+
+def test_a_checkpoint_that_attends_otherwise_is_refused(tmp_path: Path) -> None:
+    _checkpoint(tmp_path)
+    import transformers
+
+    from bench.papers.checkpoint import Checkpoint
+
+    config = transformers.MistralConfig.from_pretrained(tmp_path, sliding_window=4)
+    transformers.MistralForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="sliding_window"):
+        Checkpoint(tmp_path, "cpu")(torch.zeros(1, 8, dtype=torch.long))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_command_measures_a_checkpoint(tmp_path: Path) -> None:
+    _checkpoint(tmp_path / "tiny-llama")
+    text = tmp_path / "text.txt"
+    text.write_text("Some words, again and again.\n" * 30, encoding="utf-8")
+    model = ["--model", str(tmp_path / "tiny-llama"), "--dataset", str(text)]
+    command.main(["states", *model, "--output", str(tmp_path / "out")])
+    stored = json.loads((tmp_path / "out" / "papers-states.json").read_text("utf-8"))
+    assert stored["result"]["subject"]["name"] == "tiny-llama"
+    assert str(tmp_path) not in (tmp_path / "out" / "papers.html").read_text("utf-8")
