@@ -17,21 +17,17 @@ more, added up over ranks, in backward and, with cu_seqlens, in forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from msrnn_ops import backend, scan
+from msrnn_ops.distributed.exchange import Exchange, Group
 from msrnn_ops.scan import _Op
 
-Group: TypeAlias = dist.ProcessGroup | DeviceMesh | None
-
-_collectives = torch.ops._c10d_functional  # what torch.compile traces, too
 _CHANNELS_AT_ONCE = 512  # a summary is on its way while the next channels are scanned
 _PLAIN = {scan._GRU_JOINT.name: scan._GRU, scan._LSTM_JOINT.name: scan._LSTM}
 
@@ -42,9 +38,7 @@ class _Shard:
 
     name: str
     namespace: str | None
-    group: str
-    rank: int
-    ranks: int
+    exchange: Exchange
     reverse: bool
     flags: tuple[bool, ...]
     return_state: bool
@@ -55,34 +49,16 @@ class _Shard:
 
     @property
     def place(self) -> int:
-        return self.ranks - 1 - self.rank if self.reverse else self.rank
+        rank, ranks = self.exchange.rank, self.exchange.ranks
+        return ranks - 1 - rank if self.reverse else rank
 
     def by_place(self, x: Tensor) -> Tensor:
         """What each rank has: (places, ...)."""
-        return self.arrived(self.sent(x))
-
-    def sent(self, x: Tensor) -> Tensor:
-        x = x.unsqueeze(0).contiguous()
-        return self._exchange(_collectives.all_gather_into_tensor, x, self.ranks, self.group)
+        return self.arrived(self.exchange.send(x))
 
     def arrived(self, x: Tensor) -> Tensor:
-        x = self._exchange(_collectives.wait_tensor, x)
+        x = self.exchange.wait(x)
         return x.flip(0) if self.reverse else x
-
-    def total(self, x: Tensor) -> Tensor:
-        x = self._exchange(_collectives.all_reduce, x.contiguous(), "sum", self.group)
-        return self._exchange(_collectives.wait_tensor, x)
-
-    def _exchange(self, collective: Callable[..., Tensor], *args: Any) -> Tensor:
-        if torch.compiler.is_compiling():
-            return collective(*args)
-        try:
-            return collective(*args)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"{self.name}: rank {self.rank} of {self.ranks} waited in vain for the others: one "
-                f"of them failed, left or called something else ({error})"
-            ) from error
 
     def scan(
         self, op: _Op, inputs: Sequence[Tensor], h0: Tensor | None, cu_seqlens: Tensor | None
@@ -186,7 +162,7 @@ def _summaries(
             spans = (packing.enters & packing.leaves).any(0)
             decay = torch.where(spans, decay, zero)
             last = _row(last, packing.leaves, zero)
-        pending.append(shard.sent(torch.stack([decay, last])))
+        pending.append(shard.exchange.send(torch.stack([decay, last])))
     found = torch.cat([shard.arrived(x) for x in pending], -1)
     return found[:, 0], found[:, 1]
 
@@ -228,7 +204,7 @@ class _Sharded(torch.autograd.Function):
         if packing is None:
             last = leaving[-1].clone()
         elif shard.return_state:
-            last = shard.total(torch.where(packing.ends, last, 0.0))
+            last = shard.exchange.total(torch.where(packing.ends, last, 0.0))
         weight = decay
         if op is scan._LOG:  # of the entering state in the leaving one, which are logarithms
             before = torch.cat([torch.full_like(leaving[:1], -torch.inf), leaving[:-1]])
@@ -250,10 +226,10 @@ class _Sharded(torch.autograd.Function):
         zeros = torch.zeros_like(state)
         final = zeros
         if shard.return_state:
-            final = shard.total(zeros if grad_last is None else grad_last)
+            final = shard.exchange.total(zeros if grad_last is None else grad_last)
         if packing is not None:
             final = torch.where(packing.ends, final, 0.0)
-        elif place < shard.ranks - 1:
+        elif place < shard.exchange.ranks - 1:
             final = zeros
         local = None if packing is None else packing.cu_seqlens
 
@@ -264,7 +240,7 @@ class _Sharded(torch.autograd.Function):
         if packing is not None:
             adjoint = _row(adjoint, packing.enters, 0.0)
         adjoints = shard.by_place(adjoint)
-        if place < shard.ranks - 1:
+        if place < shard.exchange.ranks - 1:
             later = _over_places(scan._LINEAR, weight[1:], adjoints[1:], reverse=True)[place]
             final = later if packing is None else torch.where(packing.leaves, later, final)
         *grads, grad_h0 = gradients(final)
@@ -286,8 +262,8 @@ def _run(
     activation: str | None = None,
 ) -> Any:
     """Checks the arguments and runs."""
-    group = _process_group(op, group)
-    if dist.get_world_size(group) == 1:
+    exchange = Exchange.among(op.name, group)
+    if exchange.ranks == 1:
         return scan._run(op, inputs, h0, cu_seqlens, reverse, return_state, activation)
     flags = () if activation is None else (scan._identity(op, activation),)
     autocast = scan._autocast_enabled(inputs[0])
@@ -308,28 +284,13 @@ def _run(
     shard = _Shard(
         op.name,
         backend.namespace(op.name, x.device),
-        group.group_name,
-        dist.get_rank(group),
-        dist.get_world_size(group),
+        exchange,
         reverse,
         flags,
         return_state,
     )
     h, last = cast(Any, _Sharded).apply(shard, cu_seqlens, h0, *inputs)
     return (h, last) if return_state else h
-
-
-def _process_group(op: _Op, group: Group) -> dist.ProcessGroup:
-    if not dist.is_initialized():
-        raise RuntimeError(
-            f"{op.name}: expected torch.distributed to be initialised, call "
-            "torch.distributed.init_process_group first"
-        )
-    if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            raise ValueError(f"{op.name}: expected a mesh of one dimension, got {group.ndim}")
-        return group.get_group()
-    return cast(dist.ProcessGroup, dist.group.WORLD) if group is None else group
 
 
 def linear_scan(
