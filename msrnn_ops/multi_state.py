@@ -713,9 +713,14 @@ def _prompt_output(
     return out
 
 
+def _without_waiting(position: Tensor, free: Tensor) -> Tensor:
+    """Positions as a prompt finds them: a token that waits is replaced."""
+    return position.scatter(-1, free.clamp(0, position.shape[2] - 1)[..., None], -1)
+
+
 def _attend_prompt(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, *rest: Any) -> Tensor:
     keys, values, position, _, free, *_ = rest
-    position = position.scatter(-1, free[..., None], -1)  # a token that waits is replaced
+    position = _without_waiting(position, free)
     with torch.autocast(q.device.type, enabled=False):
         out = _prompt_output(q, k, v, valid, keys, values, position, rest[-1])
     valid = None if valid is None else valid.contiguous()
@@ -854,8 +859,7 @@ def _attend_prompt_on_device(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, *rest: Any
 ) -> Tensor:
     keys, values, position, _, free, *_ = rest
-    waiting = free.clamp(0, position.shape[2] - 1)[..., None]
-    position = position.scatter(-1, waiting, -1)  # a token that waits is replaced
+    position = _without_waiting(position, free)
     out = multi_state_device.prompt_output(q, k, v, valid, keys, values, position, rest[-1])
     multi_state_device.store_prompt(q, k, v, valid, *rest)
     return out

@@ -237,3 +237,102 @@ def test_one_rank_calls_the_op_itself(run: Any) -> None:
 def test_without_process_groups() -> None:
     with pytest.raises(RuntimeError, match=r"linear_scan: expected torch\.distributed"):
         distributed.linear_scan(torch.randn(1, 3, 4), torch.randn(1, 3, 4))
+
+
+def _policies() -> Iterator[ms.Policy]:
+    for scope in ("layer", "head"):
+        yield ms.Policy.tova(6, scope, sinks=1)
+        yield ms.Policy.h2o(6, scope=scope)
+    yield ms.Policy.window_sinks(6, 2)
+
+
+def _state(policy: ms.Policy, kv_heads: int, dtype: torch.dtype) -> ms.MultiState:
+    return ms.MultiState(policy, batch=3, kv_heads=kv_heads, head_dim=8, dtype=dtype)
+
+
+def _same_state(state: ms.MultiState, whole: ms.MultiState, heads: slice) -> None:
+    groups = slice(None) if state.policy.scope == "layer" else heads
+    for name in ("position", "free", "last_evicted"):
+        assert torch.equal(getattr(state, name), getattr(whole, name)[:, groups])
+    assert torch.equal(state.seen, whole.seen)
+    torch.testing.assert_close(state.score, whole.score[:, groups])
+    kept = (whole.position[:, groups] >= 0).expand(-1, state.keys.shape[1], -1)
+    assert torch.equal(state.keys[kept], whole.keys[:, heads][kept])
+    assert torch.equal(state.values[kept], whole.values[:, heads][kept])
+
+
+def _sharded_heads(rank: int, seed: int) -> None:
+    ranks = dist.get_world_size()
+    for policy, shared, dtype in itertools.product(
+        _policies(), (False, True), (torch.float32, torch.bfloat16)
+    ):
+        if shared and policy.scope == "head":
+            continue
+        _seeded(seed, policy, shared, dtype)
+        kv_heads = 1 if shared else 4  # one for the query heads of all ranks
+        whole = _state(policy, kv_heads, dtype)
+        share = 8 // ranks
+        queries = slice(share * rank, share * (rank + 1))
+        share = kv_heads // ranks
+        heads = slice(None) if shared else slice(share * rank, share * (rank + 1))
+        state = _state(policy, 1 if shared else share, dtype)
+        for tokens in (9, *[0] * 8, 5, 0):
+            q, k, v = (
+                torch.randn(3, n, *([tokens] if tokens else []), 8, dtype=dtype)
+                for n in (8, kv_heads, kv_heads)
+            )
+            ours = (q[:, queries], k[:, heads], v[:, heads])
+            if tokens:
+                valid = torch.arange(tokens) >= torch.tensor([[0], [2], [tokens]])
+                expected = ms.attend_prompt(q, k, v, whole, valid=valid)
+                out = distributed.attend_prompt(*ours, state, valid=valid)
+            else:
+                expected = ms.attend_evict(q, k, v, whole)
+                out = distributed.attend_evict(*ours, state)
+            torch.testing.assert_close(out, expected[:, queries])
+            _same_state(state, whole, heads)
+
+
+def _heads_otherwise(rank: int) -> None:
+    """Compiled; by the reference; with a gradient; wrong; and without the others."""
+    policy = ms.Policy.tova(2)
+    heads = slice(2 * rank, 2 * rank + 2)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(q: Tensor, k: Tensor, v: Tensor, state: ms.MultiState) -> Tensor:
+        return distributed.attend_evict(q, k, v, state)
+
+    for backend, step in (("cpu", compiled), ("reference", distributed.attend_evict)):
+        _seeded(backend)
+        whole, state = _state(policy, 4, torch.float32), _state(policy, 2, torch.float32)
+        with ms.use_backend(backend):
+            prompt = torch.randn(3, 3, 4, 7, 8)
+            expected = ms.attend_prompt(*prompt, whole)
+            out = distributed.attend_prompt(*prompt[:, :, heads], state)
+            torch.testing.assert_close(out, expected[:, heads])
+            for _ in range(4):
+                _same_state(state, whole, heads)
+                q, k, v = torch.randn(3, 3, 4, 8)
+                expected = ms.attend_evict(q, k, v, whole)
+                out = step(q[:, heads], k[:, heads], v[:, heads], state)
+                torch.testing.assert_close(out, expected[:, heads])
+    with pytest.raises(RuntimeError, match="attend_prompt changes the state in place"):
+        distributed.attend_prompt(*torch.randn(3, 3, 2, 5, 8, requires_grad=True), state)
+    with pytest.raises(ValueError, match="attend_prompt: expected key-value heads of 2"):
+        distributed.attend_prompt(*torch.randn(3, 3, 4, 5, 8), state)
+    with torch.inference_mode():
+        distributed.attend_prompt(*torch.randn(3, 3, 2, 5, 8), state)
+    before = state.position.clone()
+    if rank == 0:
+        with pytest.raises(RuntimeError, match="attend_evict: rank 0 of 2 waited in vain"):
+            distributed.attend_evict(*torch.randn(3, 3, 2, 8), state)
+        assert int((state.position != before).sum()) == 3  # the token waits
+
+
+def test_heads_over_ranks_drop_what_one_device_drops(run: Any) -> None:
+    run(partial(_sharded_heads, seed=random.randrange(2**31)), ranks=4)
+    run(partial(_sharded_heads, seed=random.randrange(2**31)), ranks=2)
+
+
+def test_heads_over_ranks_compiled_by_the_reference_and_errors(run: Any) -> None:
+    run(_heads_otherwise, ranks=2)

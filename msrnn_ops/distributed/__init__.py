@@ -1,5 +1,6 @@
 """The ops over the ranks of a process group: time, heads, channels or rows sharded."""
 
+from msrnn_ops.distributed.multi_state import attend_evict, attend_prompt
 from msrnn_ops.distributed.scan import (
     decay_scan,
     linear_scan,
@@ -11,6 +12,8 @@ from msrnn_ops.distributed.scan import (
 )
 
 __all__ = [
+    "attend_evict",
+    "attend_prompt",
     "decay_scan",
     "linear_scan",
     "log_scan",
