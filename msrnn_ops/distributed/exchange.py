@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-Group: TypeAlias = dist.ProcessGroup | DeviceMesh | None
+Group: TypeAlias = dist.ProcessGroup | DeviceMesh | str | None  # str: its name, which copies
 
 _collectives = torch.ops._c10d_functional
 
@@ -37,8 +37,11 @@ class Exchange:
             if group.ndim != 1:
                 raise ValueError(f"{caller}: expected a mesh of one dimension, got {group.ndim}")
             group = group.get_group()
-        group = cast(dist.ProcessGroup, dist.group.WORLD) if group is None else group
-        return cls(caller, group.group_name, dist.get_rank(group), dist.get_world_size(group))
+        distributed: Any = dist.distributed_c10d
+        if isinstance(group, str):
+            group = distributed._resolve_process_group(group)
+        found: Any = distributed.GroupMember.WORLD if group is None else group
+        return cls(caller, found.group_name, dist.get_rank(found), dist.get_world_size(found))
 
     def gather(self, x: Tensor) -> Tensor:
         """What each rank has: (ranks, ...)."""
