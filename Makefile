@@ -19,12 +19,17 @@ SANITIZED = MSRNN_TEST_EXAMPLES=10 PYTHONPATH=. \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	$(abspath $(BIN))/pytest -q -p no:cacheprovider
 
-.PHONY: test emulate triton budget bench bench-full bench-cuda gpu-check lint sanitize portable cuda wheel
+.PHONY: test pytest emulate triton budget bench bench-full bench-cuda gpu-check lint sanitize portable cuda wheel
 .PHONY: papers clean
 
+# Two at a time; idle threads sleep, for others need the cores.
 test: $(VENV)/ready
+	$(MAKE) -j2 -Otarget pytest emulate triton budget DTYPES=bfloat16 ARCHS=80,90
+
+test sanitize: export OMP_WAIT_POLICY = passive
+
+pytest: $(VENV)/ready
 	$(BIN)/pytest tests --cov=msrnn_ops --cov-report=term
-	$(MAKE) -j2 -Otarget emulate triton budget DTYPES=bfloat16 ARCHS=80,90
 
 # The CUDA kernels without a GPU: most of the same tests on the emulator; schedules, sanitizers and
 # most planted bugs (MUTATIONS=mutations: all of them).
