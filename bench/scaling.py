@@ -208,20 +208,6 @@ def _line(sizes: Sequence[float], times: Sequence[float]) -> tuple[float, float]
     return max(float(start), 0.0), 1 / float(slope)
 
 
-@dataclass(frozen=True)
-class Fit:
-    """This machine as its parts show it: local passes alone and in twos, gathers of 2 ranks."""
-
-    machine: Machine  # of one rank that computes, or of two that exchange
-    contention: float  # of two ranks that compute
-    cores: int
-
-    def among(self, ranks: int) -> Machine:
-        """Ranks that share cores: they compute, and handle messages, in turns."""
-        turns = max(1.0, ranks / self.cores)
-        return self.machine.slower(self.contention * turns, turns)
-
-
 def _rows(results: dict[str, Any], name: str, *ranks: int) -> list[dict[str, Any]]:
     return [row for row in results["rows"] if row["name"] == name and row["ranks"] in ranks]
 
@@ -230,38 +216,53 @@ def _problem(row: dict[str, Any]) -> Problem:
     return Problem(row["batch"], row["time"], row["channels"], row["element"])
 
 
+@dataclass(frozen=True)
+class Fit:
+    """This machine as its parts show it: local passes alone and in twos, gathers of 2 ranks."""
+
+    alone: dict[tuple[Problem, int], Machine]  # whose shard of how many one rank computes
+    contention: float  # of two ranks that compute
+    link: Link  # of two ranks
+    cores: int
+
+    def machine(self, problem: Problem, ranks: int) -> Machine:
+        """Ranks that share cores: they compute, and handle messages, in turns."""
+        turns = max(1.0, ranks / self.cores)
+        return self.alone[problem, ranks].slower(self.contention * turns, turns)
+
+
 def fit(results: dict[str, Any]) -> Fit:
-    times = {
-        name: [row["fastest"] for row in _rows(results, f"local {name} alone", 2, 4)]
-        for name in ("forward", "decay", "both")
-    }
-    shards = _rows(results, "local forward alone", 2, 4)
-    tensors = [_problem(row) for row in shards]
-    tensor = [
-        p.states * p.time * p.element / row["ranks"] for p, row in zip(tensors, shards, strict=True)
-    ]
-    backward = [
-        both - forward for both, forward in zip(times["both"], times["forward"], strict=True)
-    ]
-    kernel, scan = _line([3 * size for size in tensor], times["forward"])
-    _, decay = _line([2 * size for size in tensor], times["decay"])
-    _, gradients = _line([6 * size for size in tensor], backward)
-    contention = median(
-        two["fastest"] / one["fastest"]
-        for name in times
-        for two, one in zip(
-            _rows(results, f"local {name}", 2),
-            _rows(results, f"local {name} alone", 2),
-            strict=True,
-        )
-    )
+    names = ("forward", "decay", "both")
+    found = {name: _rows(results, f"local {name} alone", 2, 4) for name in names}
+    shards = [(_problem(row), row["ranks"]) for row in found["forward"]]
+    tensors = [p.states * p.time / ranks * p.element for p, ranks in shards]
+    times = [[row["median"] for row in found[name]] for name in names]
+    kernel, _ = _line([3 * tensor for tensor in tensors], times[0])
     gathers = _rows(results, "gather", 2)
-    latency, bandwidth = _line(
-        [row["size"] for row in gathers], [row["fastest"] for row in gathers]
-    )
-    link = Link(latency, bandwidth)
-    machine = Machine(scan, decay, gradients, kernel, 0.0, link, link, node=1, overlap=False)
-    return Fit(machine, contention, results["machine"]["cores"])
+    sizes, taken = [row["size"] for row in gathers], [row["median"] for row in gathers]
+    link = Link(*_line(sizes, taken))
+
+    def rate(size: float, seconds: float) -> float:
+        return size / max(seconds - kernel, 1e-9)
+
+    alone = {
+        shard: Machine(
+            scan=rate(3 * tensor, forward),
+            decay=rate(2 * tensor, decay),
+            backward=rate(6 * tensor, both - forward),
+            kernel=kernel,
+            call=0.0,
+            inner=link,
+            outer=link,
+            node=1,
+            overlap=False,
+        )
+        for shard, tensor, forward, decay, both in zip(shards, tensors, *times, strict=True)
+    }
+    twos = [row["median"] for name in names for row in _rows(results, f"local {name}", 2)]
+    ones = [row["median"] for name in names for row in found[name] if row["ranks"] == 2]
+    contention = median(two / one for two, one in zip(twos, ones, strict=True))
+    return Fit(alone, contention, link, results["machine"]["cores"])
 
 
 def predictions(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -269,10 +270,11 @@ def predictions(results: dict[str, Any]) -> list[dict[str, Any]]:
     fitted, rows = fit(results), []
     for name, passes in (("forward", (False,)), ("both", (False, True))):
         for row in _rows(results, f"whole {name}", 2, 4):
-            machine, problem = fitted.among(row["ranks"]), _problem(row)
+            problem = _problem(row)
+            machine = fitted.machine(problem, row["ranks"])
             taken = sum(simulate(machine, row["ranks"], problem, backward=b) for b in passes)
             key = {"name": name, "ranks": row["ranks"], "problem": problem}
-            rows.append({**key, "measured": row["fastest"], "simulated": taken})
+            rows.append({**key, "measured": row["median"], "simulated": taken})
     return rows
 
 
@@ -298,16 +300,16 @@ def pipeline(blocks: int, ranks: int) -> float:
 
 def sentences(machine: Machine, results: dict[str, Any]) -> dict[str, str]:
     """Of the page."""
-    fitted = fit(results)
-    here, computer = fitted.machine, results["machine"]
+    fitted, computer = fit(results), results["machine"]
+    here = fitted.alone[max(fitted.alone, key=lambda shard: shard[0].states * shard[0].time)]
     time, ranks, element = 10**7, 64, 2
     attention, ours = 2 * time // ranks * element, 2 * 4
     blocks = 8 * 2048 // CHANNELS_AT_ONCE
     inside = [pipeline(blocks, ranks) for ranks in (8, 64)]
     errors = sorted(row["simulated"] / row["measured"] for row in predictions(results))
     gathers = _rows(results, "gather", 4)
-    link = fitted.among(4).outer
-    ratios = [3 * link.time(row["size"]) / row["fastest"] for row in gathers]
+    turns = max(1.0, 4 / fitted.cores)
+    ratios = [3 * turns * fitted.link.time(row["size"]) / row["median"] for row in gathers]
     return {
         "attention": f"Ring attention sends the keys and values of a shard at each of its R - 1 "
         f"steps, 2·B·T/R·D elements, where this sends 2·B·D numbers: at T = {time:,} on {ranks} "
@@ -318,11 +320,12 @@ def sentences(machine: Machine, results: dict[str, Any]) -> dict[str, str]:
         f"exchange of summaries) and {inside[1]:.0%} on 64.",
         "machine": f"{computer['processor']}, {computer['cores']} virtual cores, gloo, "
         f"torch {results['versions']['torch']}, {results['date']}, {results['rounds']} rounds, "
-        f"load {' → '.join(map(str, results['load']))}. Fitted on parts: scan "
-        f"{here.scan / 1e9:.1f} GB/s, decay {here.decay / 1e9:.1f}, gradients "
-        f"{here.backward / 1e9:.1f}, kernel {here.kernel * 1e6:.0f} µs, contention of two ranks "
-        f"{fitted.contention:.2f}, latency {here.outer.latency * 1e6:.0f} µs, link "
-        f"{here.outer.bandwidth / 1e9:.2f} GB/s.",
+        f"load {' → '.join(map(str, results['load']))}. From the parts: a local call takes "
+        f"{here.kernel * 1e6:.0f} µs and then moves, on the largest shard, {here.scan / 1e9:.1f} "
+        f"GB/s in a scan, {here.decay / 1e9:.1f} in that of the decay, {here.backward / 1e9:.1f} "
+        f"in gradients; two ranks that compute take {fitted.contention:.2f} times as long each; "
+        f"a message takes {fitted.link.latency * 1e6:.0f} µs and {fitted.link.bandwidth / 1e9:.2f} "
+        f"GB/s.",
         "errors": f"Simulated over measured: {errors[0]:.2f} to {errors[-1]:.2f}, median "
         f"{median(errors):.2f}. Gathers of 4 ranks alone: {min(ratios):.2f} to {max(ratios):.2f}.",
     }

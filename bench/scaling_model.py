@@ -102,32 +102,34 @@ class Network:
         self.machine, self.ranks = machine, np.arange(ranks)
         self.free = np.zeros(ranks)  # when each port can send again
 
-    def send(self, ready: Array, to: Ranks, size: float, striped: bool = False) -> Array:
-        """When each rank has what is sent to it. Striped: by all outer links of its node."""
+    def links(self, to: Ranks, striped: bool = False) -> tuple[Array, Array]:
+        """Latency and bandwidth from each rank; striped: by all outer links of its node."""
         machine = self.machine
         inside = self.ranks // machine.node == to // machine.node
         outer = machine.outer.bandwidth
         if striped and machine.node > 1:
             outer = min(outer * machine.node, machine.inner.bandwidth)
         latency = np.where(inside, machine.inner.latency, machine.outer.latency)
-        bandwidth = np.where(inside, machine.inner.bandwidth, outer)
-        self.free = np.maximum(ready, self.free) + size / bandwidth
-        arrived = np.empty_like(ready)
-        arrived[to] = self.free + latency
-        return arrived
+        return latency, np.where(inside, machine.inner.bandwidth, outer)
 
-
-def _around(network: Network, ready: Array, to: Ranks, steps: int, size: float) -> Array:
-    for _ in range(steps):
-        ready = network.send(ready, to, size, striped=steps == len(to) - 1)
-    return ready
+    def send(
+        self, ready: Array, to: Ranks, size: float, times: int = 1, striped: bool = False
+    ) -> Array:
+        """When each rank has what is sent to it, which it passes on so many times."""
+        latency, bandwidth = self.links(to, striped)
+        busy = size / bandwidth
+        for _ in range(times):
+            self.free = np.maximum(ready, self.free) + busy
+            ready = np.empty_like(ready)
+            ready[to] = self.free + latency
+        return ready
 
 
 def ring_gather(network: Network, ready: Array, size: float) -> Array:
     """Every rank passes on what it got last. NCCL lays one such ring through each network card."""
     ranks = network.ranks
     to = (ranks + 1) % len(ranks)
-    return _around(network, ready + network.machine.call, to, len(ranks) - 1, size)
+    return network.send(ready + network.machine.call, to, size, len(ranks) - 1, striped=True)
 
 
 def rail_gather(network: Network, ready: Array, size: float) -> Array:
@@ -135,9 +137,9 @@ def rail_gather(network: Network, ready: Array, size: float) -> Array:
     ranks, call = network.ranks, network.machine.call
     node = min(network.machine.node, len(ranks))
     nodes = len(ranks) // node
-    ready = _around(network, ready + call, (ranks + node) % len(ranks), nodes - 1, size)
+    ready = network.send(ready + call, (ranks + node) % len(ranks), size, nodes - 1)
     to = ranks // node * node + (ranks + 1) % node
-    return _around(network, ready + call, to, node - 1, size * nodes)
+    return network.send(ready + call, to, size * nodes, node - 1)
 
 
 def doubling_gather(network: Network, ready: Array, size: float) -> Array:
