@@ -64,7 +64,7 @@ ASSUMPTIONS = (
         "GB/s",
         "a pass: 0.85 of an H100's copy (bench.roofline)",
     ),
-    Assumption("kernel", 3, "µs", "launch and drain of a kernel: estimate"),
+    Assumption("kernel", 3, "µs", "launch and drain of a scan: estimate"),
     Assumption("call", 8, "µs", "a collective besides its hops: NCCL's tuning.cc has 6.6 to 8.4"),
     Assumption("nvlink-latency", 3, "µs", "a hop: same file, 0.6 (LL) to 3.4 (simple protocol)"),
     Assumption("nvlink-bandwidth", 450, "GB/s", "NVLink 4, each direction: data sheet"),
@@ -179,7 +179,7 @@ def _crossovers(machine: Machine) -> Table:
             else:
                 flat = flat.flat(replace(link, latency=link.latency * factor))
             ranks = crossover(flat, states, exchange)
-            found.append("always" if ranks <= 2 else f"{math.ceil(ranks):,}")
+            found.append("always" if ranks <= 4 else f"{math.ceil(ranks):,}")
         return " · ".join(found)
 
     rows = [
@@ -194,7 +194,7 @@ def _crossovers(machine: Machine) -> Table:
     return Table(
         "Crossovers",
         "Ranks from which a doubling scan takes less time, links of one kind. In each cell: the "
-        "latency (ring) or call (doubling) as assumed over 3 · as assumed · times 3.",
+        "latency (ring) or call (doubling) over 3 · as assumed · times 3. Always: from 4 on.",
         ("B·D", "ring, NVLink", "ring, network", "doubling, NVLink", "doubling, network"),
         rows,
     )
@@ -311,10 +311,10 @@ def sentences(machine: Machine, results: dict[str, Any]) -> dict[str, str]:
     turns = max(1.0, 4 / fitted.cores)
     ratios = [3 * turns * fitted.link.time(row["size"]) / row["median"] for row in gathers]
     return {
-        "attention": f"Ring attention sends the keys and values of a shard at each of its R - 1 "
+        "attention": f"- Ring attention sends the keys and values of a shard at each of its R - 1 "
         f"steps, 2·B·T/R·D elements, where this sends 2·B·D numbers: at T = {time:,} on {ranks} "
-        f"ranks, bfloat16, {attention // ours:,} times as many bytes, and its share grows with T.",
-        "pipeline": f"Without summaries, ranks could scan blocks of channels one after another, "
+        f"ranks, bfloat16, {attention // ours:,} times as many bytes.",
+        "pipeline": f"- Without summaries, ranks could scan blocks of channels one after another, "
         f"each from the carry of the rank before: with C blocks an efficiency of C / (C + R - 1). "
         f"For 8×2048 in blocks of {CHANNELS_AT_ONCE} that is {inside[0]:.0%} on 8 ranks (above any "
         f"exchange of summaries) and {inside[1]:.0%} on 64.",

@@ -37,7 +37,7 @@ class Machine:
     scan: float  # bytes/s of a local scan
     decay: float  # of one that finds the decay alone
     backward: float  # of one that finds all gradients
-    kernel: float  # seconds of a kernel, however little it does
+    kernel: float  # seconds of a scan, however short
     call: float  # seconds of a collective or of a message besides its latency
     inner: Link
     outer: Link
@@ -207,7 +207,7 @@ EXCHANGES = (RING, RAILS, DOUBLING, SCAN, CHAIN)
 def fold(machine: Machine, ranks: int, states: int, backward: bool = False) -> float:
     """All summaries: joined (forward), then scanned; two numbers of a state read, one written."""
     size = (12 if backward else 16 + 12) * ranks * states
-    return (1 if backward else 2) * machine.kernel + size / machine.scan
+    return machine.kernel + size / machine.scan
 
 
 def exchange_time(machine: Machine, ranks: int, states: int, exchange: Exchange) -> float:
@@ -236,7 +236,7 @@ def simulate(
             plan.last / machine.scan + plan.decay / machine.decay,
             plan.scan / machine.scan,
         )
-    kernels = 1 if backward else 5  # two states to start from, two scans, what they found joined
+    kernels = 1 if backward else (plan.last > 0) + (plan.decay > 0)
     size = STATE * exchange.numbers[backward] * problem.states / blocks
     arrived = clock
     for _ in range(blocks):
@@ -278,7 +278,7 @@ def crossover(machine: Machine, states: int, exchange: Exchange) -> float:
 
     With links of one kind both take equally long where slope R + offset = step log2 R; that is
     R = -W(-k 2^(offset / step)) / k with k = slope ln 2 / step and Lambert's W, lower branch.
-    1 where the scan is faster for any number.
+    1 where there is no such R: the scan is faster for any number.
     """
     link, size = machine.outer, 2 * STATE * states
     sent = size / link.bandwidth
@@ -291,9 +291,9 @@ def crossover(machine: Machine, states: int, exchange: Exchange) -> float:
         raise ValueError(f"crossover: expected the ring or the doubling, got {exchange.name}")
     k = slope * math.log(2) / step
     x = math.log(k) + offset / step * math.log(2)  # of -W's argument
-    if x > -1:
+    if x >= -1:
         return 1.0
-    w = 1 - x  # -W - log(-W) = -x has its larger root above
-    for _ in range(60):
-        w = math.log(w) - x
+    w = 1 - x  # Newton's steps to the larger root of w - log w + x, w = -W
+    for _ in range(40):
+        w *= (math.log(w) - x - 1) / (w - 1)
     return w / k
