@@ -310,25 +310,30 @@ def sentences(machine: Machine, results: dict[str, Any]) -> dict[str, str]:
     gathers = _rows(results, "gather", 4)
     turns = max(1.0, 4 / fitted.cores)
     ratios = [3 * turns * fitted.link.time(row["size"]) / row["median"] for row in gathers]
-    return {
-        "attention": f"- Ring attention sends the keys and values of a shard at each of its R - 1 "
-        f"steps, 2·B·T/R·D elements, where this sends 2·B·D numbers: at T = {time:,} on {ranks} "
-        f"ranks, bfloat16, {attention // ours:,} times as many bytes.",
-        "pipeline": f"- Without summaries, ranks could scan blocks of channels one after another, "
-        f"each from the carry of the rank before: with C blocks an efficiency of C / (C + R - 1). "
-        f"For 8×2048 in blocks of {CHANNELS_AT_ONCE} that is {inside[0]:.0%} on 8 ranks (above any "
-        f"exchange of summaries) and {inside[1]:.0%} on 64.",
-        "machine": f"{computer['processor']}, {computer['cores']} virtual cores, gloo, "
-        f"torch {results['versions']['torch']}, {results['date']}, {results['rounds']} rounds, "
-        f"load {' → '.join(map(str, results['load']))}. From the parts: a local call takes "
-        f"{here.kernel * 1e6:.0f} µs and then moves, on the largest shard, {here.scan / 1e9:.1f} "
-        f"GB/s in a scan, {here.decay / 1e9:.1f} in that of the decay, {here.backward / 1e9:.1f} "
-        f"in gradients; two ranks that compute take {fitted.contention:.2f} times as long each; "
-        f"a message takes {fitted.link.latency * 1e6:.0f} µs and {fitted.link.bandwidth / 1e9:.2f} "
-        f"GB/s.",
-        "errors": f"Simulated over measured: {errors[0]:.2f} to {errors[-1]:.2f}, median "
-        f"{median(errors):.2f}. Gathers of 4 ranks alone: {min(ratios):.2f} to {max(ratios):.2f}.",
-    }
+    attention_line = (
+        f"- Ring attention sends the keys and values of a shard at each of its R - 1 steps, "
+        f"2·B·T/R·D elements, where this sends 2·B·D numbers: at T = {time:,} on {ranks} ranks, "
+        f"bfloat16, {attention // ours:,} times as many bytes."
+    )
+    pipeline_line = (
+        f"- Without summaries, ranks could scan blocks of channels one after another, each from "
+        f"the carry of the rank before: with C blocks an efficiency of C / (C + R - 1). For 8×2048 "
+        f"in blocks of {CHANNELS_AT_ONCE} that is {inside[0]:.0%} on 8 ranks (above any exchange "
+        f"of summaries) and {inside[1]:.0%} on 64."
+    )
+    measured_line = (
+        f"{computer['processor']}, {computer['cores']} virtual cores, gloo, torch "
+        f"{results['versions']['torch']}, {results['date']}, {results['rounds']} rounds, load "
+        f"{results['load']['before']} before and {results['load']['after']} after. From the parts: "
+        f"a local call takes {here.kernel * 1e6:.0f} µs and then moves, on the largest shard, "
+        f"{here.scan / 1e9:.1f} GB/s in a scan, {here.decay / 1e9:.1f} in that of the decay and "
+        f"{here.backward / 1e9:.1f} in gradients; two ranks that compute take "
+        f"{fitted.contention:.2f} times as long each; a message takes "
+        f"{fitted.link.latency * 1e6:.0f} µs and {fitted.link.bandwidth / 1e9:.2f} GB/s. "
+        f"Simulated over measured: {errors[0]:.2f} to {errors[-1]:.2f}, median "
+        f"{median(errors):.2f}; gathers of 4 ranks alone {min(ratios):.2f} to {max(ratios):.2f}."
+    )
+    return {"compared": f"{attention_line}\n{pipeline_line}", "machine": measured_line}
 
 
 def tables(machine: Machine, values: dict[str, float], results: dict[str, Any]) -> dict[str, Table]:

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,14 @@ _GATHERS = 8  # in a row
 Calls = dict[str, Callable[[], object]]
 
 
-def _scans(problem: Problem, ranks: int) -> Calls:
+def _scans(problem: Problem, ranks: int, group: Any) -> Calls:
     """The passes over a rank's shard by themselves, and the whole op that is made of them."""
     shape = (problem.batch, problem.time // ranks, problem.channels)
-    shard = sharded._Shard("min_gru", None, Exchange.among("min_gru", None), False, (False,), False)
+    exchange = Exchange.among("min_gru", group)
+    shard = sharded._Shard("min_gru", None, exchange, False, (False,), False)
     gate, candidate, grad = (torch.randn(shape) for _ in range(3))
     leaves = [x.clone().requires_grad_() for x in (gate, candidate)]
+    whole = partial(distributed.min_gru, group=group)
 
     def both(op: Callable[..., Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(op(*leaves), leaves, grad)
@@ -59,13 +62,13 @@ def _scans(problem: Problem, ranks: int) -> Calls:
         "local forward": lambda: ms.min_gru(gate, candidate),
         "local decay": lambda: sharded._decay(shard, scan._GRU, (gate, candidate)),
         "local both": both(ms.min_gru),
-        "whole forward": lambda: distributed.min_gru(gate, candidate),
-        "whole both": both(distributed.min_gru),
+        "whole forward": lambda: whole(gate, candidate),
+        "whole both": both(whole),
     }
 
 
-def _gather(size: int) -> Callable[[], object]:
-    exchange, mine = Exchange.among("gather", None), torch.randn(size // 4)
+def _gather(size: int, group: Any) -> Callable[[], object]:
+    exchange, mine = Exchange.among("gather", group), torch.randn(size // 4)
 
     def call() -> None:
         for _ in range(_GATHERS):
@@ -74,65 +77,76 @@ def _gather(size: int) -> Callable[[], object]:
     return call
 
 
-def _work(rank: int, ranks: int, rounds: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store{ranks}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
-    scans = [_scans(problem, ranks) for problem in PROBLEMS]
-    gathers = [_gather(size) for size in SIZES]
-    spans: dict[tuple[str, int], list[tuple[float, float]]] = {}
+def _calls(ranks: int, group: Any) -> list[tuple[dict[str, Any], Calls]]:
+    """What is to be timed, with what tells it apart in the results."""
+    scans = [
+        ({"ranks": ranks, **asdict(problem)}, _scans(problem, ranks, group)) for problem in PROBLEMS
+    ]
+    gathers = [({"ranks": ranks, "size": size}, {"gather": _gather(size, group)}) for size in SIZES]
+    return scans + gathers
 
-    def note(name: str, which: int, call: Callable[[], object], everyone: bool = True) -> None:
-        dist.barrier()
-        if everyone or rank == 0:
-            start = time.perf_counter()  # the same clock in all processes
-            call()
-            spans.setdefault((name, which), []).append((start, time.perf_counter()))
+
+def _work(rank: int, rounds: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    most = max(RANKS)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=most)
+    groups = {ranks: dist.new_group(list(range(ranks))) for ranks in RANKS}
+    cases = [case for ranks in RANKS if rank < ranks for case in _calls(ranks, groups[ranks])]
+    spans: dict[str, list[tuple[float, float]]] = {}
+
+    def note(name: str, what: dict[str, Any], call: Callable[[], object]) -> None:
+        start = time.perf_counter()  # the same clock in all processes
+        call()
+        key = json.dumps({"name": name, **what})
+        spans.setdefault(key, []).append((start, time.perf_counter()))
 
     with Progress(disable=rank > 0) as progress:
-        for _ in progress.track(range(rounds), description=f"{ranks} ranks"):
-            for i, calls in enumerate(scans):
-                for name, call in calls.items():
-                    if name.startswith("local"):
-                        note(f"{name} alone", i, call, everyone=False)
-                    note(name, i, call)
-            for i, call in enumerate(gathers):
-                note("gather", i, call)
-    everybody: list[Any] = [None] * ranks
+        for _ in progress.track(range(rounds), description="rounds"):
+            for ranks in RANKS:
+                dist.barrier()  # the other ranks wait here
+                for what, calls in cases:
+                    if what["ranks"] != ranks:
+                        continue
+                    for name, call in calls.items():
+                        if name.startswith("local"):
+                            dist.barrier(groups[ranks])
+                            if rank == 0:
+                                note(f"{name} alone", what, call)
+                        dist.barrier(groups[ranks])
+                        note(name, what, call)
+    everybody: list[Any] = [None] * most
     dist.all_gather_object(everybody, spans)
     if rank == 0:
-        rows = [_row(ranks, name, which, everybody) for name, which in spans]
-        Path(folder, f"{ranks}.json").write_text(json.dumps(rows), encoding="utf-8")
+        rows = [_row(key, [mine[key] for mine in everybody if key in mine]) for key in spans]
+        Path(folder, "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     dist.destroy_process_group()
 
 
-def _row(ranks: int, name: str, which: int, everybody: list[Any]) -> dict[str, Any]:
+def _row(key: str, everybody: list[list[tuple[float, float]]]) -> dict[str, Any]:
     """From when the first rank begins until the last one is done."""
-    spans = [mine[name, which] for mine in everybody if (name, which) in mine]
+    row: dict[str, Any] = json.loads(key)
     turns = [
         max(end for _, end in turn) - min(start for start, _ in turn)
-        for turn in zip(*spans, strict=True)
+        for turn in zip(*everybody, strict=True)
     ]
-    what = {"size": SIZES[which]} if name == "gather" else asdict(PROBLEMS[which])
-    share = _GATHERS if name == "gather" else 1
+    share = _GATHERS if row["name"] == "gather" else 1
     times = {"fastest": min(turns) / share, "median": statistics.median(turns) / share}
-    return {"name": name, "ranks": ranks, **what, **times}
+    return row | times
 
 
 def measure(rounds: int) -> dict[str, Any]:
     os.environ.update(REUSE_FREED_MEMORY, OMP_NUM_THREADS="1")  # of the processes that start now
     torch.set_num_threads(1)
-    loads, rows, begin = [os.getloadavg()[0]], [], time.monotonic()
+    before, begin = os.getloadavg()[0], time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        for ranks in RANKS:
-            spawn(_work, (ranks, rounds, folder), ranks)
-            rows += json.loads(Path(folder, f"{ranks}.json").read_text(encoding="utf-8"))
-            loads.append(os.getloadavg()[0])
+        spawn(_work, (rounds, folder), max(RANKS))
+        rows = json.loads(Path(folder, "rows.json").read_text(encoding="utf-8"))
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "seconds": time.monotonic() - begin,
+        "seconds": round(time.monotonic() - begin),
         "rounds": rounds,
-        "load": [round(load, 2) for load in loads],  # before, and after each number of ranks
+        "load": {"before": round(before, 2), "after": round(os.getloadavg()[0], 2)},
         "machine": machine.machine(),
         "versions": machine.versions(),
         "rows": rows,
