@@ -32,6 +32,7 @@ from bench.scaling_model import (
     READ_ONLY,
     RING,
     SCAN,
+    Exchange,
     Link,
     Machine,
     Plan,
@@ -125,7 +126,9 @@ def _passes() -> Table:
 VARIANTS = ((NOW, RING), (ONE_GATHER, RING), (READ_ONLY, RING), (READ_ONLY, SCAN))
 
 
-def efficiency(machine: Machine, ranks: int, problem: Problem, plan: Plan, exchange: Any) -> float:
+def efficiency(
+    machine: Machine, ranks: int, problem: Problem, plan: Plan, exchange: Exchange
+) -> float:
     """Of forward and backward: the time of one GPU over that of so many, times so many."""
     passes = (False, True)
     one = sum(alone(machine, problem, backward) for backward in passes)
@@ -170,7 +173,7 @@ def _exchanges(machine: Machine) -> Table:
 
 
 def _crossovers(machine: Machine) -> Table:
-    def cell(states: int, link: Link, exchange: Any, of: str) -> str:
+    def cell(states: int, link: Link, exchange: Exchange, of: str) -> str:
         found = []
         for factor in (1 / 3, 1, 3):
             flat = machine.flat(link)
