@@ -24,7 +24,6 @@ from rich.console import Console
 from bench.report import rich_table
 from bench.roofline import GOAL, MACHINES
 from bench.scaling_model import (
-    CHANNELS_AT_ONCE,
     DOUBLING,
     EXCHANGES,
     NOW,
@@ -307,7 +306,8 @@ def sentences(machine: Machine, results: dict[str, Any]) -> dict[str, str]:
     here = fitted.alone[max(fitted.alone, key=lambda shard: shard[0].states * shard[0].time)]
     time, ranks, element = 10**7, 64, 2
     attention, ours = 2 * time // ranks * element, 2 * 4
-    blocks = 8 * 2048 // CHANNELS_AT_ONCE
+    at_once = 512
+    blocks = 8 * 2048 // at_once
     inside = [pipeline(blocks, ranks) for ranks in (8, 64)]
     rows = predictions(results)
     errors = sorted(row["simulated"] / row["measured"] for row in rows)
@@ -323,7 +323,7 @@ def sentences(machine: Machine, results: dict[str, Any]) -> dict[str, str]:
     pipeline_line = (
         f"- Without summaries, ranks could scan blocks of channels one after another, each from "
         f"the carry of the rank before: with C blocks an efficiency of C / (C + R - 1). For 8×2048 "
-        f"in blocks of {CHANNELS_AT_ONCE} that is {inside[0]:.0%} on 8 ranks (above any exchange "
+        f"in blocks of {at_once} that is {inside[0]:.0%} on 8 ranks (above any exchange "
         f"of summaries) and {inside[1]:.0%} on 64."
     )
     measured_line = (

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 Array: TypeAlias = NDArray[np.float64]
 Ranks: TypeAlias = NDArray[np.int64]
 
-CHANNELS_AT_ONCE = 512  # of a summary that is gathered while the next channels are scanned
+CHANNELS_TO_HALVE = 1024  # one half's summary is gathered while the other half is scanned
 STATE = 4  # bytes of a number of a state
 
 
@@ -87,11 +87,11 @@ class Plan:
     adjoint: int  # what leaves the shard in backward
     scan: int = 3  # gate, candidate; h
     gradients: int = 6  # grad_h, gate, candidate, h; two gradients
-    channels_at_once: int = CHANNELS_AT_ONCE
+    halves: bool = True  # from so many channels on
 
 
 NOW = Plan(last=3, decay=2, adjoint=6)  # whole ops, of which only the last state is used
-ONE_GATHER = replace(NOW, channels_at_once=1 << 30)
+ONE_GATHER = replace(NOW, halves=False)
 READ_ONLY = replace(ONE_GATHER, last=2, decay=0, adjoint=2)  # gate, candidate; grad_h, gate
 
 
@@ -227,7 +227,8 @@ def simulate(
 ) -> float:
     """Seconds of one pass of min_gru, until the last rank is done."""
     network, clock = Network(machine, ranks), np.zeros(ranks)
-    blocks = 1 if backward else math.ceil(problem.channels / plan.channels_at_once)
+    halves = plan.halves and not backward and problem.channels >= CHANNELS_TO_HALVE
+    blocks = 2 if halves else 1
     tensor = problem.states * problem.time / ranks * problem.element
     if backward:
         summary, last = plan.adjoint / machine.backward, plan.gradients / machine.backward

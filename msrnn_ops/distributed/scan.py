@@ -28,7 +28,9 @@ from msrnn_ops import backend, scan
 from msrnn_ops.distributed.exchange import Exchange, Group
 from msrnn_ops.scan import _Op
 
-_CHANNELS_AT_ONCE = 512  # a summary is on its way while the next channels are scanned
+# So many channels or more are summarised in two halves: the summary of one is on its way while the
+# other is scanned. More parts would pay the latency of the exchange once each.
+_CHANNELS_TO_HALVE = 1024
 _PLAIN = {scan._GRU_JOINT.name: scan._GRU, scan._LSTM_JOINT.name: scan._LSTM}
 
 
@@ -134,7 +136,8 @@ def _decay(shard: _Shard, op: _Op, inputs: Sequence[Tensor]) -> Tensor:
     """The product of the decays of all steps here, (B, D); of log_scan its logarithm."""
     x = inputs[0]
     zero, one = (-torch.inf, 0.0) if op is scan._LOG else (0.0, 1.0)
-    nothing = x.new_full((1, 1, 1), zero).expand(x.shape)  # read, but not from memory
+    # Read, but not from memory; not of channels, too, which kernels would copy first.
+    nothing = x.new_full((1, 1, x.shape[2]), zero).expand(x.shape)
     state = x.new_full((x.shape[0], x.shape[2]), one, dtype=scan._accumulation_dtype(x.dtype))
     identity = (True,) if op.flags else ()
     return _local(op, (*inputs[:-1], nothing), state, identity, reverse=shard.reverse)[1]
@@ -153,9 +156,11 @@ def _summaries(
         op, parts = _PLAIN[op.name], inputs[0].chunk(op.parts, -1)
     zero = op.start
     pending = []
-    for i in range(0, parts[0].shape[2], _CHANNELS_AT_ONCE):
-        some = [x[..., i : i + _CHANNELS_AT_ONCE] for x in parts]
-        state = h0[:, i : i + _CHANNELS_AT_ONCE]
+    channels = h0.shape[1]
+    at_once = -(-channels // 2) if channels >= _CHANNELS_TO_HALVE else max(channels, 1)
+    for i in range(0, max(channels, 1), at_once):
+        some = [x[..., i : i + at_once] for x in parts]
+        state = h0[:, i : i + at_once]
         local = None if packing is None else packing.cu_seqlens
         last, decay = shard.scan(op, some, state, local)[1], _decay(shard, op, some)
         if packing is not None:
