@@ -125,8 +125,8 @@ def _per_head(named: dict[str, Any]) -> bool:
     return "k" not in named or decisions.shape[1] == named["k"].shape[1]
 
 
-def _ranks(kinds: Sequence[str | None], mesh: DeviceMesh, kind: str) -> int:
-    """How many ranks share rows or heads."""
+def _ranks(kinds: Sequence[str], mesh: DeviceMesh, kind: str) -> int:
+    """How many ranks share the rows, or the heads."""
     return math.prod(n for n, found in zip(mesh.shape, kinds, strict=True) if found == kind)
 
 
@@ -159,11 +159,11 @@ def _expected(name: str, named: dict[str, Any]) -> dict[str, tuple[Placement, ..
     like = next(label for label in ("keys", "k", "position") if label in named)
     x, per_head = named[like], _per_head(named)
     kinds = _check_kinds(name, like, x.placements, x.device_mesh, *x.shape[:2])
-    if "heads" in kinds and not per_head and named.get("kind", 0):
+    if not per_head and named.get("kind", 0) and _ranks(kinds, x.device_mesh, "heads") > 1:
         raise ValueError(
             f"{name}: expected whole heads, got {like} sharded over them: this policy adds up the "
             "scores of all heads of a layer. msrnn_ops.distributed.attend_evict does so over "
-            "ranks; scope='head' needs no sum"
+            "ranks, for plain tensors; scope='head' needs no sum"
         )
     return {
         label: tuple(_placement(label, kind, per_head) for kind in kinds)
@@ -264,8 +264,11 @@ def distribute_state(
 ) -> MultiState:
     """A multi-state whose tensors are DTensors: each rank keeps its part of the given one.
 
-    Then ``attend_evict`` and the other functions take q, k and v that are DTensors placed likewise,
-    and every rank attends and evicts for its own rows and heads. Nothing is sent.
+    ``attend_evict`` and the other functions then take q, k and v that are DTensors placed likewise,
+    and every rank attends and evicts for its own rows and heads. Nothing is sent but by
+    ``state.reorder``, which moves rows between ranks, and by ``evict``, which adds up the scores of
+    ``attend_scores`` if heads are sharded and the layer decides. The policies whose scores would be
+    added up within one call, TOVA and H2O with scope ``"layer"``, want whole heads.
 
     Args:
         state: the whole, the same on every rank.
@@ -281,9 +284,13 @@ def distribute_state(
         TypeError, ValueError: not a state, another placement, fewer rows than ranks, heads that do
             not go into equal parts.
 
-    >>> import msrnn_ops as ms  # doctest: +SKIP
-    >>> state = ms.MultiState(ms.Policy.tova(512, "head"), batch=4, kv_heads=8, head_dim=64)
+    On eight processes, such as ``torchrun --nproc-per-node 8`` starts:
+
+    >>> import msrnn_ops as ms
+    >>> from torch.distributed.device_mesh import init_device_mesh
+    >>> from torch.distributed.tensor import Shard
     >>> mesh = init_device_mesh("cpu", (2, 4))  # doctest: +SKIP
+    >>> state = ms.MultiState(ms.Policy.tova(512, "head"), batch=4, kv_heads=8, head_dim=64)
     >>> state = distribute_state(state, mesh, [Shard(0), Shard(1)])  # doctest: +SKIP
     """
     if not isinstance(state, MultiState):
