@@ -165,8 +165,8 @@ def compare_states(policy: ms.Policy, mesh: DeviceMesh, kinds: tuple[str, ...]) 
         for label, x, y in zip(state._TENSORS, mine._tensors(), state._tensors(), strict=True):
             same(x, y, of_state(y, label, kinds, per_head))
 
-    for step in range(10):
-        if step in (0, 6):
+    for step in range(8):
+        if step in (0, 5):
             whole, parts = drawn(6)
             expected = ms.attend_prompt(*whole, state, valid=valid)
             same(ms.attend_prompt(*parts, mine, valid=valid), expected, places)
@@ -216,7 +216,6 @@ def _states(rank: int) -> None:
             (line, ("rows",)),
             (line, ("heads",)),
             (square, ("rows", "heads")),
-            (square, ("heads", "whole")),
         ):
             if "heads" in kinds and policy.scope == "layer" and policy.score != "position":
                 continue
@@ -291,7 +290,9 @@ def _models(rank: int) -> None:
 
 
 def _errors_and_compile(rank: int) -> None:
-    mesh = init_device_mesh("cpu", (4,))
+    mesh = DeviceMesh("cpu", [0, 1])
+    if rank > 1:
+        return
     x, y = torch.randn(2, 4, 4, 12)
     in_time = put(x, mesh, [Shard(1)])
     whole = "expected gate (B, T, D) whole in time, got Shard(dim=1); msrnn_ops.distributed.min_gru"
@@ -353,10 +354,10 @@ def _errors_and_compile(rank: int) -> None:
         distribute_state(head, mesh, [Shard(0), Shard(1)])
     with pytest.raises(TypeError, match="expected a MultiState"):
         distribute_state(x, mesh, [Shard(0)])
-    for rows, heads, words in ((3, 4, "a row or more for each of 4"), (4, 6, "as many key-value")):
+    for rows, heads, words in ((1, 4, "a row or more for each of 2"), (4, 3, "as many key-value")):
         small = ms.MultiState(head.policy, batch=rows, kv_heads=heads, head_dim=8)
         with pytest.raises(ValueError, match=words):
-            distribute_state(small, mesh, [Shard(0 if rows == 3 else 1)])
+            distribute_state(small, mesh, [Shard(0 if rows == 1 else 1)])
 
     gru = torch.compile(ms.min_gru, fullgraph=True, backend="aot_eager")
     leaves = [put(t, mesh, [Shard(2)]).requires_grad_() for t in (x, y)]
