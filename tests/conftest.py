@@ -8,12 +8,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
 from torch import Tensor
 
 import msrnn_ops as ms
@@ -153,6 +156,32 @@ def fresh_inputs(request: pytest.FixtureRequest) -> Iterator[None]:
     request.node.user_properties.append(("seed", seed))
     poison()
     yield
+
+
+def _enter(rank: int, work: Callable[..., None], ranks: int, file: str, timeout: float) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{file}",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=timeout),
+    )
+    work(rank)
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """run(work, ranks): work(rank) in so many processes; what one of them raises is raised here.
+
+    A rank waits for the others for ``timeout`` seconds.
+    """
+
+    def start(work: Callable[..., None], ranks: int = 4, timeout: float = 60.0) -> None:
+        processes.spawn(_enter, (work, ranks, str(tmp_path / "store"), timeout), ranks)
+
+    yield start
 
 
 @pytest.hookimpl(hookwrapper=True)

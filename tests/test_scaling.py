@@ -54,13 +54,13 @@ def test_rails_use_both_kinds_of_links() -> None:
 
 @pytest.mark.parametrize("link", LINKS)  # the gather hides behind the scans, or they behind it
 @pytest.mark.parametrize("overlap", [True, False])
-def test_blocks_of_channels_overlap(link: Link, overlap: bool) -> None:
+def test_halves_of_channels_overlap(link: Link, overlap: bool) -> None:
     machine, ranks = replace(MACHINE.flat(link), overlap=overlap), 4
     problem = Problem(2, 1 << 20, 2048)
     tensor = 2 * 2048 * (1 << 20) // ranks * 2
-    scans = 2 * machine.kernel + tensor / 4 * (3 / machine.scan + 2 / machine.decay)
-    gather = model.ring_time(machine, ranks, 8 * 4096 / 4)
-    both = scans + gather + 3 * (max(scans, gather) if overlap else scans + gather)
+    scans = 2 * machine.kernel + tensor / 2 * (3 / machine.scan + 2 / machine.decay)
+    gather = model.ring_time(machine, ranks, 8 * 4096 / 2)
+    both = scans + gather + (max(scans, gather) if overlap else scans + gather)
     rest = model.fold(machine, ranks, 4096) + machine.kernel + 3 * tensor / machine.scan
     assert model.simulate(machine, ranks, problem) == pytest.approx(both + rest, rel=1e-9)
 

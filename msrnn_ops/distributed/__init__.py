@@ -1,5 +1,7 @@
 """The ops over the ranks of a process group: time, heads, channels or rows sharded."""
 
+from typing import TYPE_CHECKING, Any
+
 from msrnn_ops.distributed.multi_state import attend_evict, attend_prompt
 from msrnn_ops.distributed.scan import (
     decay_scan,
@@ -11,10 +13,14 @@ from msrnn_ops.distributed.scan import (
     min_lstm_joint,
 )
 
+if TYPE_CHECKING:
+    from msrnn_ops.distributed.sharding import distribute_state
+
 __all__ = [
     "attend_evict",
     "attend_prompt",
     "decay_scan",
+    "distribute_state",
     "linear_scan",
     "log_scan",
     "min_gru",
@@ -22,3 +28,11 @@ __all__ = [
     "min_lstm",
     "min_lstm_joint",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "distribute_state":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from msrnn_ops.distributed.sharding import distribute_state  # DTensor takes long to import
+
+    return distribute_state
