@@ -5,16 +5,13 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
 from conftest import SCANS, Scan, norm_error, reference
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -23,31 +20,6 @@ import msrnn_ops as ms
 from msrnn_ops import distributed
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-RANKS = 4
-TIMEOUT = 60.0  # seconds: of a rank that waits
-
-
-def _enter(rank: int, work: Callable[..., None], ranks: int, file: str, timeout: float) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{file}",
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(seconds=timeout),
-    )
-    work(rank)
-    dist.destroy_process_group()
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[Callable[..., None]]:
-    """run(work, ranks): work(rank) in so many processes; what one of them raises is raised here."""
-
-    def start(work: Callable[..., None], ranks: int = RANKS, timeout: float = TIMEOUT) -> None:
-        processes.spawn(_enter, (work, ranks, str(tmp_path / "store"), timeout), ranks)
-
-    yield start
 
 
 def over_ranks(scan: Scan) -> Callable[..., Any]:

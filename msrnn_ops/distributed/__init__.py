@@ -1,5 +1,6 @@
 """The ops over the ranks of a process group: time, heads, channels or rows sharded."""
 
+from msrnn_ops.distributed.nn import shard_time
 from msrnn_ops.distributed.scan import (
     decay_scan,
     linear_scan,
@@ -18,4 +19,5 @@ __all__ = [
     "min_gru_joint",
     "min_lstm",
     "min_lstm_joint",
+    "shard_time",
 ]
