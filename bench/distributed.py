@@ -182,9 +182,9 @@ def _command(words: Sequence[str]) -> str:
 
 def _write(path: Path, command: str, run: dict[str, Any]) -> None:
     """Puts a run beside those of other commands in the file."""
-    results = json.loads(path.read_text("utf-8")) if path.exists() else {"runs": {}}
-    results |= {"machine": machine.machine(), "versions": machine.versions()}
-    results["runs"][command] = {"date": time.strftime("%Y-%m-%d"), **run}
+    runs = json.loads(path.read_text("utf-8"))["runs"] if path.exists() else {}
+    runs[command] = {"date": time.strftime("%Y-%m-%d"), **run}
+    results = {"machine": machine.machine(), "versions": machine.versions(), "runs": runs}
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
@@ -205,6 +205,7 @@ def main(words: Sequence[str]) -> None:
     if arguments.save:
         training.save(arguments.save)
     run: dict[str, Any] = {"text": corpus.name, "setting": asdict(setting)}
+    run |= {"ranks": ranks, "threads_each": torch.get_num_threads()}
     run |= {"data": shape[0], "context": shape[1], "sharding": "FSDP" if arguments.fsdp else "DDP"}
     run |= {"first_step": start, "losses": losses, "tokens_per_second": speed}
     message, differs = "", False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import pickle
 import random
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from torch.nn.utils.rnn import pack_sequence
 from msrnn_ops.distributed import shard_time
 from msrnn_ops.nn import BlockState, MinGRU, MinLSTM, MinRNNBlock
 
+pytest.importorskip("rich")  # for bench
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 BATCH, WIDTH = 2, 4
 SHARES = ([5, 1, 0, 7], [0, 2, 1, 0], [0, 0, 0, 0], [3, 9])  # steps of each rank
@@ -107,29 +109,23 @@ def compare(module: Any, shares: list[int], group: Any, with_state: bool) -> Non
 
 def _layers(rank: int, seed: int) -> None:
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    for name, shares, with_state in itertools.product(MODULES, SHARES, (True, False)):
-        seeded(seed, name, shares, with_state)
+    for name, shares in itertools.product(MODULES, SHARES):
+        seeded(seed, name, shares)
         group = pairs[rank // 2] if len(shares) == 2 else dist.group.WORLD
-        compare(MODULES[name]().double(), shares, group, with_state)
-
-
-def test_layers_on_two_and_four_ranks(run: Any) -> None:
-    run(partial(_layers, seed=random.randrange(2**31)))
+        compare(MODULES[name]().double(), shares, group, with_state=random.random() < 0.7)
 
 
 def _compiled(rank: int) -> None:
     block = shard_time(MinRNNBlock(WIDTH), init_device_mesh("cpu", (2,)))
-    layer = shard_time(MinLSTM(WIDTH, 6, 1, True, True, bidirectional=True), dist.group.WORLD)
     state = BlockState(*(part.float() for part in states(block)))
 
     def loss(x: Tensor) -> Tensor:
         y, last = block(x, state, return_state=True)
-        output, _ = layer(y)
-        return output.square().sum() + last.inputs.sum() + last.h.sum()
+        return y.square().sum() + last.inputs.sum() + last.h.sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    x = torch.randn(BATCH, 3 + rank, WIDTH, requires_grad=True)
-    wanted = (x, *block.parameters(), *layer.parameters())
+    x = torch.randn(BATCH, 3 - 2 * rank, WIDTH, requires_grad=True)
+    wanted = (x, *block.parameters())
     expected = torch.autograd.grad(loss(x), wanted)
     for mine, truth in zip(torch.autograd.grad(compiled(x), wanted), expected, strict=True):
         torch.testing.assert_close(mine, truth)
@@ -169,16 +165,6 @@ def _copies_and_errors(rank: int) -> None:
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), alone)
 
 
-def _compiled_copies_and_errors(rank: int, seed: int) -> None:
-    seeded(seed)
-    _compiled(rank)
-    _copies_and_errors(rank)
-
-
-def test_compile_copies_and_errors(run: Any) -> None:
-    run(partial(_compiled_copies_and_errors, seed=random.randrange(2**31)), ranks=2)
-
-
 TOKENS = torch.arange(500) ** 2 % 7  # of seven characters
 STEPS = 3
 
@@ -190,25 +176,54 @@ def training(mesh: Any = None, fsdp: bool = False) -> Any:
     return Training(setting, 7, torch.device("cpu"), mesh, fsdp=fsdp, dtype=torch.float64)
 
 
-def train(rank: int, folder: Path, context: int, load: bool) -> None:
-    """Some steps, with DDP and with FSDP, the latter after what was saved and then saved."""
-    shape = dist.get_world_size() // context, context
+def _training(rank: int, folder: Path, load: bool) -> None:
+    """With DDP and with FSDP, from the start or from what the other one saved."""
+    shape = dist.get_world_size() // 2, 2
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "context"))
     expected = training().train(TOKENS, 2 * STEPS)[0]
     for fsdp in (False, True):
         model = training(mesh, fsdp)
         if load:
             model.load(folder / str(not fsdp))
-        start = model.step
+        assert model.step == STEPS * load
         losses, _ = model.train(TOKENS, STEPS)
-        exact = expected[start : start + STEPS]
+        exact = expected[STEPS:] if load else expected[:STEPS]
         torch.testing.assert_close(losses, exact, atol=0, rtol=1e-9)
         if not load:
             model.save(folder / str(fsdp))
-    assert start == STEPS * load
 
 
-def test_training_over_data_and_context_equals_one_process(run: Any, tmp_path: Path) -> None:
-    pytest.importorskip("rich")
-    run(partial(train, folder=tmp_path, context=2, load=False))
-    run(partial(train, folder=tmp_path, context=2, load=True), ranks=2)
+def _four_ranks(rank: int, seed: int, folder: Path) -> None:
+    _layers(rank, seed)
+    _training(rank, folder, load=False)
+
+
+def _two_ranks(rank: int, seed: int, folder: Path) -> None:
+    _training(rank, folder, load=True)
+    seeded(seed)
+    _compiled(rank)
+    _copies_and_errors(rank)
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import distributed
+
+    file = tmp_path / "results.json"
+    words = ["--steps", "2", "--check", "--json", str(file)]
+    distributed.main(words)
+    (command, run), *more = json.loads(file.read_text("utf-8"))["runs"].items()
+    assert command == "python -m bench.distributed --steps 2 --check --json results.json"
+    assert not more and len(run["losses"]) == 2 and run["difference"] <= run["tolerance"]
+    monkeypatch.setitem(distributed.TOLERANCE, torch.float32, -1.0)
+    with pytest.raises(SystemExit, match=r"expected losses within -1\.0"):
+        distributed.main(words)
+    with pytest.raises(SystemExit):
+        distributed.main(["--context", "2"])
+
+
+def test_four_ranks_and_two_that_go_on(run: Any, tmp_path: Path) -> None:
+    """Values, gradients, training; compile, copies, errors. In few processes: torch takes long to
+    start."""
+    seed = random.randrange(2**31)
+    run(partial(_four_ranks, seed=seed, folder=tmp_path))
+    run(partial(_two_ranks, seed=seed, folder=tmp_path), ranks=2)

@@ -109,7 +109,7 @@ def shard_time(module: _Module, group: dist.ProcessGroup | DeviceMesh | None) ->
         TypeError: another group; later a PackedSequence. RuntimeError: torch.distributed is not
             initialised, or, later, a rank failed.
 
-    Source: the convolution's border as in context parallel Mamba; the scan's see
+    Source: for the convolution a halo exchange; for the scans as
     :func:`msrnn_ops.distributed.linear_scan`.
 
     >>> import msrnn_ops as ms, torch.distributed as dist
