@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import itertools
 import json
 import pickle
@@ -203,6 +204,13 @@ def _two_ranks(rank: int, seed: int, folder: Path) -> None:
     seeded(seed)
     _compiled(rank)
     _copies_and_errors(rank)
+
+
+def test_documentation_example() -> None:
+    from msrnn_ops.distributed import nn
+
+    result = doctest.testmod(nn)
+    assert result.attempted > 0 and result.failed == 0
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
