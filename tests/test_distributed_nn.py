@@ -117,12 +117,12 @@ def _layers(rank: int, seed: int) -> None:
 
 
 def _compiled(rank: int) -> None:
+    """Where no rank needs the last states, and the last one no gradients from later ones."""
     block = shard_time(MinRNNBlock(WIDTH), init_device_mesh("cpu", (2,)))
     state = BlockState(*(part.float() for part in states(block)))
 
     def loss(x: Tensor) -> Tensor:
-        y, last = block(x, state, return_state=True)
-        return y.square().sum() + last.inputs.sum() + last.h.sum()
+        return block(x, state).square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     x = torch.randn(BATCH, 3 - 2 * rank, WIDTH, requires_grad=True)
