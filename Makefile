@@ -20,7 +20,7 @@ SANITIZED = MSRNN_TEST_EXAMPLES=10 PYTHONPATH=. \
 	$(abspath $(BIN))/pytest -q -p no:cacheprovider
 
 .PHONY: test pytest emulate triton budget bench bench-full bench-cuda gpu-check lint sanitize portable cuda wheel
-.PHONY: papers clean
+.PHONY: papers distributed clean
 
 # Two at a time; idle threads sleep, for others need the cores.
 test: $(VENV)/ready
@@ -74,6 +74,18 @@ bench-cuda: $(VENV)/ready
 # The papers' experiments, small enough for two cores: minutes, and a page to read.
 papers: $(VENV)/ready
 	$(BIN)/python -m bench.papers
+
+# Data and context parallel training over 4, 2 and 1 ranks against one process.
+distributed: export OMP_NUM_THREADS = 1
+distributed: RESULTS = --steps 40 --check --json bench/results/distributed.json
+distributed: $(VENV)/ready
+	rm -rf build/checkpoint bench/results/distributed.json
+	$(BIN)/torchrun --standalone --nproc-per-node 4 -m bench.distributed --context 2 $(RESULTS)
+	$(BIN)/torchrun --standalone --nproc-per-node 4 -m bench.distributed --context 2 --fsdp \
+		--save build/checkpoint $(RESULTS)
+	$(BIN)/torchrun --standalone --nproc-per-node 2 -m bench.distributed --context 2 --fsdp \
+		--load build/checkpoint $(RESULTS)
+	$(BIN)/python -m bench.distributed --load build/checkpoint $(RESULTS)
 
 bench-full: $(VENV)/ready
 	$(BIN)/python -m bench --full --name cpu-full

@@ -36,6 +36,8 @@ if "MSRNN_TEST_KERNELS" in os.environ:  # the CUDA kernels, emulated, in place o
 if "MSRNN_TEST_DEVICE" in os.environ:
     torch.set_default_device(os.environ["MSRNN_TEST_DEVICE"])
 
+RANKS = 4
+TIMEOUT = 60.0  # seconds: of a rank that waits
 EXAMPLES = int(os.environ.get("MSRNN_TEST_EXAMPLES", 60))
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=EXAMPLES)
 hypothesis.settings.load_profile("ci")
@@ -158,14 +160,11 @@ def fresh_inputs(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
 
 
-def _enter(rank: int, work: Callable[..., None], ranks: int, file: str, timeout: float) -> None:
+def _enter(rank: int, work: Callable[..., None], ranks: int, file: str) -> None:
     torch.set_num_threads(1)
+    patience = timedelta(minutes=3)  # on a busy machine ranks start far apart
     dist.init_process_group(
-        "gloo",
-        init_method=f"file://{file}",
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(seconds=timeout),
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=ranks, timeout=patience
     )
     work(rank)
     dist.destroy_process_group()
@@ -173,13 +172,11 @@ def _enter(rank: int, work: Callable[..., None], ranks: int, file: str, timeout:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Callable[..., None]]:
-    """run(work, ranks): work(rank) in so many processes; what one of them raises is raised here.
+    """run(work, ranks): work(rank) in so many processes; what one of them raises is raised here."""
 
-    A rank waits for the others for ``timeout`` seconds.
-    """
-
-    def start(work: Callable[..., None], ranks: int = 4, timeout: float = 60.0) -> None:
-        processes.spawn(_enter, (work, ranks, str(tmp_path / "store"), timeout), ranks)
+    def start(work: Callable[..., None], ranks: int = 4) -> None:
+        (tmp_path / "store").unlink(missing_ok=True)
+        processes.spawn(_enter, (work, ranks, str(tmp_path / "store")), ranks)
 
     yield start
 

@@ -6,6 +6,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -105,10 +106,10 @@ def _seeded(*key: object) -> None:
 
 def _every_op(rank: int, seed: int) -> None:
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    flags = itertools.product([False, True], repeat=4)
-    for scan, (packed, reverse, return_state, pair) in itertools.product(SCANS, flags):
-        group = pairs[rank // 2] if pair else None
-        _seeded(seed, scan.name, packed, reverse, return_state, pair)
+    flags = itertools.product([False, True], repeat=3)
+    for scan, (packed, reverse, return_state) in itertools.product(SCANS, flags):
+        _seeded(seed, scan.name, packed, reverse, return_state)
+        group = random.choice([None, pairs[rank // 2]])
         for length in (0, 1, random.randint(2, 30)):
             options = {"packed": packed, "reverse": reverse, "return_state": return_state}
             compare(scan, length, 5, torch.float64, 1e-12, group, **options)
@@ -182,17 +183,19 @@ def test_a_rank_that_leaves_is_an_error_on_the_others(run: Any) -> None:
 
 
 def _one_hangs(rank: int) -> None:
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    distributed.min_gru(*torch.randn(2, 1, 3, 4), group=group)
     if rank == 0:
         start = time.monotonic()
         with pytest.raises(RuntimeError, match="min_gru: rank 0 of 2 waited in vain"):
-            distributed.min_gru(*torch.randn(2, 1, 3, 4))
-        assert time.monotonic() - start < 30
+            distributed.min_gru(*torch.randn(2, 1, 3, 4), group=group)
+        assert time.monotonic() - start < 60
     else:
-        time.sleep(4)
+        time.sleep(6)
 
 
 def test_a_rank_that_hangs_is_an_error_on_the_others(run: Any) -> None:
-    run(_one_hangs, ranks=2, timeout=2.0)
+    run(_one_hangs, ranks=2)
 
 
 def _alone(rank: int) -> None:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from msrnn_ops.distributed.multi_state import attend_evict, attend_prompt
+from msrnn_ops.distributed.nn import shard_time
 from msrnn_ops.distributed.scan import (
     decay_scan,
     linear_scan,
@@ -27,6 +28,7 @@ __all__ = [
     "min_gru_joint",
     "min_lstm",
     "min_lstm_joint",
+    "shard_time",
 ]
 
 

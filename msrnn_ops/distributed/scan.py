@@ -224,7 +224,8 @@ class _Sharded(torch.autograd.Function):
     def backward(ctx: Any, grad_h: Tensor | None, grad_last: Tensor | None) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise NotImplementedError(f"{ctx.shard.name}: no second derivatives over ranks")
-        shard, place = ctx.shard, ctx.shard.place
+        shard = ctx.shard
+        place, end = shard.place, shard.exchange.ranks - 1
         weight, state, h, *rest = ctx.saved_tensors
         inputs, borders = rest[: ctx.inputs], rest[ctx.inputs :]
         packing = _Packing(*borders) if borders else None
@@ -232,23 +233,25 @@ class _Sharded(torch.autograd.Function):
         final = zeros
         if shard.return_state:
             final = shard.exchange.total(zeros if grad_last is None else grad_last)
+        here = final if place == end else zeros
         if packing is not None:
-            final = torch.where(packing.ends, final, 0.0)
-        elif place < shard.exchange.ranks - 1:
-            final = zeros
+            here = torch.where(packing.ends, final, 0.0)
         local = None if packing is None else packing.cu_seqlens
 
         def gradients(of_last: Tensor) -> tuple[Tensor, ...]:
             return shard.gradients(grad_h, of_last, inputs, h, state, local)
 
-        adjoint = gradients(final)[-1]
+        adjoint = gradients(here)[-1]
         if packing is not None:
             adjoint = _row(adjoint, packing.enters, 0.0)
-        adjoints = shard.by_place(adjoint)
-        if place < shard.exchange.ranks - 1:
-            later = _over_places(scan._LINEAR, weight[1:], adjoints[1:], reverse=True)[place]
-            final = later if packing is None else torch.where(packing.leaves, later, final)
-        *grads, grad_h0 = gradients(final)
+        # Every place reads what all have sent, also where nothing comes after it: of what is not
+        # read torch.compile drops the exchange, and the other ranks wait for it.
+        after = torch.zeros_like(adjoint) if packing is not None else final
+        adjoints = torch.cat([shard.by_place(adjoint)[1:], after.unsqueeze(0)])
+        decays = torch.cat([weight[1:end], torch.zeros_like(weight[:2])])
+        later = _over_places(scan._LINEAR, decays, adjoints, reverse=True)[place]
+        here = later if packing is None else torch.where(packing.leaves, later, here)
+        *grads, grad_h0 = gradients(here)
         if packing is not None:
             grad_h0 = torch.where(packing.begins, grad_h0, 0.0)
         elif place:
