@@ -156,6 +156,10 @@ def _compiled_and_by_the_reference(rank: int) -> None:
                 found = torch.autograd.grad(call(*leaves), leaves)
             for x, y in zip(found, expected, strict=True):
                 torch.testing.assert_close(x, y)
+            plain = partial(over_ranks(scan), cu_seqlens=packed)  # some ranks could do without
+            with torch.no_grad():
+                compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
+                assert torch.equal(compiled(*inputs), plain(*inputs))
         with pytest.raises(NotImplementedError, match="no second derivatives over ranks"):
             torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
     x = torch.randn(1, 3, 4)

@@ -186,6 +186,38 @@ def _over_places(op: _Op, decay: Tensor, value: Tensor, reverse: bool = False) -
     return _local(op, inputs, None, (), reverse=reverse)[0].transpose(0, 1)
 
 
+def _forward(
+    shard: _Shard, cu_seqlens: Tensor | None, h0: Tensor, *inputs: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """h of this rank, the last state of the whole sequence, and what backward reads."""
+    op, place = shard.op, shard.place
+    packing = None if cu_seqlens is None else _packing(shard, cu_seqlens, inputs[0].shape[1])
+    nothing = torch.full_like(h0, op.start)
+    if packing is not None:
+        first = torch.where(packing.begins, h0, nothing)
+    else:
+        first = nothing if place else h0
+    decay, last = _summaries(shard, inputs, first, packing)
+    leaving = _over_places(scan._LOG if op is scan._LOG else scan._LINEAR, decay, last)
+    # Every place reads what all have sent, also where nothing comes before it: of what is not read
+    # torch.compile drops the exchange, and the other ranks wait for it.
+    start = h0 if packing is None else torch.zeros_like(leaving[0])
+    state = torch.cat([start.unsqueeze(0), leaving])[place]
+    if packing is not None:
+        state = torch.where(packing.enters, state, first)
+    h, last = shard.scan(op, inputs, state, None if packing is None else packing.cu_seqlens)
+    if packing is None:
+        last = leaving[-1].clone()
+    elif shard.return_state:
+        last = shard.exchange.total(torch.where(packing.ends, last, 0.0))
+    weight = decay
+    if op is scan._LOG:  # of the entering state in the leaving one, which are logarithms
+        before = torch.cat([torch.full_like(leaving[:1], -torch.inf), leaving[:-1]])
+        weight = (decay + before - leaving).exp().nan_to_num(0.0)
+    borders = () if packing is None else tuple(vars(packing).values())
+    return h, last, (weight, state, h, *inputs, *borders)
+
+
 class _Sharded(torch.autograd.Function):
     """An op over all shards, its backward as the head of this file says."""
 
@@ -193,29 +225,8 @@ class _Sharded(torch.autograd.Function):
     def forward(
         ctx: Any, shard: _Shard, cu_seqlens: Tensor | None, h0: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        op, place = shard.op, shard.place
-        packing = None if cu_seqlens is None else _packing(shard, cu_seqlens, inputs[0].shape[1])
-        nothing = torch.full_like(h0, op.start)
-        if packing is not None:
-            state = torch.where(packing.begins, h0, nothing)
-        else:
-            state = nothing if place else h0
-        decay, last = _summaries(shard, inputs, state, packing)
-        leaving = _over_places(scan._LOG if op is scan._LOG else scan._LINEAR, decay, last)
-        if place:
-            entering = leaving[place - 1]
-            state = entering if packing is None else torch.where(packing.enters, entering, state)
-        h, last = shard.scan(op, inputs, state, None if packing is None else packing.cu_seqlens)
-        if packing is None:
-            last = leaving[-1].clone()
-        elif shard.return_state:
-            last = shard.exchange.total(torch.where(packing.ends, last, 0.0))
-        weight = decay
-        if op is scan._LOG:  # of the entering state in the leaving one, which are logarithms
-            before = torch.cat([torch.full_like(leaving[:1], -torch.inf), leaving[:-1]])
-            weight = (decay + before - leaving).exp().nan_to_num(0.0)
-        borders = () if packing is None else tuple(vars(packing).values())
-        ctx.save_for_backward(weight, state, h, *inputs, *borders)
+        h, last, saved = _forward(shard, cu_seqlens, h0, *inputs)
+        ctx.save_for_backward(*saved)
         ctx.shard, ctx.inputs = shard, len(inputs)
         ctx.set_materialize_grads(False)
         return h, last
@@ -297,7 +308,10 @@ def _run(
         flags,
         return_state,
     )
-    h, last = cast(Any, _Sharded).apply(shard, cu_seqlens, h0, *inputs)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (h0, *inputs)):
+        h, last = cast(Any, _Sharded).apply(shard, cu_seqlens, h0, *inputs)
+    else:
+        h, last, _ = _forward(shard, cu_seqlens, h0, *inputs)
     return (h, last) if return_state else h
 
 
