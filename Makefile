@@ -19,12 +19,17 @@ SANITIZED = MSRNN_TEST_EXAMPLES=10 PYTHONPATH=. \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	$(abspath $(BIN))/pytest -q -p no:cacheprovider
 
-.PHONY: test emulate triton budget bench bench-full bench-cuda gpu-check lint sanitize portable cuda wheel
-.PHONY: papers clean
+.PHONY: test pytest emulate triton budget bench bench-full bench-cuda gpu-check lint sanitize portable cuda wheel
+.PHONY: papers distributed clean
 
+# Two at a time; idle threads sleep, for others need the cores.
 test: $(VENV)/ready
+	$(MAKE) -j2 -Otarget pytest emulate triton budget DTYPES=bfloat16 ARCHS=80,90
+
+test sanitize: export OMP_WAIT_POLICY = passive
+
+pytest: $(VENV)/ready
 	$(BIN)/pytest tests --cov=msrnn_ops --cov-report=term
-	$(MAKE) -j2 -Otarget emulate triton budget DTYPES=bfloat16 ARCHS=80,90
 
 # The CUDA kernels without a GPU: most of the same tests on the emulator; schedules, sanitizers and
 # most planted bugs (MUTATIONS=mutations: all of them).
@@ -69,6 +74,18 @@ bench-cuda: $(VENV)/ready
 # The papers' experiments, small enough for two cores: minutes, and a page to read.
 papers: $(VENV)/ready
 	$(BIN)/python -m bench.papers
+
+# Data and context parallel training over 4, 2 and 1 ranks against one process.
+distributed: export OMP_NUM_THREADS = 1
+distributed: RESULTS = --steps 40 --check --json bench/results/distributed.json
+distributed: $(VENV)/ready
+	rm -rf build/checkpoint bench/results/distributed.json
+	$(BIN)/torchrun --standalone --nproc-per-node 4 -m bench.distributed --context 2 $(RESULTS)
+	$(BIN)/torchrun --standalone --nproc-per-node 4 -m bench.distributed --context 2 --fsdp \
+		--save build/checkpoint $(RESULTS)
+	$(BIN)/torchrun --standalone --nproc-per-node 2 -m bench.distributed --context 2 --fsdp \
+		--load build/checkpoint $(RESULTS)
+	$(BIN)/python -m bench.distributed --load build/checkpoint $(RESULTS)
 
 bench-full: $(VENV)/ready
 	$(BIN)/python -m bench --full --name cpu-full

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils import _pytree
 
 from msrnn_ops import _C, backend, multi_state_device, reference
-from msrnn_ops.scan import _libraries
+from msrnn_ops.scan import _is_distributed, _libraries
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SCORES = ("position", "attention", "accumulated")  # as ScoreKind of csrc/eviction.h
@@ -252,6 +252,10 @@ class MultiState:
             wrong = index[(index < 0) | (index >= rows)]
             if len(wrong):
                 raise ValueError(f"reorder: expected indices in [0, {rows}), got {int(wrong[0])}")
+        if _is_distributed(self.seen) and not _is_distributed(index):
+            from msrnn_ops.distributed import sharding
+
+            index = sharding.replicated(index, cast(Any, self.seen).device_mesh)
         for x in self._tensors():
             x.copy_(x.index_select(0, index))
 
@@ -450,9 +454,19 @@ _in_place = {
 
 def _run(namespace: str, name: str, *args: Any) -> Any:
     """Calls an op that changes a state; in eager mode without a way through the dispatcher."""
+    args = _distributed(name, args)
     if _compiling() or torch._C._are_functorch_transforms_active():
         return getattr(getattr(torch.ops, namespace), name)(*args)
     return _in_place[namespace, name](*args)
+
+
+def _distributed(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of an op, checked where they are DTensors."""
+    if not _is_distributed(args[0]):
+        return args
+    from msrnn_ops.distributed import sharding
+
+    return sharding.arguments(name, args)
 
 
 def _scale_of(name: str, scale: float | None, head_dim: int) -> float:
@@ -466,6 +480,8 @@ def _scale_of(name: str, scale: float | None, head_dim: int) -> float:
 def _namespace(name: str, x: Tensor) -> str | None:
     """Of the operator that computes this call; None: the reference does."""
     namespace = backend.namespace(name, x.device)
+    if namespace is None and _is_distributed(x):
+        raise ValueError(f"{name}: expected plain tensors for the reference backend, got a DTensor")
     if namespace is not None and x.dtype == torch.float64:
         raise TypeError(
             f"{name}: expected float32, bfloat16 or float16, got {x.dtype}; "
@@ -521,6 +537,10 @@ def attend_evict(
     if namespace is None:
         with torch.autocast(q.device.type, enabled=False):
             return reference.attend_evict(q, k, v, state, factor)
+    if _is_distributed(q) and state.policy.scope == "layer" and state.policy.score != "position":
+        out, scores = attend_scores(q, k, v, state, scale=scale)  # of heads on other ranks, too
+        evict(state, scores)
+        return out
     return _run(
         namespace, "attend_evict", q, k, v, *state._tensors(), *state.policy._numbers, factor
     )
@@ -599,7 +619,7 @@ def evict(state: MultiState, scores: Tensor) -> None:
         )
     if scores.device != state.device:
         raise ValueError(f"evict: expected scores on {state.device}, got {scores.device}")
-    namespace = backend.namespace("evict", scores.device)
+    namespace = _namespace("evict", scores)
     if namespace is None:
         return reference.evict(state, scores)
     marks = (state.position, state.score, state.free, state.seen, state.last_evicted)
@@ -713,9 +733,14 @@ def _prompt_output(
     return out
 
 
+def _without_waiting(position: Tensor, free: Tensor) -> Tensor:
+    """Positions as a prompt finds them: a token that waits is replaced."""
+    return position.scatter(-1, free.clamp(0, position.shape[2] - 1)[..., None], -1)
+
+
 def _attend_prompt(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, *rest: Any) -> Tensor:
     keys, values, position, _, free, *_ = rest
-    position = position.scatter(-1, free[..., None], -1)  # a token that waits is replaced
+    position = _without_waiting(position, free)
     with torch.autocast(q.device.type, enabled=False):
         out = _prompt_output(q, k, v, valid, keys, values, position, rest[-1])
     valid = None if valid is None else valid.contiguous()
@@ -775,10 +800,11 @@ def attend_sequence(
     if namespace is None:
         with torch.autocast(q.device.type, enabled=False):
             return reference.attend_sequence(q, k, v, policy, valid, factor)
-    arguments = (valid, policy.slots, policy.scope == "head", *policy._numbers, factor)
+    numbers = (policy.slots, policy.scope == "head", *policy._numbers, factor)
+    arguments = _distributed("attend_sequence", (q, k, v, valid, *numbers))
     if not _compiling() and torch._C._are_functorch_transforms_active():
-        return _sequences[namespace].apply(q, k, v, *arguments)
-    return getattr(torch.ops, namespace).attend_sequence(q, k, v, *arguments)
+        return _sequences[namespace].apply(*arguments)
+    return getattr(torch.ops, namespace).attend_sequence(*arguments)
 
 
 def _define_sequence(namespace: str) -> Any:
@@ -854,8 +880,7 @@ def _attend_prompt_on_device(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, *rest: Any
 ) -> Tensor:
     keys, values, position, _, free, *_ = rest
-    waiting = free.clamp(0, position.shape[2] - 1)[..., None]
-    position = position.scatter(-1, waiting, -1)  # a token that waits is replaced
+    position = _without_waiting(position, free)
     out = multi_state_device.prompt_output(q, k, v, valid, keys, values, position, rest[-1])
     multi_state_device.store_prompt(q, k, v, valid, *rest)
     return out

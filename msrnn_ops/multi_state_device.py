@@ -7,7 +7,7 @@ memory allows. float32 products follow torch.set_float32_matmul_precision.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -153,8 +153,12 @@ def store_prompt(
     sinks: int,
     recent: int,
     scale: float,
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Keeps N of the kept states and the prompt's tokens; the survivors among these are stored."""
+    """Keeps N of the kept states and the prompt's tokens; the survivors among these are stored.
+
+    ``total`` is asked for the sum of a layer's scores over ranks that have other heads.
+    """
     _check_tokens(q, k, v)
     batch, groups, slots = position.shape
     time = k.shape[2]
@@ -175,6 +179,7 @@ def store_prompt(
         value = column.new_zeros(column.shape, dtype=torch.float32)
     else:
         value = _attention(q, k, keys, old >= 0, real, kind == 2, scale)
+        value = value if total is None else total(value)
     if kind == 2:
         value[..., :slots] += score
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from msrnn_ops.scan import min_gru_joint, min_gru_step, min_lstm_joint, min_lstm_step
+
+if TYPE_CHECKING:
+    from msrnn_ops.distributed.nn import TimeShards
 
 __all__ = ["BlockState", "MinGRU", "MinLSTM", "MinRNNBlock", "load_mingru_pytorch"]
 
@@ -32,6 +35,14 @@ def _packing(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor,
     return cu_seqlens.to(device), forth.to(device), back.to(device)
 
 
+def _check_whole(module: _Layers | MinRNNBlock) -> None:
+    if module._shards is not None:
+        raise ValueError(
+            f"{type(module).__name__}: expected time not to be sharded for step, call "
+            "shard_time(module, None) first"
+        )
+
+
 class _Layers(nn.Module):
     """A stack of recurrences, each a linear layer and its scan in one or two directions."""
 
@@ -39,6 +50,7 @@ class _Layers(nn.Module):
     _keeps: int  # +1: a large gate keeps the state; -1: it replaces it
     _joint: Callable[..., Any]
     _one_step: Callable[..., Tensor]
+    _shards: TimeShards | None = None  # set by msrnn_ops.distributed.shard_time
 
     def __init__(
         self,
@@ -154,6 +166,7 @@ class _Layers(nn.Module):
         self, x: Tensor, h0: Tensor | None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """All layers over x (B, T, features): their output and last states."""
+        joint = self._joint if self._shards is None else self._shards.joint(self._joint)
         suffixes, last = self._suffixes(), []
         directions = 1 + self.bidirectional
         for i in range(self.num_layers):
@@ -161,7 +174,7 @@ class _Layers(nn.Module):
                 x = F.dropout(x, self.dropout, self.training)
             outputs = []
             for k in range(directions * i, directions * (i + 1)):
-                h, state = self._joint(
+                h, state = joint(
                     F.linear(x, *self._parameters_of(suffixes[k])),
                     None if h0 is None else h0[k],
                     activation=self.activation,
@@ -176,6 +189,11 @@ class _Layers(nn.Module):
 
     def _forward(self, x: Tensor | PackedSequence, h0: Tensor | None) -> tuple[Any, Tensor]:
         if isinstance(x, PackedSequence):
+            if self._shards is not None:
+                raise TypeError(
+                    f"{type(self).__name__}: expected a tensor, as its time is sharded, got a "
+                    "PackedSequence"
+                )
             return self._forward_packed(x, h0)
         time_major = not self.batch_first
         self._check(x, "(T, B, F) or (T, F)" if time_major else "(B, T, F) or (T, F)", 2, 3)
@@ -209,6 +227,7 @@ class _Layers(nn.Module):
     def _step(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.bidirectional:
             raise ValueError(f"{type(self).__name__}: expected one direction for step, got two")
+        _check_whole(self)
         self._check(x, "(B, F) or (F,)", 1, 2)
         if h is not None:
             self._check_state(h, *x.shape[:-1])
@@ -398,6 +417,8 @@ class MinRNNBlock(nn.Module):
     True
     """
 
+    _shards: TimeShards | None = None  # set by msrnn_ops.distributed.shard_time
+
     def __init__(
         self,
         width: int,
@@ -459,9 +480,12 @@ class MinRNNBlock(nn.Module):
         inputs = y[:, :0]
         if self.conv is not None:
             before = y.new_zeros(x.shape[0], steps, self.width) if state is None else state.inputs
+            if self._shards is not None:
+                before, last_inputs = self._shards.inputs(before, y)
             y = torch.cat([before, y], 1)
-            inputs = y[:, x.shape[1] :]
-            y = self.conv(y.mT).mT if x.shape[1] else y[:, :0]
+            inputs = y[:, x.shape[1] :] if self._shards is None else last_inputs
+            # Without steps over one that is dropped: DDP and FSDP wait for gradients on all ranks.
+            y = self.conv(y.mT if x.shape[1] else F.pad(y.mT, (0, 1))).mT[:, : x.shape[1]]
         h0 = None if state is None else state.h.unsqueeze(0)
         if h0 is None and return_state:
             wide = torch.promote_types(y.dtype, torch.float32)
@@ -491,6 +515,7 @@ class MinRNNBlock(nn.Module):
         if not isinstance(x, Tensor) or x.dim() != 2:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"MinRNNBlock: expected x of shape (B, {self.width}), got {got}")
+        _check_whole(self)
         y, state = self.forward(x.unsqueeze(1), state, return_state=True)
         return y.squeeze(1), state
 

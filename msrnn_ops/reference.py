@@ -185,9 +185,18 @@ def attend_evict(q: Tensor, k: Tensor, v: Tensor, state: MultiState, scale: floa
 
 
 def attend_prompt(
-    q: Tensor, k: Tensor, v: Tensor, state: MultiState, valid: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: MultiState,
+    valid: Tensor | None,
+    scale: float,
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Row by row and query by query: attend over the kept states and the prompt so far."""
+    """Row by row and query by query: attend over the kept states and the prompt so far.
+
+    ``total`` is asked for the sum of a row's scores over ranks that have other heads.
+    """
     policy, kv_heads, groups = state.policy, k.shape[1], state.position.shape[1]
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     for b in range(q.shape[0]):
@@ -201,13 +210,8 @@ def attend_prompt(
         now = seen + len(times) - 1
         # Positions and rows of what is kept, for each group; the prompt's own tokens follow.
         slots = [(state.position[b, g] >= 0).nonzero()[:, 0] for g in range(groups)]
-        scores = []
-        for g in range(groups):
-            start = state.score[b, g, slots[g]] if policy.score == "accumulated" else None
-            total = q.new_zeros(len(slots[g]) + len(times), dtype=_widened(q).dtype)
-            if start is not None:
-                total[: len(start)] = start
-            scores.append(total)
+        wide = _widened(q).dtype
+        scores = [q.new_zeros(len(slots[g]) + len(times), dtype=wide) for g in range(groups)]
         for h in range(kv_heads):
             g = h % groups
             keys = _widened(torch.cat([state.keys[b, h, slots[g]], k[b, h, times]]))
@@ -220,6 +224,9 @@ def attend_prompt(
                 if policy.score == "accumulated" or i == len(times) - 1:
                     scores[g][:end] += weights.sum(0)
         for g in range(groups):
+            scores[g] = scores[g] if total is None else total(scores[g])
+            if policy.score == "accumulated":
+                scores[g][: len(slots[g])] += state.score[b, g, slots[g]]
             _reduce(state, b, g, slots[g], scores[g], k, v, times, now)
         state.seen[b] += len(times)
     return out

@@ -375,11 +375,13 @@ def _check_cu_seqlens(op: _Op, x: Tensor, cu_seqlens: Tensor) -> None:
             f"{op.name}: expected B = 1 with cu_seqlens (sequences packed along time), "
             f"got B = {x.shape[0]}"
         )
-    # Values are known for plain CPU tensors alone; elsewhere kernels stay in bounds for any.
-    if torch.compiler.is_compiling() or type(cu_seqlens) is not Tensor or x.device.type != "cpu":
+
+
+def _check_cu_values(op: _Op, cu_seqlens: Tensor, time: int) -> None:
+    """For plain CPU tensors, whose values are known; elsewhere kernels stay in bounds for any."""
+    if torch.compiler.is_compiling() or type(cu_seqlens) is not Tensor or not cu_seqlens.is_cpu:
         return
     ends = cu_seqlens.tolist()
-    time = x.shape[1]
     if ends[0] != 0:
         raise ValueError(f"{op.name}: expected cu_seqlens to start at 0, got {ends[0]}")
     for i, (start, end) in enumerate(itertools.pairwise(ends)):
@@ -426,6 +428,11 @@ def _autocast_enabled(x: Tensor) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
+def _is_distributed(x: Tensor) -> bool:
+    """Whether it is a DTensor, whose module takes long to import."""
+    return type(x) not in (Tensor, torch.nn.Parameter) and hasattr(x, "device_mesh")
+
+
 def _promote(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Under autocast inputs may come in several floating dtypes: the widest is used."""
     if not all(isinstance(x, Tensor) and x.is_floating_point() for x in inputs):
@@ -454,10 +461,16 @@ def _run(
     x = inputs[0]
     if cu_seqlens is not None:
         _check_cu_seqlens(op, x, cu_seqlens)
+        _check_cu_values(op, cu_seqlens, x.shape[1])
     if h0 is not None:
         count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         _check_state(op, x, h0, count, x.shape[2] // op.parts, autocast)
         h0 = h0.to(_accumulation_dtype(x.dtype))
+    args: tuple[Any, ...] = (*inputs, h0, cu_seqlens, reverse, *flags)
+    if _is_distributed(x):
+        from msrnn_ops.distributed import sharding
+
+        args = sharding.arguments(op.name, args)
     namespace = backend.namespace(op.name, x.device)
     if namespace is None:
         step = op.step if activation is None else partial(op.step, activation=activation)
@@ -466,7 +479,7 @@ def _run(
             step, parts, h0, start=op.start, reverse=reverse, cu_seqlens=cu_seqlens
         )
     else:
-        h, last = _calls[namespace][op.name](*inputs, h0, cu_seqlens, reverse, *flags)
+        h, last = _calls[namespace][op.name](*args)
     return (h, last) if return_state else h
 
 

@@ -6,13 +6,16 @@ to the cache and then to the attention, which gets no cache: the keys carry thei
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from msrnn_ops.multi_state import MultiState, Policy, attend_evict, attend_prompt
+from msrnn_ops import distributed, multi_state
+from msrnn_ops.distributed.exchange import Exchange, Group
+from msrnn_ops.multi_state import MultiState, Policy
 
 try:
     import transformers
@@ -58,12 +61,14 @@ class MultiStateCache(Cache):  # type: ignore[misc]
         policy: what each layer keeps.
         config: ``model.config`` of a decoder without cross attention, capped or biased attention
             logits, learned sinks, or layers that share keys; head_dim a multiple of 8 up to 256.
+        group: the ranks among which the model's heads are sharded, as ``tp_plan="auto"`` does: a
+            process group or a mesh of one dimension. None: this process has all heads.
 
     Raises:
         TypeError, ValueError: a wrong policy or config, a head_dim that is not supported; in use: a
             mask that hides what was stored before, dropout, what the ops refuse.
-        NotImplementedError: another model; a mask other than causal with padding; heads sharded
-            over ranks; tokens taken back (:meth:`crop`), as assisted decoding does.
+        NotImplementedError: another model; a mask other than causal with padding; other heads than
+            the config says; tokens taken back (:meth:`crop`), as assisted decoding does.
         RuntimeError: in use: the attention is not ``"msrnn"``, or a gradient is asked for.
 
     Source: Oren et al. 2024, "Transformers are Multi-State RNNs".
@@ -84,7 +89,7 @@ class MultiStateCache(Cache):  # type: ignore[misc]
     (tensor([[[ 8,  9, 10, 11]]]), 12)
     """
 
-    def __init__(self, policy: Policy, config: Any) -> None:
+    def __init__(self, policy: Policy, config: Any, *, group: Group = None) -> None:
         if not isinstance(config, transformers.PreTrainedConfig):
             raise TypeError(
                 "MultiStateCache: expected config to be the configuration of a model, got "
@@ -95,6 +100,16 @@ class MultiStateCache(Cache):  # type: ignore[misc]
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None)
         head_dim = head_dim or config.hidden_size // config.num_attention_heads
+        name = None
+        if group is not None:
+            exchange = Exchange.among("MultiStateCache", group)
+            if kv_heads % exchange.ranks:
+                raise ValueError(
+                    f"MultiStateCache: expected key-value heads that {exchange.ranks} ranks can "
+                    f"share, got {kv_heads}"
+                )
+            kv_heads //= exchange.ranks
+            name = exchange.group
         # Refuses now what would be refused at the first tokens.
         MultiState(policy, batch=0, kv_heads=kv_heads, head_dim=head_dim, device="meta")
         layers: list[Any] = []
@@ -104,7 +119,7 @@ class MultiStateCache(Cache):  # type: ignore[misc]
                     "MultiStateCache: expected layers of full or sliding attention, got "
                     f"{type(layer).__name__} in {config.model_type}"
                 )
-            layers.append(layer if layer.is_sliding else _MultiStateLayer(policy, kv_heads))
+            layers.append(layer if layer.is_sliding else _MultiStateLayer(policy, kv_heads, name))
         super().__init__(layers=layers)
         self._config = config
 
@@ -149,7 +164,7 @@ class MultiStateCache(Cache):  # type: ignore[misc]
             # Not by its own reset, which leaves zeros to attend to in transformers 5.2.
             DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
             if layer.is_sliding
-            else _MultiStateLayer(layer.policy, layer.kv_heads)
+            else _MultiStateLayer(layer.policy, layer.kv_heads, layer.group)
             for layer in self.layers
         ]
 
@@ -188,10 +203,16 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, policy: Policy, kv_heads: int) -> None:
+    def __init__(self, policy: Policy, kv_heads: int, group: str | None) -> None:
         super().__init__()
         self.policy = policy
         self.kv_heads = kv_heads
+        self.group = group
+        self.attend_evict: Any = multi_state.attend_evict
+        self.attend_prompt: Any = multi_state.attend_prompt
+        if group is not None:
+            self.attend_evict = partial(distributed.attend_evict, group=group)
+            self.attend_prompt = partial(distributed.attend_prompt, group=group)
         self.state: MultiState | None = None
         self.tokens = 0  # of the longest row, padding included: positions depend on it
         self.waiting = False  # for the attention function
@@ -201,8 +222,8 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
         if kv_heads != self.kv_heads:  # of some heads alone, each rank would keep other tokens
             raise NotImplementedError(
                 f"MultiStateCache: expected {self.kv_heads} key-value heads as in the config, got "
-                f"{kv_heads}: neither models that cache other heads nor heads sharded over ranks "
-                "are supported"
+                f"{kv_heads}: models that cache other heads are not supported; if heads are "
+                "sharded over ranks, say so by group="
             )
         with torch.inference_mode(False):  # the state may outlive it
             self.state = MultiState(
@@ -244,7 +265,7 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
         before, query = self.tokens, query.to(key.dtype)
         if mask is None and query.shape[2] == 1:
             q, k, v = (x[:, :, 0] for x in (query, key, value))
-            out = attend_evict(q, k, v, self.state, scale=scale)[:, :, None]
+            out = self.attend_evict(q, k, v, self.state, scale=scale)[:, :, None]
             self.tokens = before + 1
             return out
         valid = None
@@ -256,7 +277,7 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
                     f"{self.state.seen.tolist()} tokens that rows have stored before, got "
                     f"{mask[:, :before].sum(1).tolist()}: what was stored cannot be masked later"
                 )
-        out = attend_prompt(query, key, value, self.state, valid=valid, scale=scale)
+        out = self.attend_prompt(query, key, value, self.state, valid=valid, scale=scale)
         self.tokens = before + query.shape[2]
         return out
 

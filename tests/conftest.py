@@ -8,12 +8,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
 from torch import Tensor
 
 import msrnn_ops as ms
@@ -33,6 +36,8 @@ if "MSRNN_TEST_KERNELS" in os.environ:  # the CUDA kernels, emulated, in place o
 if "MSRNN_TEST_DEVICE" in os.environ:
     torch.set_default_device(os.environ["MSRNN_TEST_DEVICE"])
 
+RANKS = 4
+TIMEOUT = 60.0  # seconds: of a rank that waits
 EXAMPLES = int(os.environ.get("MSRNN_TEST_EXAMPLES", 60))
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=EXAMPLES)
 hypothesis.settings.load_profile("ci")
@@ -153,6 +158,27 @@ def fresh_inputs(request: pytest.FixtureRequest) -> Iterator[None]:
     request.node.user_properties.append(("seed", seed))
     poison()
     yield
+
+
+def _enter(rank: int, work: Callable[..., None], ranks: int, file: str) -> None:
+    torch.set_num_threads(1)
+    patience = timedelta(minutes=3)  # on a busy machine ranks start far apart
+    dist.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=ranks, timeout=patience
+    )
+    work(rank)
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """run(work, ranks): work(rank) in so many processes; what one of them raises is raised here."""
+
+    def start(work: Callable[..., None], ranks: int = 4) -> None:
+        (tmp_path / "store").unlink(missing_ok=True)
+        processes.spawn(_enter, (work, ranks, str(tmp_path / "store")), ranks)
+
+    yield start
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -7,11 +7,13 @@ import doctest
 import importlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import masked_attention
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import reference
 from torch import Tensor
 
@@ -667,3 +669,48 @@ def test_documentation_example() -> None:
     with torch.enable_grad():
         result = doctest.testmod(ours, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.attempted > 0 and result.failed == 0
+
+
+def _sharded_heads(rank: int, file: str) -> None:
+    """Query and key-value heads on two ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    whole = make()
+    model = copy.deepcopy(whole)
+    mesh = init_device_mesh("cpu", (2,))
+    columns = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh, columns | {"self_attn.o_proj": RowwiseParallel()})
+    cache = MultiStateCache(POLICIES["tova"], model.config)
+    with pytest.raises(NotImplementedError, match="say so by group="):
+        model(torch.ones(1, 3, dtype=torch.int64), past_key_values=cache)
+    prompts = torch.randint(1, 97, (3, 11))
+    prompts[1, :4] = 0
+    for name in ("tova", "h2o", "tova_head"):
+        cache = MultiStateCache(POLICIES[name], model.config, group=mesh)
+        copied = copy.deepcopy(cache)
+        expected = MultiStateCache(POLICIES[name], whole.config)
+        given = {"inputs": prompts, "attention_mask": prompts.ne(0), **GREEDY}
+        with reference():
+            tokens = model.generate(**given, past_key_values=cache)
+            assert torch.equal(tokens, whole.generate(**given, past_key_values=expected))
+            assert torch.equal(tokens, model.generate(**given, past_key_values=copied))
+        heads = slice(rank, rank + 1) if name == "tova_head" else slice(None)
+        kept = zip(cache.kept_positions(), expected.kept_positions(), strict=True)
+        assert all(torch.equal(ours, theirs[:, heads]) for ours, theirs in kept)
+    with pytest.raises(ValueError, match="expected key-value heads that 2 ranks can share, got 1"):
+        MultiStateCache(POLICIES["tova"], make(num_key_value_heads=1).config, group=mesh)
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+def test_heads_sharded_over_ranks(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_sharded_heads, (str(tmp_path / "store"),), 2)

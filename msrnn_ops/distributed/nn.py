@@ -1,0 +1,139 @@
+"""The layers of msrnn_ops.nn over a sequence whose time axis is sharded across ranks.
+
+The recurrences are the scans of this package. A causal convolution over K steps needs the K - 1
+inputs before its shard, of one rank or, where shards are shorter than that, of several: one
+all-gather brings the last K - 1 inputs of every rank. A rank sends (K - 1)·(B·D + 1) numbers in the
+dtype of the inputs, whatever T; backward adds up as many for each rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional as F
+
+from msrnn_ops.distributed import scan
+from msrnn_ops.distributed.exchange import Exchange
+from msrnn_ops.nn import MinGRU, MinLSTM, MinRNNBlock
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+class _Gather(torch.autograd.Function):
+    """What each rank has, (ranks, ...); a gradient is the sum of those on all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, exchange: Exchange, x: Tensor) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, ctx.exchange.total(grad)[ctx.exchange.rank]
+
+
+@dataclass(frozen=True)
+class TimeShards:
+    """Tells a layer over which ranks the time of its inputs is sharded."""
+
+    group: dist.ProcessGroup
+
+    def joint(self, op: Callable[..., Any]) -> Callable[..., Any]:
+        """The op of the same name over these ranks."""
+        return partial(getattr(scan, op.__name__), group=self.group)
+
+    def inputs(self, first: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Of `first` (B, K - 1, D) and all ranks' y (B, T of a rank, D) after it, the K - 1 steps
+        before this rank's and the last ones."""
+        batch, steps, width = first.shape
+        if steps == 0:
+            return first, first
+        exchange = Exchange.among("MinRNNBlock", self.group)
+        known = min(steps, y.shape[1])
+        tail = F.pad(y[:, y.shape[1] - known :], (0, 0, steps - known, 0))
+        real = F.pad(y.new_ones(known), (steps - known, 0))  # in any dtype, in the same message
+        found = cast(Any, _Gather).apply(exchange, torch.cat([tail.flatten(), real]))
+        tails, real = found.split([tail.numel(), steps], 1)
+        tails = tails.unflatten(1, (batch, steps, width)).transpose(0, 1).flatten(1, 2)
+        real = torch.cat([real.new_ones(steps), real.detach().flatten()])
+        earlier = torch.arange(len(real), device=y.device) < (1 + exchange.rank) * steps
+        # A stable sort leaves the real ones last, in their order.
+        chosen = torch.stack([real * earlier, real]).argsort(stable=True)[:, -steps:]
+        rows = torch.cat([first, tails], 1)
+        before, last = rows.index_select(1, chosen.flatten()).chunk(2, 1)
+        return before, last
+
+    def __deepcopy__(self, memo: object) -> TimeShards:
+        return self  # process groups have no copies
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a layer whose time is sharded cannot be pickled, as process groups cannot: save its "
+            "state_dict, or call shard_time(module, None) first"
+        )
+
+
+def shard_time(module: _Module, group: dist.ProcessGroup | DeviceMesh | None) -> _Module:
+    """Tells the layers in a module that the time of their inputs is sharded over ranks.
+
+    From then on every :class:`msrnn_ops.nn.MinGRU`, ``MinLSTM`` and ``MinRNNBlock`` in it takes the
+    steps of this rank, in the order of the ranks, of which there may be none, and returns its
+    outputs of these steps. ``hx``, ``h_n`` and ``BlockState`` are those of the whole sequence, the
+    same on every rank. Every rank of the group calls the module, forward and backward. What else in
+    it mixes over time, such as attention, is not told.
+
+    Args:
+        module: changed in place. Its copies are sharded, too; pickling it is an error.
+        group: a process group or a mesh of one dimension. None: time is not sharded any more.
+
+    Returns:
+        The module.
+
+    Gradients are those of the sum of all ranks' losses: those of parameters, ``hx`` and a
+    ``BlockState`` are to be added up over the ranks. DistributedDataParallel and ``fully_shard``
+    over all ranks average them. For the mean over all tokens a rank's loss then is the sum over its
+    own tokens, times the number of ranks, over the number of all tokens; where all ranks have
+    equally many, this is the mean over its own tokens.
+
+    Dropout draws from each rank's generator: ranks that are seeded alike drop alike.
+
+    Raises:
+        ValueError: no such layer in the module, a mesh of several dimensions; later ``step``.
+        TypeError: another group; later a PackedSequence. RuntimeError: torch.distributed is not
+            initialised, or, later, a rank failed.
+
+    Source: for the convolution a halo exchange; for the scans as
+    :func:`msrnn_ops.distributed.linear_scan`.
+
+    >>> import msrnn_ops as ms, torch.distributed as dist
+    >>> from msrnn_ops.distributed import shard_time
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> model = shard_time(ms.nn.MinRNNBlock(16), dist.group.WORLD)
+    >>> y = model(torch.randn(2, 7, 16))  # the 7 steps of this rank
+    >>> dist.destroy_process_group()
+    """
+    layers = [x for x in module.modules() if isinstance(x, MinGRU | MinLSTM | MinRNNBlock)]
+    if not layers:
+        raise ValueError(
+            "shard_time: expected a module with layers of msrnn_ops.nn, got "
+            f"{type(module).__name__}"
+        )
+    shards = None
+    if group is not None:
+        if not isinstance(group, dist.ProcessGroup | DeviceMesh):
+            raise TypeError(
+                f"shard_time: expected a process group, a mesh or None, got {type(group).__name__}"
+            )
+        if Exchange.among("shard_time", group).ranks > 1:
+            group = group.get_group() if isinstance(group, DeviceMesh) else group
+            shards = TimeShards(group)
+    for layer in layers:
+        layer._shards = shards
+    return module

@@ -1,0 +1,455 @@
+"""The scans over a sequence whose time axis is sharded across the ranks of a process group.
+
+A shard maps the state that enters it to the state that leaves it, and that map is affine:
+
+    leaving = decay * entering + last,
+
+`decay` the product of its steps' decays, `last` its last state from 0. Every rank finds both for
+its own shard, one all-gather brings those of all ranks, a scan over ranks gives the state that
+enters each, and the shard is scanned again from there. Backward is the mirror image: the adjoint
+that leaves a shard towards earlier ones is affine in the one that comes from later ones, with the
+same decay.
+
+A rank sends 2·B·D numbers forward and B·D backward, whatever T, in the accumulation dtype; B is 1
+with cu_seqlens, and 8 bytes more tell where a shard starts. A last state costs B·D (N·D) numbers
+more, added up over ranks, in backward and, with cu_seqlens, in forward.
+
+Local passes read and write 20 tensors of the shard's size for forward and backward of min_gru,
+where one device has 9 (bench/scaling.md): the ops write all of h where the last state is wanted.
+
+Tried and rejected: summaries in blocks of 512 channels. They hide at most 1.5 % of the time and pay
+the latency of the exchange once each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from msrnn_ops import backend, scan
+from msrnn_ops.distributed.exchange import Exchange, Group
+from msrnn_ops.scan import _Op
+
+# So many channels or more are summarised in two halves: the summary of one is on its way while the
+# other is scanned. More parts would pay the latency of the exchange once each.
+_CHANNELS_TO_HALVE = 1024
+_PLAIN = {scan._GRU_JOINT.name: scan._GRU, scan._LSTM_JOINT.name: scan._LSTM}
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """This rank's part in a call. Places are ranks, counted in the direction of the scan."""
+
+    name: str
+    namespace: str | None
+    exchange: Exchange
+    reverse: bool
+    flags: tuple[bool, ...]
+    return_state: bool
+
+    @property
+    def op(self) -> _Op:
+        return _OPS[self.name]
+
+    @property
+    def place(self) -> int:
+        rank, ranks = self.exchange.rank, self.exchange.ranks
+        return ranks - 1 - rank if self.reverse else rank
+
+    def by_place(self, x: Tensor) -> Tensor:
+        """What each rank has: (places, ...)."""
+        return self.arrived(self.exchange.send(x))
+
+    def arrived(self, x: Tensor) -> Tensor:
+        x = self.exchange.wait(x)
+        return x.flip(0) if self.reverse else x
+
+    def scan(
+        self, op: _Op, inputs: Sequence[Tensor], h0: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "reverse": self.reverse}
+        return _local(op, inputs, h0, self.flags if op.flags else (), **options)
+
+    def gradients(
+        self,
+        grad_h: Tensor | None,
+        grad_last: Tensor,
+        inputs: Sequence[Tensor],
+        h: Tensor,
+        h0: Tensor,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """Of the inputs and of h0, by this rank's steps alone."""
+        op = self.op
+        if self.namespace is None:
+            with torch.enable_grad():
+                leaves = [x.detach().requires_grad_() for x in (*inputs, h0)]
+                h, last = self.scan(op, leaves[:-1], leaves[-1], cu_seqlens)
+                total = (last * grad_last).sum()
+                total = total if grad_h is None else total + (h * grad_h).sum()
+                return torch.autograd.grad(total, leaves, materialize_grads=True)
+        backward = getattr(getattr(torch.ops, self.namespace), f"{op.name}_backward").default
+        saved = inputs[: op.saved]
+        return backward(grad_h, grad_last, *saved, h, h0, cu_seqlens, self.reverse, *self.flags)
+
+
+def _local(
+    op: _Op, inputs: Sequence[Tensor], h0: Tensor | None, flags: tuple[bool, ...], **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The op on this rank."""
+    activation = ("identity" if flags[0] else "g") if flags else None
+    cu_seqlens, reverse = options.get("cu_seqlens"), options.get("reverse", False)
+    return scan._run(op, tuple(inputs), h0, cu_seqlens, reverse, True, activation)
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """Packed sequences as this rank sees them. All are tensors: no host waits for a device."""
+
+    cu_seqlens: Tensor  # of the steps here
+    begins: Tensor  # (N, 1) bool, in the direction of the scan: begins here
+    ends: Tensor  # ends here
+    enters: Tensor  # comes from the place before: at most one
+    leaves: Tensor  # goes on to the place after: at most one
+
+
+def _packing(shard: _Shard, cu_seqlens: Tensor, time: int) -> _Packing:
+    here = torch.full((1,), time, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    lengths = shard.by_place(here)[:, 0]
+    if not torch.compiler.is_compiling() and cu_seqlens.is_cpu:
+        scan._check_cu_values(shard.op, cu_seqlens, int(lengths.sum()))
+    before = lengths[: shard.place].sum()
+    start = lengths.sum() - before - time if shard.reverse else before
+    end = start + time
+    first, last = cu_seqlens[:-1, None], cu_seqlens[1:, None]
+    some = first < last
+    has_first = some & (start <= first) & (first < end)
+    has_last = some & (start < last) & (last <= end)
+    over_start, over_end = ((first < border) & (border < last) for border in (start, end))
+    if shard.reverse:
+        has_first, has_last, over_start, over_end = has_last, has_first, over_end, over_start
+    if shard.place == 0:  # where empty sequences begin and end
+        has_first, has_last = has_first | ~some, has_last | ~some
+    local = (cu_seqlens - start).clamp(0, time)
+    return _Packing(local, has_first, has_last, over_start, over_end)
+
+
+def _decay(shard: _Shard, op: _Op, inputs: Sequence[Tensor]) -> Tensor:
+    """The product of the decays of all steps here, (B, D); of log_scan its logarithm."""
+    x = inputs[0]
+    zero, one = (-torch.inf, 0.0) if op is scan._LOG else (0.0, 1.0)
+    # Read, but not from memory; not of channels, too, which kernels would copy first.
+    nothing = x.new_full((1, 1, x.shape[2]), zero).expand(x.shape)
+    state = x.new_full((x.shape[0], x.shape[2]), one, dtype=scan._accumulation_dtype(x.dtype))
+    identity = (True,) if op.flags else ()
+    return _local(op, (*inputs[:-1], nothing), state, identity, reverse=shard.reverse)[1]
+
+
+def _summaries(
+    shard: _Shard, inputs: Sequence[Tensor], h0: Tensor, packing: _Packing | None
+) -> tuple[Tensor, Tensor]:
+    """Decay and last state of each place's shard, (places, B, D) each.
+
+    Of packed sequences those of the one that goes on to the next place: its decay is 0 where it
+    begins here.
+    """
+    op, parts = shard.op, inputs
+    if op.parts > 1:
+        op, parts = _PLAIN[op.name], inputs[0].chunk(op.parts, -1)
+    zero = op.start
+    pending = []
+    channels = h0.shape[1]
+    at_once = -(-channels // 2) if channels >= _CHANNELS_TO_HALVE else max(channels, 1)
+    for i in range(0, max(channels, 1), at_once):
+        some = [x[..., i : i + at_once] for x in parts]
+        state = h0[:, i : i + at_once]
+        local = None if packing is None else packing.cu_seqlens
+        last, decay = shard.scan(op, some, state, local)[1], _decay(shard, op, some)
+        if packing is not None:
+            spans = (packing.enters & packing.leaves).any(0)
+            decay = torch.where(spans, decay, zero)
+            last = _row(last, packing.leaves, zero)
+        pending.append(shard.exchange.send(torch.stack([decay, last])))
+    found = torch.cat([shard.arrived(x) for x in pending], -1)
+    return found[:, 0], found[:, 1]
+
+
+def _row(x: Tensor, chosen: Tensor, otherwise: float) -> Tensor:
+    """The row of x (N, D) that is chosen (N, 1), as (1, D)."""
+    if x.shape[0] == 0:
+        return x.new_full((1, x.shape[1]), otherwise)
+    row = x.gather(0, chosen.int().argmax(0, keepdim=True).expand(1, x.shape[1]))
+    return torch.where(chosen.any(0), row, otherwise)
+
+
+def _over_places(op: _Op, decay: Tensor, value: Tensor, reverse: bool = False) -> Tensor:
+    """A scan over the first dimension of (places, B, D)."""
+    inputs = (decay.transpose(0, 1), value.transpose(0, 1))
+    return _local(op, inputs, None, (), reverse=reverse)[0].transpose(0, 1)
+
+
+def _forward(
+    shard: _Shard, cu_seqlens: Tensor | None, h0: Tensor, *inputs: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """h of this rank, the last state of the whole sequence, and what backward reads."""
+    op, place = shard.op, shard.place
+    packing = None if cu_seqlens is None else _packing(shard, cu_seqlens, inputs[0].shape[1])
+    nothing = torch.full_like(h0, op.start)
+    if packing is not None:
+        first = torch.where(packing.begins, h0, nothing)
+    else:
+        first = nothing if place else h0
+    decay, last = _summaries(shard, inputs, first, packing)
+    leaving = _over_places(scan._LOG if op is scan._LOG else scan._LINEAR, decay, last)
+    # Every place reads what all have sent, also where nothing comes before it: of what is not read
+    # torch.compile drops the exchange, and the other ranks wait for it.
+    start = h0 if packing is None else torch.zeros_like(leaving[0])
+    state = torch.cat([start.unsqueeze(0), leaving])[place]
+    if packing is not None:
+        state = torch.where(packing.enters, state, first)
+    h, last = shard.scan(op, inputs, state, None if packing is None else packing.cu_seqlens)
+    if packing is None:
+        last = leaving[-1].clone()
+    elif shard.return_state:
+        last = shard.exchange.total(torch.where(packing.ends, last, 0.0))
+    weight = decay
+    if op is scan._LOG:  # of the entering state in the leaving one, which are logarithms
+        before = torch.cat([torch.full_like(leaving[:1], -torch.inf), leaving[:-1]])
+        weight = (decay + before - leaving).exp().nan_to_num(0.0)
+    borders = () if packing is None else tuple(vars(packing).values())
+    return h, last, (weight, state, h, *inputs, *borders)
+
+
+class _Sharded(torch.autograd.Function):
+    """An op over all shards, its backward as the head of this file says."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, shard: _Shard, cu_seqlens: Tensor | None, h0: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        h, last, saved = _forward(shard, cu_seqlens, h0, *inputs)
+        ctx.save_for_backward(*saved)
+        ctx.shard, ctx.inputs = shard, len(inputs)
+        ctx.set_materialize_grads(False)
+        return h, last
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor | None, grad_last: Tensor | None) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise NotImplementedError(f"{ctx.shard.name}: no second derivatives over ranks")
+        shard = ctx.shard
+        place, end = shard.place, shard.exchange.ranks - 1
+        weight, state, h, *rest = ctx.saved_tensors
+        inputs, borders = rest[: ctx.inputs], rest[ctx.inputs :]
+        packing = _Packing(*borders) if borders else None
+        zeros = torch.zeros_like(state)
+        final = zeros
+        if shard.return_state:
+            final = shard.exchange.total(zeros if grad_last is None else grad_last)
+        here = final if place == end else zeros
+        if packing is not None:
+            here = torch.where(packing.ends, final, 0.0)
+        local = None if packing is None else packing.cu_seqlens
+
+        def gradients(of_last: Tensor) -> tuple[Tensor, ...]:
+            return shard.gradients(grad_h, of_last, inputs, h, state, local)
+
+        adjoint = gradients(here)[-1]
+        if packing is not None:
+            adjoint = _row(adjoint, packing.enters, 0.0)
+        # Every place reads what all have sent, also where nothing comes after it: of what is not
+        # read torch.compile drops the exchange, and the other ranks wait for it.
+        after = torch.zeros_like(adjoint) if packing is not None else final
+        adjoints = torch.cat([shard.by_place(adjoint)[1:], after.unsqueeze(0)])
+        decays = torch.cat([weight[1:end], torch.zeros_like(weight[:2])])
+        later = _over_places(scan._LINEAR, decays, adjoints, reverse=True)[place]
+        here = later if packing is None else torch.where(packing.leaves, later, here)
+        *grads, grad_h0 = gradients(here)
+        if packing is not None:
+            grad_h0 = torch.where(packing.begins, grad_h0, 0.0)
+        elif place:
+            grad_h0 = zeros
+        return None, None, grad_h0, *grads
+
+
+def _run(
+    op: _Op,
+    inputs: tuple[Tensor, ...],
+    h0: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    return_state: bool,
+    group: Group,
+    activation: str | None = None,
+) -> Any:
+    """Checks the arguments and runs."""
+    exchange = Exchange.among(op.name, group)
+    if exchange.ranks == 1:
+        return scan._run(op, inputs, h0, cu_seqlens, reverse, return_state, activation)
+    flags = () if activation is None else (scan._identity(op, activation),)
+    autocast = scan._autocast_enabled(inputs[0])
+    if autocast:
+        inputs = scan._promote(inputs)
+    scan._check_inputs(op, inputs)
+    x = inputs[0]
+    count, channels = x.shape[0], x.shape[2] // op.parts
+    if cu_seqlens is not None:
+        scan._check_cu_seqlens(op, x, cu_seqlens)
+        count = cu_seqlens.shape[0] - 1
+    wide = scan._accumulation_dtype(x.dtype)
+    if h0 is None:
+        h0 = x.new_full((count, channels), op.start, dtype=wide)
+    else:
+        scan._check_state(op, x, h0, count, channels, autocast)
+        h0 = h0.to(wide)
+    shard = _Shard(
+        op.name,
+        backend.namespace(op.name, x.device),
+        exchange,
+        reverse,
+        flags,
+        return_state,
+    )
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (h0, *inputs)):
+        h, last = cast(Any, _Sharded).apply(shard, cu_seqlens, h0, *inputs)
+    else:
+        h, last, _ = _forward(shard, cu_seqlens, h0, *inputs)
+    return (h, last) if return_state else h
+
+
+def linear_scan(
+    a: Tensor,
+    b: Tensor,
+    h0: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    return_state: bool = False,
+    group: Group = None,
+) -> Any:
+    """:func:`msrnn_ops.linear_scan` over a sequence whose time is sharded across ranks.
+
+    Every rank of the group calls it, forward and backward, with its own steps, in the order of the
+    ranks; there may be none.
+
+    Args:
+        a, b: the steps of this rank, (B, T of this rank, D).
+        h0: the state before the whole sequence, (B, D) or (N, D), the same on every rank.
+        reverse, return_state: as there, of the whole sequence.
+        cu_seqlens: as there, of the whole sequence, the same on every rank.
+        group: a process group or a mesh of one dimension. None: all ranks.
+
+    Returns:
+        h of this rank's steps; with ``return_state`` also the last state of the whole sequence, the
+        same bits on every rank. Both are those of one device but for rounding, and bit by bit where
+        the group has one rank.
+
+    Gradients are those of the sum of all ranks' losses. That of h0 lies on the ranks where
+    sequences begin (without cu_seqlens the first, with ``reverse`` the last), elsewhere it is 0.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised, or a rank failed. TypeError, ValueError:
+            as there. NotImplementedError: a second derivative.
+
+    Source: the exchange of Blelloch's scan over blocks ("Prefix Sums and Their Applications", 1990,
+    section 1.3), one all-gather in place of its tree.
+    """
+    return _run(scan._LINEAR, (a, b), h0, cu_seqlens, reverse, return_state, group)
+
+
+def decay_scan(
+    log_a: Tensor,
+    b: Tensor,
+    h0: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    return_state: bool = False,
+    group: Group = None,
+) -> Any:
+    """:func:`msrnn_ops.decay_scan` over ranks, as :func:`linear_scan` here."""
+    return _run(scan._DECAY, (log_a, b), h0, cu_seqlens, reverse, return_state, group)
+
+
+def log_scan(
+    log_a: Tensor,
+    log_b: Tensor,
+    log_h0: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    return_state: bool = False,
+    group: Group = None,
+) -> Any:
+    """:func:`msrnn_ops.log_scan` over ranks, as :func:`linear_scan` here."""
+    return _run(scan._LOG, (log_a, log_b), log_h0, cu_seqlens, reverse, return_state, group)
+
+
+def min_gru(
+    gate: Tensor,
+    candidate: Tensor,
+    h0: Tensor | None = None,
+    *,
+    activation: str = "g",
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    return_state: bool = False,
+    group: Group = None,
+) -> Any:
+    """:func:`msrnn_ops.min_gru` over ranks, as :func:`linear_scan` here."""
+    inputs = (gate, candidate)
+    return _run(scan._GRU, inputs, h0, cu_seqlens, reverse, return_state, group, activation)
+
+
+def min_gru_joint(
+    projection: Tensor,
+    h0: Tensor | None = None,
+    *,
+    activation: str = "g",
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    return_state: bool = False,
+    group: Group = None,
+) -> Any:
+    """:func:`msrnn_ops.min_gru_joint` over ranks, as :func:`linear_scan` here."""
+    inputs = (projection,)
+    return _run(scan._GRU_JOINT, inputs, h0, cu_seqlens, reverse, return_state, group, activation)
+
+
+def min_lstm(
+    forget: Tensor,
+    input: Tensor,
+    candidate: Tensor,
+    h0: Tensor | None = None,
+    *,
+    activation: str = "g",
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    return_state: bool = False,
+    group: Group = None,
+) -> Any:
+    """:func:`msrnn_ops.min_lstm` over ranks, as :func:`linear_scan` here."""
+    inputs = (forget, input, candidate)
+    return _run(scan._LSTM, inputs, h0, cu_seqlens, reverse, return_state, group, activation)
+
+
+def min_lstm_joint(
+    projection: Tensor,
+    h0: Tensor | None = None,
+    *,
+    activation: str = "g",
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    return_state: bool = False,
+    group: Group = None,
+) -> Any:
+    """:func:`msrnn_ops.min_lstm_joint` over ranks, as :func:`linear_scan` here."""
+    inputs = (projection,)
+    return _run(scan._LSTM_JOINT, inputs, h0, cu_seqlens, reverse, return_state, group, activation)
+
+
+_OPS = {op.name: op for op in scan._OPS}
