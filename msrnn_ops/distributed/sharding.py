@@ -8,10 +8,11 @@ In each dimension of the mesh the tensors of a call are whole, Replicate(), or s
 - over heads, in multi-state attention: Shard(1) of queries, keys and values, and of what each head
   decides for itself. What a layer decides is whole.
 
-Then every rank runs the op on what it has, and nothing is sent. It computes the bits that one device
-would, where the kernels' plan is the same for fewer rows, channels or heads (on a CPU everywhere but
-in long sequences of few channels). Other inputs of a scan DTensor redistributes, but time is never sharded: that would be another op. Multi-state attention, which
-changes its state where it is, takes no others.
+Then every rank runs the op on what it has, and nothing is sent. It computes the bits that one
+device would, where the kernels' plan is the same for fewer rows, channels or heads (on a CPU
+everywhere but in long sequences of few channels). Other inputs of a scan DTensor redistributes, but
+time is never sharded: that would be another op. Multi-state attention, which changes its state
+where it is, takes no others.
 
 The public functions import this module when they meet a DTensor. Who calls ``torch.ops.msrnn_ops``
 with DTensors imports it first: ``import msrnn_ops.distributed.sharding``.
