@@ -537,7 +537,8 @@ def attend_evict(
     if namespace is None:
         with torch.autocast(q.device.type, enabled=False):
             return reference.attend_evict(q, k, v, state, factor)
-    if _is_distributed(q) and state.policy.scope == "layer" and state.policy.score != "position":
+    adds_up = state.policy.scope == "layer" and state.policy.score != "position"
+    if adds_up and _is_distributed(q):
         out, scores = attend_scores(q, k, v, state, scale=scale)  # of heads on other ranks, too
         evict(state, scores)
         return out

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from conftest import SCANS, Scan, norm_error, reference
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import msrnn_ops as ms
@@ -113,6 +114,42 @@ def _every_op(rank: int, seed: int) -> None:
         for length in (0, 1, random.randint(2, 30)):
             options = {"packed": packed, "reverse": reverse, "return_state": return_state}
             compare(scan, length, 5, torch.float64, 1e-12, group, **options)
+    _stays_where_it_is(rank)
+    _overflow(rank)
+
+
+def _stays_where_it_is(rank: int) -> None:
+    """A NaN in one packed sequence, in a gradient of another: four steps a rank."""
+    cu_seqlens = torch.tensor([0, 6, 16])
+    mine = slice(4 * rank, 4 * rank + 4)
+    for scan, reverse in itertools.product(SCANS, [False, True]):
+        _seeded(scan.name, reverse)
+        inputs = scan.inputs(1, 16, 3, torch.float64)
+        inputs[-1][:, 1 if not reverse else 14] = torch.nan
+        weight = torch.ones(1, 16, 3, dtype=torch.float64)
+        weight[:, 14 if not reverse else 1] = torch.inf
+        options = {"cu_seqlens": cu_seqlens, "reverse": reverse, "return_state": True}
+        found = []
+        for function, part in ((scan, slice(None)), (over_ranks(scan), mine)):
+            leaves = [x[:, part].clone().requires_grad_() for x in inputs]
+            h, last = function(*leaves, **options)
+            grads = torch.autograd.grad(h, leaves, weight[:, part], materialize_grads=True)
+            found.append(
+                (last, *((h, *grads) if part == mine else [x[:, mine] for x in (h, *grads)]))
+            )
+        for expected, x in zip(*found, strict=True):
+            torch.testing.assert_close(x, expected, equal_nan=True)
+
+
+def _overflow(rank: int) -> None:
+    """Decays whose product is beyond all numbers, of states that are 0."""
+    a = torch.full((1, 800, 1), 2.0)
+    b = torch.zeros(1, 800, 1)
+    b[:, -1] = 1
+    mine = slice(200 * rank, 200 * rank + 200)
+    h, last = distributed.linear_scan(a[:, mine], b[:, mine], return_state=True)
+    assert torch.equal(h, b[:, mine])
+    assert torch.equal(last, torch.ones(1, 1))
 
 
 def test_every_op_on_two_and_four_ranks(run: Any) -> None:
@@ -162,7 +199,25 @@ def _compiled_and_by_the_reference(rank: int) -> None:
                 assert torch.equal(compiled(*inputs), plain(*inputs))
         with pytest.raises(NotImplementedError, match="no second derivatives over ranks"):
             torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
-    x = torch.randn(1, 3, 4)
+    x = torch.randn(1, 3, 4, requires_grad=True)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def last_on_one_rank(x: Tensor) -> Tensor:
+        options: Any = {"cu_seqlens": cu_seqlens, "return_state": True}
+        h, last = distributed.linear_scan(x, 2 * x, **options)
+        return h.sum() + last.sum() if rank else h.sum()
+
+    torch.compiler.reset()
+    last_on_one_rank(x).backward()
+    leaf = x.detach().clone().requires_grad_()
+    h, last = distributed.linear_scan(leaf, 2 * leaf, cu_seqlens=cu_seqlens, return_state=True)
+    (h.sum() + rank * last.sum()).backward()
+    torch.testing.assert_close(x.grad, leaf.grad)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward mode"):
+        distributed.linear_scan(forward_ad.make_dual(leaf, leaf), leaf)
+    with pytest.raises(NotImplementedError, match=r"no torch\.func"):
+        torch.func.grad(lambda x: distributed.linear_scan(x, x).sum())(leaf)
+    x = x.detach()
     with pytest.raises(ValueError, match="cu_seqlens to end at T = 6, got 7"):
         distributed.linear_scan(x, x, cu_seqlens=torch.tensor([0, 7]))
     with pytest.raises(ValueError, match=r"h0 of shape \(1, 4\), got \(2, 4\)"):

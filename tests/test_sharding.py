@@ -18,6 +18,7 @@ from conftest import SCANS, Scan
 from torch import Tensor, nn
 
 import msrnn_ops as ms
+from msrnn_ops import distributed
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 if dist.is_available():
@@ -383,6 +384,13 @@ def _errors_and_compile(rank: int) -> None:
     for _ in range(2):
         same(step(*by_heads, mine), ms.attend_evict(*tokens, head), [Shard(1)])
         same(mine.position, head.position, [Shard(1)])
+    found = step(*by_heads, shared)
+    same(found, ms.attend_evict(*tokens, layer), [Shard(1)])
+    same(shared.position, layer.position, [Replicate()])
+    with pytest.raises(TypeError, match=r"min_gru: expected plain tensors.*to_local"):
+        distributed.min_gru(in_time, in_time, group=mesh)
+    with pytest.raises(TypeError, match="attend_evict: expected plain tensors"):
+        distributed.attend_evict(*by_heads, mine, group=mesh)
 
 
 def _all(rank: int, seed: int) -> None:

@@ -361,7 +361,7 @@ def test_steps_of_padded_rows_take_one_token(monkeypatch: pytest.MonkeyPatch) ->
     cache = MultiStateCache(POLICIES["tova"], model.config)
     prompt, mask = left_padded(14, 9)
     model(prompt, attention_mask=mask.long(), past_key_values=cache)
-    monkeypatch.delattr(ours, "attend_prompt")
+    monkeypatch.delattr(cache.layers[0], "attend_prompt")
     mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.bool)], 1)
     model(prompt[:, -1:], attention_mask=mask.long(), past_key_values=cache)
 

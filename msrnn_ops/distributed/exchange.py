@@ -41,6 +41,8 @@ class Exchange:
         if isinstance(group, str):
             group = distributed._resolve_process_group(group)
         found: Any = distributed.GroupMember.WORLD if group is None else group
+        if not isinstance(found, dist.ProcessGroup) or dist.get_rank(found) < 0:
+            raise ValueError(f"{caller}: expected a group that this process is in")
         return cls(caller, found.group_name, dist.get_rank(found), dist.get_world_size(found))
 
     def gather(self, x: Tensor) -> Tensor:
@@ -64,6 +66,8 @@ class Exchange:
             return collective(*args)
         try:
             return collective(*args)
+        except (torch.OutOfMemoryError, NotImplementedError):
+            raise
         except RuntimeError as error:
             raise RuntimeError(
                 f"{self.caller}: rank {self.rank} of {self.ranks} waited in vain for the others: "

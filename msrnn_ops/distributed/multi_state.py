@@ -2,10 +2,10 @@
 
 Every rank has some query heads, the key-value heads that they share, and a state of these alone.
 A policy of scope "layer" drops one token for all heads, so ranks must agree: each sums the
-attention over its own heads, one all-gather brings these sums, and every rank adds them up in the
-order of the ranks. The total has the same bits everywhere, and so has the choice. (An all-reduce
-would choose its order by the size of the message.) It differs from the sum on one device in
-rounding alone.
+attention over its own heads, one all-gather brings these sums, and every rank adds them up by the
+same kernel, in one order. The total has the same bits everywhere, and so has the choice. (An
+all-reduce would choose its order by the size of the message.) It differs from the sum on one device
+in rounding alone.
 
 A rank contributes 4·B·(N+1) bytes a layer and token, 4·B·(N+1+T) for a prompt of T tokens; nothing
 where heads decide for themselves (scope "head") or by position.
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from msrnn_ops import multi_state, multi_state_device, reference
 from msrnn_ops.distributed.exchange import Exchange, Group
+from msrnn_ops.distributed.scan import _check_plain
 from msrnn_ops.multi_state import MultiState
 
 
@@ -67,6 +68,7 @@ def attend_evict(
     in Shoeybi et al. 2019, "Megatron-LM", section 3.
     """
     exchange = Exchange.among("attend_evict", group)
+    _check_plain("attend_evict", q, k, v)
     if _alone(exchange, state):
         return multi_state.attend_evict(q, k, v, state, scale=scale)
     out, scores = multi_state.attend_scores(q, k, v, state, scale=scale)
@@ -89,6 +91,7 @@ def attend_prompt(
     ``valid`` is the same on every rank.
     """
     exchange = Exchange.among("attend_prompt", group)
+    _check_plain("attend_prompt", q, k, v)
     if _alone(exchange, state):
         return multi_state.attend_prompt(q, k, v, state, valid=valid, scale=scale)
     multi_state._check_tokens("attend_prompt", q, k, v, time=True)

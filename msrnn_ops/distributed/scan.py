@@ -10,9 +10,9 @@ enters each, and the shard is scanned again from there. Backward is the mirror i
 that leaves a shard towards earlier ones is affine in the one that comes from later ones, with the
 same decay.
 
-A rank sends 2·B·D numbers forward and B·D backward, whatever T, in the accumulation dtype; B is 1
-with cu_seqlens, and 8 bytes more tell where a shard starts. A last state costs B·D (N·D) numbers
-more, added up over ranks, in backward and, with cu_seqlens, in forward.
+A rank sends 2·B·D numbers forward and B·D backward, whatever T, in the accumulation dtype, and
+B·D more backward where a last state is returned. With cu_seqlens B is 1, 8 bytes more tell where a
+shard starts, and last states are N·D numbers that are added up over ranks, forward and backward.
 
 Local passes read and write 20 tensors of the shard's size for forward and backward of min_gru,
 where one device has 9 (bench/scaling.md): the ops write all of h where the last state is wanted.
@@ -29,6 +29,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from msrnn_ops import backend, scan
 from msrnn_ops.distributed.exchange import Exchange, Group
@@ -91,6 +92,8 @@ class _Shard:
                 h, last = self.scan(op, leaves[:-1], leaves[-1], cu_seqlens)
                 total = (last * grad_last).sum()
                 total = total if grad_h is None else total + (h * grad_h).sum()
+                if not total.requires_grad:  # there are no steps and no states
+                    return tuple(map(torch.zeros_like, leaves))
                 return torch.autograd.grad(total, leaves, materialize_grads=True)
         backward = getattr(getattr(torch.ops, self.namespace), f"{op.name}_backward").default
         saved = inputs[: op.saved]
@@ -115,6 +118,7 @@ class _Packing:
     ends: Tensor  # ends here
     enters: Tensor  # comes from the place before: at most one
     leaves: Tensor  # goes on to the place after: at most one
+    places: Tensor  # cu_seqlens of places: a sequence lies on some of them
 
 
 def _packing(shard: _Shard, cu_seqlens: Tensor, time: int) -> _Packing:
@@ -122,9 +126,10 @@ def _packing(shard: _Shard, cu_seqlens: Tensor, time: int) -> _Packing:
     lengths = shard.by_place(here)[:, 0]
     if not torch.compiler.is_compiling() and cu_seqlens.is_cpu:
         scan._check_cu_values(shard.op, cu_seqlens, int(lengths.sum()))
-    before = lengths[: shard.place].sum()
-    start = lengths.sum() - before - time if shard.reverse else before
-    end = start + time
+    before, total = lengths.cumsum(0) - lengths, lengths.sum()
+    starts = total - before - lengths if shard.reverse else before
+    ends = starts + lengths
+    start, end = starts[shard.place], ends[shard.place]
     first, last = cu_seqlens[:-1, None], cu_seqlens[1:, None]
     some = first < last
     has_first = some & (start <= first) & (first < end)
@@ -135,7 +140,11 @@ def _packing(shard: _Shard, cu_seqlens: Tensor, time: int) -> _Packing:
     if shard.place == 0:  # where empty sequences begin and end
         has_first, has_last = has_first | ~some, has_last | ~some
     local = (cu_seqlens - start).clamp(0, time)
-    return _Packing(local, has_first, has_last, over_start, over_end)
+    spanned = ((first < starts) & (ends < last)).any(0)  # by a sequence from before to after
+    place = torch.arange(len(lengths), device=cu_seqlens.device)
+    cuts = torch.where(spanned, len(lengths), place).sort().values
+    places = torch.cat([cuts, cuts.new_full((1,), len(lengths))])  # the first cut is 0
+    return _Packing(local, has_first, has_last, over_start, over_end, places)
 
 
 def _decay(shard: _Shard, op: _Op, inputs: Sequence[Tensor]) -> Tensor:
@@ -169,6 +178,9 @@ def _summaries(
         state = h0[:, i : i + at_once]
         local = None if packing is None else packing.cu_seqlens
         last, decay = shard.scan(op, some, state, local)[1], _decay(shard, op, some)
+        if op is not scan._LOG:  # a product beyond all numbers times a state of 0 is no NaN
+            largest = torch.finfo(decay.dtype).max
+            decay = decay.clamp(-largest, largest)
         if packing is not None:
             spans = (packing.enters & packing.leaves).any(0)
             decay = torch.where(spans, decay, zero)
@@ -186,10 +198,24 @@ def _row(x: Tensor, chosen: Tensor, otherwise: float) -> Tensor:
     return torch.where(chosen.any(0), row, otherwise)
 
 
-def _over_places(op: _Op, decay: Tensor, value: Tensor, reverse: bool = False) -> Tensor:
+def _over_places(
+    op: _Op, decay: Tensor, value: Tensor, packing: _Packing | None, reverse: bool = False
+) -> Tensor:
     """A scan over the first dimension of (places, B, D)."""
     inputs = (decay.transpose(0, 1), value.transpose(0, 1))
-    return _local(op, inputs, None, (), reverse=reverse)[0].transpose(0, 1)
+    places = None if packing is None else packing.places
+    return _local(op, inputs, None, (), reverse=reverse, cu_seqlens=places)[0].transpose(0, 1)
+
+
+def _tied(x: Tensor, other: Tensor) -> Tensor:
+    """x, which torch.compile then computes where it reads x, and not before it has the other.
+
+    So exchanges come in the same order on every rank, whether it uses what they bring or not.
+    """
+    if not torch.compiler.is_compiling():
+        return x
+    never = other.isnan().any() & other.isfinite().all()
+    return torch.where(never, 0.0, x)
 
 
 def _forward(
@@ -204,7 +230,8 @@ def _forward(
     else:
         first = nothing if place else h0
     decay, last = _summaries(shard, inputs, first, packing)
-    leaving = _over_places(scan._LOG if op is scan._LOG else scan._LINEAR, decay, last)
+    fold = scan._LOG if op is scan._LOG else scan._LINEAR
+    leaving = _over_places(fold, decay, last, packing)
     # Every place reads what all have sent, also where nothing comes before it: of what is not read
     # torch.compile drops the exchange, and the other ranks wait for it.
     start = h0 if packing is None else torch.zeros_like(leaving[0])
@@ -220,6 +247,8 @@ def _forward(
     if op is scan._LOG:  # of the entering state in the leaving one, which are logarithms
         before = torch.cat([torch.full_like(leaving[:1], -torch.inf), leaving[:-1]])
         weight = (decay + before - leaving).exp().nan_to_num(0.0)
+    if packing is not None and shard.return_state:
+        weight = _tied(weight, last)  # backward reads the weights on every rank
     borders = () if packing is None else tuple(vars(packing).values())
     return h, last, (weight, state, h, *inputs, *borders)
 
@@ -242,31 +271,35 @@ class _Sharded(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise NotImplementedError(f"{ctx.shard.name}: no second derivatives over ranks")
         shard = ctx.shard
-        place, end = shard.place, shard.exchange.ranks - 1
+        place = shard.place
         weight, state, h, *rest = ctx.saved_tensors
         inputs, borders = rest[: ctx.inputs], rest[ctx.inputs :]
         packing = _Packing(*borders) if borders else None
-        zeros = torch.zeros_like(state)
-        final = zeros
-        if shard.return_state:
-            final = shard.exchange.total(zeros if grad_last is None else grad_last)
-        here = final if place == end else zeros
-        if packing is not None:
-            here = torch.where(packing.ends, final, 0.0)
         local = None if packing is None else packing.cu_seqlens
+        zeros = torch.zeros_like(state)
+        of_last = zeros if grad_last is None else grad_last
 
         def gradients(of_last: Tensor) -> tuple[Tensor, ...]:
             return shard.gradients(grad_h, of_last, inputs, h, state, local)
 
-        adjoint = gradients(here)[-1]
-        if packing is not None:
-            adjoint = _row(adjoint, packing.enters, 0.0)
-        # Every place reads what all have sent, also where nothing comes after it: of what is not
-        # read torch.compile drops the exchange, and the other ranks wait for it.
-        after = torch.zeros_like(adjoint) if packing is not None else final
-        adjoints = torch.cat([shard.by_place(adjoint)[1:], after.unsqueeze(0)])
-        decays = torch.cat([weight[1:end], torch.zeros_like(weight[:2])])
-        later = _over_places(scan._LINEAR, decays, adjoints, reverse=True)[place]
+        # Every place reads what all have sent, as in forward.
+        if packing is None:
+            here = zeros
+            adjoint = gradients(here)[-1]
+            found = shard.by_place(torch.stack([adjoint, of_last][: 1 + shard.return_state]))
+            adjoints = found[:, 0]
+            final = found[:, 1].sum(0) if shard.return_state else zeros
+        else:
+            if shard.return_state:
+                tied = of_last if grad_h is None else _tied(of_last, grad_h[:, :1])
+                here = torch.where(packing.ends, shard.exchange.total(tied), 0.0)
+            else:
+                here = zeros
+            adjoint = _row(gradients(here)[-1], packing.enters, 0.0)
+            adjoints, final = shard.by_place(adjoint), torch.zeros_like(adjoint)
+        adjoints = torch.cat([adjoints[1:], final.unsqueeze(0)])
+        decays = torch.cat([weight[1:], torch.zeros_like(weight[:1])])
+        later = _over_places(scan._LINEAR, decays, adjoints, packing, reverse=True)[place]
         here = later if packing is None else torch.where(packing.leaves, later, here)
         *grads, grad_h0 = gradients(here)
         if packing is not None:
@@ -274,6 +307,23 @@ class _Sharded(torch.autograd.Function):
         elif place:
             grad_h0 = zeros
         return None, None, grad_h0, *grads
+
+
+def _check_plain(name: str, *tensors: Tensor | None) -> None:
+    """No DTensors, and nothing that would ask for derivatives in a way that collectives drop."""
+    given = [x for x in tensors if isinstance(x, Tensor)]
+    if any(scan._is_distributed(x) for x in given):
+        raise TypeError(
+            f"{name}: expected plain tensors over ranks, this rank's part (x.to_local()), got a "
+            "DTensor"
+        )
+    if torch.compiler.is_compiling():
+        return
+    forward = forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in given
+    )
+    if forward or torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(f"{name}: no forward mode and no torch.func over ranks")
 
 
 def _run(
@@ -290,6 +340,7 @@ def _run(
     exchange = Exchange.among(op.name, group)
     if exchange.ranks == 1:
         return scan._run(op, inputs, h0, cu_seqlens, reverse, return_state, activation)
+    _check_plain(op.name, *inputs, h0)
     flags = () if activation is None else (scan._identity(op, activation),)
     autocast = scan._autocast_enabled(inputs[0])
     if autocast:
@@ -348,12 +399,14 @@ def linear_scan(
         same bits on every rank. Both are those of one device but for rounding, and bit by bit where
         the group has one rank.
 
-    Gradients are those of the sum of all ranks' losses. That of h0 lies on the ranks where
+    Gradients are those of the sum of all ranks' losses, and are asked for on all ranks or on none.
+    That of h0 lies on the ranks where
     sequences begin (without cu_seqlens the first, with ``reverse`` the last), elsewhere it is 0.
 
     Raises:
         RuntimeError: torch.distributed is not initialised, or a rank failed. TypeError, ValueError:
-            as there. NotImplementedError: a second derivative.
+            as there, or DTensors. NotImplementedError: a second derivative, forward mode,
+            torch.func.
 
     Source: the exchange of Blelloch's scan over blocks ("Prefix Sums and Their Applications", 1990,
     section 1.3), one all-gather in place of its tree.

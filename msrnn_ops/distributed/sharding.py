@@ -63,7 +63,12 @@ _LABELS = {
 
 def _placed(named: dict[str, Any]) -> dict[str, Any]:
     """The DTensors, or what stands for them where a rule is asked."""
-    return {label: x for label, x in named.items() if hasattr(x, "placements")}
+    numbers = (int, float)
+    return {
+        label: x
+        for label, x in named.items()
+        if not isinstance(x, numbers) and hasattr(x, "placements")
+    }
 
 
 def _check_scan(name: str, named: dict[str, Any]) -> None:
@@ -77,7 +82,8 @@ def _check_scan(name: str, named: dict[str, Any]) -> None:
             if dim == 1:
                 raise ValueError(
                     f"{name}: expected {label} (B, T, D) whole in time, got {placement!r}; "
-                    f"msrnn_ops.distributed.{op.name} scans a time axis that is sharded over ranks"
+                    f"msrnn_ops.distributed.{op.name} scans a time axis that is sharded over ranks "
+                    f"(give it {label}.to_local())"
                 )
             if dim == 2 and label == "projection":
                 plain = op.name.removesuffix("_joint")
@@ -234,7 +240,7 @@ def replicated(x: Tensor, mesh: DeviceMesh) -> DTensor:
 
 
 def _total(name: str, scores: DTensor) -> DTensor:
-    """Partial sums added up in the order of the ranks, which an all-reduce does not promise."""
+    """Partial sums added up in one order, which an all-reduce does not promise."""
     mesh, placements, local = scores.device_mesh, list(scores.placements), scores.to_local()
     for i, placement in enumerate(placements):
         if placement.is_partial():
@@ -264,13 +270,13 @@ def arguments(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
                 f"{name}: expected {label} to be a DTensor on the mesh of {example_label}, {mesh}, "
                 f"got {got}"
             )
+    if "scores" in named:
+        named["scores"] = _total(name, named["scores"])
     if torch.compiler.is_compiling():  # the rules check
         return tuple(named.values())
     if name in _SCANS:
         _check_scan(name, named)
     else:
-        if "scores" in named:
-            named["scores"] = _total(name, named["scores"])
         for label in ("valid", "scores"):
             if named.get(label) is not None:
                 named[label] = named[label].redistribute(placements=_expected(name, named)[label])
@@ -287,7 +293,7 @@ def distribute_state(
     and every rank attends and evicts for its own rows and heads. Nothing is sent but by
     ``state.reorder``, which moves rows between ranks, and where heads are sharded and the layer
     decides by their scores (TOVA and H2O with scope ``"layer"``): ``attend_evict`` and ``evict``
-    then add them up in the order of the ranks, which each send 4·B·(N+1) bytes. ``attend_prompt``
+    then add them up in one order, and ranks each send 4·B·(N+1) bytes. ``attend_prompt``
     and ``attend_sequence`` want whole heads there.
 
     Args:
