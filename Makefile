@@ -29,7 +29,7 @@ test: $(VENV)/ready
 test sanitize: export OMP_WAIT_POLICY = passive
 
 pytest: $(VENV)/ready
-	$(BIN)/pytest tests --cov=msrnn_ops --cov-report=term
+	MSRNN_TEST_EXAMPLES=30 $(BIN)/pytest tests
 
 # The CUDA kernels without a GPU: most of the same tests on the emulator; schedules, sanitizers and
 # most planted bugs (MUTATIONS=mutations: all of them).
