@@ -415,6 +415,17 @@ def _check_valid(name: str, valid: Tensor, q: Tensor) -> None:
         )
 
 
+def _checked_prompt(
+    q: Tensor, k: Tensor, v: Tensor, state: MultiState, valid: Tensor | None, scale: float | None
+) -> float:
+    """The scale of a prompt's logits."""
+    _check_tokens("attend_prompt", q, k, v, time=True)
+    _check_state("attend_prompt", state, k)
+    if valid is not None:
+        _check_valid("attend_prompt", valid, q)
+    return _scale_of("attend_prompt", scale, q.shape[-1])
+
+
 def _has_tangent(x: Tensor) -> bool:
     return forward_ad.unpack_dual(x).tangent is not None
 
@@ -666,11 +677,7 @@ def attend_prompt(
     >>> ms.attend_prompt(*torch.randn(3, 1, 1, 9, 8), state).shape, state.kept_positions()
     (torch.Size([1, 1, 9, 8]), tensor([[[5, 6, 7, 8]]]))
     """
-    _check_tokens("attend_prompt", q, k, v, time=True)
-    _check_state("attend_prompt", state, k)
-    if valid is not None:
-        _check_valid("attend_prompt", valid, q)
-    factor = _scale_of("attend_prompt", scale, q.shape[-1])
+    factor = _checked_prompt(q, k, v, state, valid, scale)
     namespace = _namespace("attend_prompt", q)
     if namespace is None:
         with torch.autocast(q.device.type, enabled=False):

@@ -443,6 +443,24 @@ def _promote(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) for x in inputs)
 
 
+def _checked(
+    op: _Op, inputs: tuple[Tensor, ...], h0: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """The inputs in one dtype and h0 in the accumulation dtype."""
+    autocast = _autocast_enabled(inputs[0])
+    if autocast:
+        inputs = _promote(inputs)
+    _check_inputs(op, inputs)
+    x = inputs[0]
+    if cu_seqlens is not None:
+        _check_cu_seqlens(op, x, cu_seqlens)
+    if h0 is not None:
+        count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        _check_state(op, x, h0, count, x.shape[2] // op.parts, autocast)
+        h0 = h0.to(_accumulation_dtype(x.dtype))
+    return inputs, h0
+
+
 def _run(
     op: _Op,
     inputs: tuple[Tensor, ...],
@@ -454,18 +472,10 @@ def _run(
 ) -> Any:
     """Checks the arguments, chooses the backend and runs."""
     flags = () if activation is None else (_identity(op, activation),)
-    autocast = _autocast_enabled(inputs[0])
-    if autocast:
-        inputs = _promote(inputs)
-    _check_inputs(op, inputs)
+    inputs, h0 = _checked(op, inputs, h0, cu_seqlens)
     x = inputs[0]
     if cu_seqlens is not None:
-        _check_cu_seqlens(op, x, cu_seqlens)
         _check_cu_values(op, cu_seqlens, x.shape[1])
-    if h0 is not None:
-        count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        _check_state(op, x, h0, count, x.shape[2] // op.parts, autocast)
-        h0 = h0.to(_accumulation_dtype(x.dtype))
     args: tuple[Any, ...] = (*inputs, h0, cu_seqlens, reverse, *flags)
     if _is_distributed(x):
         from msrnn_ops.distributed import sharding

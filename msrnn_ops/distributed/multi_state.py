@@ -94,11 +94,7 @@ def attend_prompt(
     _check_plain("attend_prompt", q, k, v)
     if _alone(exchange, state):
         return multi_state.attend_prompt(q, k, v, state, valid=valid, scale=scale)
-    multi_state._check_tokens("attend_prompt", q, k, v, time=True)
-    multi_state._check_state("attend_prompt", state, k)
-    if valid is not None:
-        multi_state._check_valid("attend_prompt", valid, q)
-    factor = multi_state._scale_of("attend_prompt", scale, q.shape[-1])
+    factor = multi_state._checked_prompt(q, k, v, state, valid, scale)
     kept = tuple(state._tensors())
     multi_state._refuse_gradient("attend_prompt", (q, k, v))
 
