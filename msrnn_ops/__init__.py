@@ -3,8 +3,6 @@
 from msrnn_ops import nn
 from msrnn_ops.backend import backends, use_backend
 from msrnn_ops.multi_state import (
-    MultiState,
-    Policy,
     attend_evict,
     attend_prompt,
     attend_scores,
@@ -22,6 +20,7 @@ from msrnn_ops.scan import (
     min_lstm_joint,
     min_lstm_step,
 )
+from msrnn_ops.state import MultiState, Policy
 from msrnn_ops.version import __version__
 
 __all__ = [

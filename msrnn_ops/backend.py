@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -13,10 +13,18 @@ from typing import Any
 
 import torch
 
-from msrnn_ops import _C
+try:
+    from msrnn_ops import _C
+except ImportError as error:
+    if any(Path(__file__).parent.glob("_C.*")):
+        raise
+    raise ImportError(
+        "msrnn_ops has not been built here: run `pip install -e . --no-build-isolation` in the "
+        "source tree, or start Python outside of it to use an installed package"
+    ) from error
 
-_NAMES = ("cuda", "triton", "cpu", "reference")
 _FOLDER = Path(__file__).parent
+_NAMES = ("cuda", "triton", "cpu", "reference")
 _TRITON_INSTALLED = find_spec("triton") is not None
 
 # Namespaces of operators: compiled kernels, by device; and Triton's, for any device.
@@ -42,43 +50,52 @@ def backends() -> dict[str, str]:
     }
 
 
-def load_libraries() -> dict[str, torch.library.Library]:
-    """Loads the compiled operators, and defines all of them again where Triton is installed.
+def _load_cuda() -> str | None:
+    """Loads the CUDA operators where they were built; says why where that fails.
 
-    Asks no device for anything: a process that forks after the import can still use CUDA.
+    The CPU operators must work all the same, as in an environment whose torch has lost its CUDA.
     """
-    libraries = list(_FOLDER.glob("_cpu*.so"))
-    if not libraries:
-        raise ImportError(
-            "msrnn_ops has not been built here: run `pip install -e . --no-build-isolation` in the "
-            "source tree, or start Python outside of it to use an installed package"
-        )
-    for path in (*libraries, *_FOLDER.glob("_cuda*.so")):
-        torch.ops.load_library(path)
-    found = {COMPILED: torch.library.Library(COMPILED, "IMPL")}
+    for path in _FOLDER.glob("_cuda*.so"):
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            reason = str(error).replace(f"{path}: ", "").strip().splitlines()[0]
+            return f"its library cannot be loaded with torch {torch.__version__} ({reason})"
+    return None
+
+
+def _load_libraries() -> dict[str, torch.library.Library]:
+    """The operators to register for, by namespace; with Triton each operator is defined twice."""
+    libraries = {COMPILED: torch.library.Library(COMPILED, "IMPL")}
     if _TRITON_INSTALLED:
-        found[TRITON] = torch.library.Library(TRITON, "DEF")
+        libraries[TRITON] = torch.library.Library(TRITON, "DEF")
         for name in torch._C._dispatch_get_all_op_names():
             if name.startswith(f"{COMPILED}::"):
                 schema = getattr(torch.ops.msrnn_ops, name.split("::")[1]).default._schema
-                found[TRITON].define(str(schema).removeprefix(f"{COMPILED}::"))
-    return found
+                libraries[TRITON].define(str(schema).removeprefix(f"{COMPILED}::"))
+    return libraries
 
 
-def implement_by_triton(
-    libraries: dict[str, torch.library.Library], module: str, names: Iterator[str] | list[str]
-) -> None:
-    """Registers msrnn_ops.triton_kernels.<module>; for CUDA too where nothing was compiled.
+# Loading asks no device for anything: a process that forks after the import can still use CUDA.
+for _path in _FOLDER.glob("_cpu*.so"):
+    torch.ops.load_library(_path)
+_cuda_failure = _load_cuda()
+_CUDA_LOADED = _cuda_failure is None and any(_FOLDER.glob("_cuda*.so"))
+LIBRARIES: dict[str, torch.library.Library] = _load_libraries()
+
+
+def implement_by_triton(module: str, names: Iterable[str]) -> None:
+    """Registers msrnn_ops.triton_kernels.<module>; for CUDA too where nothing compiled is loaded.
 
     Triton is imported by the first call.
     """
-    if TRITON not in libraries:
+    if TRITON not in LIBRARIES:
         return
     for name in names:
         run = _imported_at_first(module, name)
-        libraries[TRITON].impl(name, run, "CompositeExplicitAutograd")
-        if not any(_FOLDER.glob("_cuda*.so")):
-            libraries[COMPILED].impl(name, run, "CUDA")
+        LIBRARIES[TRITON].impl(name, run, "CompositeExplicitAutograd")
+        if not _CUDA_LOADED:
+            LIBRARIES[COMPILED].impl(name, run, "CUDA")
 
 
 def _imported_at_first(module: str, name: str) -> Callable[..., Any]:
@@ -97,6 +114,8 @@ def _imported_at_first(module: str, name: str) -> Callable[..., Any]:
 def _cuda() -> str:
     if _C.build_info()["cuda"] is None:
         return "not built: install where torch has CUDA and nvcc is found, or with FORCE_CUDA=1"
+    if _cuda_failure is not None:
+        return _cuda_failure
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     if not torch.cuda.is_available():
@@ -177,21 +196,24 @@ def namespace(op: str, device: torch.device) -> str | None:
 
     Meta and fake tensors need no kernels.
     """
+    kind = device.type
+    if _chosen is None and kind == "cpu":  # at every call: first and fast
+        return COMPILED
     if _chosen == "reference":
         return None
-    if device.type == "meta":
+    if kind == "meta":
         return COMPILED
     if _chosen == "triton":
-        if device.type == "cpu" and not _interpreted():
+        if kind == "cpu" and not _interpreted():
             raise ValueError(f"{op}: expected tensors on a GPU for Triton, got {device}")
         return TRITON
-    if _chosen not in (None, device.type):
+    if _chosen not in (None, kind):
         raise ValueError(f"{op}: expected tensors on {_chosen}, the chosen backend, got {device}")
-    if device.type == "cpu" or (device.type == "cuda" and _usable("cuda")):
+    if kind == "cpu" or (kind == "cuda" and _usable("cuda")):
         return COMPILED
     if _usable("triton"):
-        return COMPILED if device.type == "cuda" else TRITON
-    reason = f"{_cuda()}; {_triton()}" if device.type == "cuda" else "no such kernels"
+        return COMPILED if kind == "cuda" else TRITON
+    reason = f"{_cuda()}; {_triton()}" if kind == "cuda" else "no such kernels"
     raise ValueError(
         f"{op}: expected tensors on cpu, got {device} ({reason}); "
         "msrnn_ops.use_backend('reference') computes on any device with plain PyTorch"

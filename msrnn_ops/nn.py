@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from msrnn_ops import errors
 from msrnn_ops.scan import min_gru_joint, min_gru_step, min_lstm_joint, min_lstm_step
-
-if TYPE_CHECKING:
-    from msrnn_ops.distributed.nn import TimeShards
 
 __all__ = ["BlockState", "MinGRU", "MinLSTM", "MinRNNBlock", "load_mingru_pytorch"]
 
@@ -35,8 +33,29 @@ def _packing(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor,
     return cu_seqlens.to(device), forth.to(device), back.to(device)
 
 
+class WholeTime:
+    """How a layer meets the time axis of its inputs: here all of it is in this process.
+
+    msrnn_ops.distributed.shard_time puts a class in its place that knows the other ranks.
+    """
+
+    whole = True
+
+    def joint(self, op: Callable[..., Any]) -> Callable[..., Any]:
+        """The op that scans the time axis, for the joint op of a layer."""
+        return op
+
+    def inputs(self, first: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """For a causal convolution: y (B, T, D) after the K - 1 steps before it; the last K - 1.
+
+        ``first`` (B, K - 1, D) comes before the whole sequence.
+        """
+        rows = torch.cat([first, y], 1)
+        return rows, rows[:, y.shape[1] :]
+
+
 def _check_whole(module: _Layers | MinRNNBlock) -> None:
-    if module._shards is not None:
+    if not module.time.whole:
         raise ValueError(
             f"{type(module).__name__}: expected time not to be sharded for step, call "
             "shard_time(module, None) first"
@@ -50,7 +69,7 @@ class _Layers(nn.Module):
     _keeps: int  # +1: a large gate keeps the state; -1: it replaces it
     _joint: Callable[..., Any]
     _one_step: Callable[..., Tensor]
-    _shards: TimeShards | None = None  # set by msrnn_ops.distributed.shard_time
+    time = WholeTime()
 
     def __init__(
         self,
@@ -70,21 +89,17 @@ class _Layers(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
-        for label, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: expected {label} to be an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name}: expected {label} >= 1, got {value}")
+        errors.check_int(name, "input_size", input_size, 1)
+        errors.check_int(name, "hidden_size", hidden_size, 1)
+        errors.check_int(name, "num_layers", num_layers, 1)
         if isinstance(dropout, bool) or not isinstance(dropout, int | float):
             raise TypeError(f"{name}: expected dropout to be a number, got {dropout!r}")
         if not 0 <= dropout <= 1:
-            raise ValueError(f"{name}: expected dropout in [0, 1], got {dropout}")
+            raise errors.value(name, "dropout in [0, 1]", dropout)
         if proj_size:
-            raise ValueError(f"{name}: expected proj_size=0, its state is not projected, got "
-                             f"{proj_size}")  # fmt: skip
+            raise errors.value(name, "proj_size=0, its state is not projected", proj_size)
         if activation not in ("g", "identity"):
-            raise ValueError(f"{name}: expected activation 'g' or 'identity', got {activation!r}")
+            raise errors.value(name, "activation 'g' or 'identity'", repr(activation))
         if forget_bias and not bias:
             raise ValueError(f"{name}: expected bias=True with forget_bias={forget_bias}")
         if dropout and num_layers == 1:
@@ -146,27 +161,20 @@ class _Layers(nn.Module):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
         if x.dim() not in dims or x.shape[-1] != self.input_size:
-            raise ValueError(
-                f"{name}: expected input of shape {shape} with {self.input_size} features, got "
-                f"{tuple(x.shape)}"
-            )
+            raise errors.shape(name, "input", f"{shape} with {self.input_size} features", x)
 
     def _check_state(self, h: Tensor, *batch: int) -> None:
         if not isinstance(h, Tensor):
-            raise TypeError(
-                f"{type(self).__name__}: expected hx to be a tensor, got {type(h).__name__}"
-            )
+            raise errors.kind(type(self).__name__, "hx", "a tensor", h)
         expected = (self.num_layers * (1 + self.bidirectional), *batch, self.hidden_size)
-        if tuple(h.shape) != expected:
-            raise ValueError(
-                f"{type(self).__name__}: expected hx of shape {expected}, got {tuple(h.shape)}"
-            )
+        if h.shape != expected:
+            raise errors.shape(type(self).__name__, "hx", expected, h)
 
     def _run(
         self, x: Tensor, h0: Tensor | None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """All layers over x (B, T, features): their output and last states."""
-        joint = self._joint if self._shards is None else self._shards.joint(self._joint)
+        joint = self.time.joint(self._joint)
         suffixes, last = self._suffixes(), []
         directions = 1 + self.bidirectional
         for i in range(self.num_layers):
@@ -187,9 +195,11 @@ class _Layers(nn.Module):
             x = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
         return x, torch.stack(last).to(x.dtype if h0 is None else h0.dtype)
 
-    def _forward(self, x: Tensor | PackedSequence, h0: Tensor | None) -> tuple[Any, Tensor]:
+    def _forward(
+        self, x: Tensor | PackedSequence, h0: Tensor | None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
         if isinstance(x, PackedSequence):
-            if self._shards is not None:
+            if not self.time.whole:
                 raise TypeError(
                     f"{type(self).__name__}: expected a tensor, as its time is sharded, got a "
                     "PackedSequence"
@@ -286,7 +296,15 @@ class MinGRU(_Layers):
     _parts, _keeps = 2, -1
     _joint, _one_step = staticmethod(min_gru_joint), staticmethod(min_gru_step)
 
-    def forward(self, input: Any, hx: Tensor | None = None) -> tuple[Any, Tensor]:
+    @overload
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: Tensor | None = None
+    ) -> tuple[PackedSequence, Tensor]: ...
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Runs over a sequence.
 
         Args:
@@ -362,7 +380,15 @@ class MinLSTM(_Layers):
             )
         return hx[0]
 
-    def forward(self, input: Any, hx: Tensor | _Pair | None = None) -> tuple[Any, _Pair]:
+    @overload
+    def forward(self, input: Tensor, hx: Tensor | _Pair | None = None) -> tuple[Tensor, _Pair]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: Tensor | _Pair | None = None
+    ) -> tuple[PackedSequence, _Pair]: ...
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | _Pair | None = None
+    ) -> tuple[Tensor | PackedSequence, _Pair]:
         """Runs over a sequence: as :meth:`MinGRU.forward`, but for the form of the state.
 
         Args:
@@ -417,7 +443,7 @@ class MinRNNBlock(nn.Module):
     True
     """
 
-    _shards: TimeShards | None = None  # set by msrnn_ops.distributed.shard_time
+    time = WholeTime()
 
     def __init__(
         self,
@@ -435,12 +461,11 @@ class MinRNNBlock(nn.Module):
     ) -> None:
         super().__init__()
         if cell not in _CELLS:
-            raise ValueError(f"MinRNNBlock: expected cell 'gru' or 'lstm', got {cell!r}")
-        if isinstance(width, bool) or not isinstance(width, int):
-            raise TypeError(f"MinRNNBlock: expected width to be an int, got {width!r}")
-        for label, value, least in (("width", width, 1), ("conv", conv, 0), ("mlp", mlp, 0)):
-            if value < least:
-                raise ValueError(f"MinRNNBlock: expected {label} >= {least}, got {value}")
+            raise errors.value("MinRNNBlock", "cell 'gru' or 'lstm'", repr(cell))
+        errors.check_int("MinRNNBlock", "width", width, 1)
+        for label, value in (("conv", conv), ("mlp", mlp)):
+            if value < 0:
+                raise errors.value("MinRNNBlock", f"{label} >= 0", value)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         inner, hidden = round(expansion * width), round(mlp * width)
         self.width = width
@@ -460,9 +485,21 @@ class MinRNNBlock(nn.Module):
                 nn.Linear(hidden, width, **made),
             )
 
+    @overload
+    def forward(
+        self, x: Tensor, state: BlockState | None = None, *, return_state: Literal[True]
+    ) -> tuple[Tensor, BlockState]: ...
+    @overload
+    def forward(
+        self, x: Tensor, state: BlockState | None = None, return_state: Literal[False] = False
+    ) -> Tensor: ...
+    @overload
     def forward(
         self, x: Tensor, state: BlockState | None = None, return_state: bool = False
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, BlockState]: ...
+    def forward(
+        self, x: Tensor, state: BlockState | None = None, return_state: bool = False
+    ) -> Tensor | tuple[Tensor, BlockState]:
         """Runs over a sequence.
 
         Args:
@@ -480,10 +517,7 @@ class MinRNNBlock(nn.Module):
         inputs = y[:, :0]
         if self.conv is not None:
             before = y.new_zeros(x.shape[0], steps, self.width) if state is None else state.inputs
-            if self._shards is not None:
-                before, last_inputs = self._shards.inputs(before, y)
-            y = torch.cat([before, y], 1)
-            inputs = y[:, x.shape[1] :] if self._shards is None else last_inputs
+            y, inputs = self.time.inputs(before, y)
             # Without steps over one that is dropped: DDP and FSDP wait for gradients on all ranks.
             y = self.conv(y.mT if x.shape[1] else F.pad(y.mT, (0, 1))).mT[:, : x.shape[1]]
         h0 = None if state is None else state.h.unsqueeze(0)

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-if TYPE_CHECKING:
-    from msrnn_ops.multi_state import MultiState, Policy
+from msrnn_ops.state import MultiState, Policy
 
 Step = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What gates, carries and sums are computed in: float32, for float64 float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def g(x: Tensor) -> Tensor:
@@ -73,7 +78,7 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """All states (B, T, D) and the last one of each sequence, in the accumulation dtype."""
     dtype = inputs[0].dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(dtype)
     inputs = tuple(x.to(wide) for x in inputs)
     batch, time, channels = inputs[0].shape
     if cu_seqlens is None:
@@ -103,11 +108,26 @@ def scan(
     return h_all.reshape(batch, time, channels).to(dtype), last
 
 
-# Multi-state attention. A state is the object of multi_state.py, changed in place.
+# Multi-state attention. A state is the object of state.py, changed in place.
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def _without_autocast(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Matrix products of a reference are not rounded to 16 bits."""
+
+    @wraps(function)
+    def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        assert isinstance(args[0], Tensor)
+        with torch.autocast(args[0].device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def _widened(x: Tensor) -> Tensor:
-    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.to(accumulation_dtype(x.dtype))
 
 
 def _groups(x: Tensor, kv_heads: int) -> Tensor:
@@ -115,6 +135,7 @@ def _groups(x: Tensor, kv_heads: int) -> Tensor:
     return x.unflatten(1, (kv_heads, -1))
 
 
+@_without_autocast
 def attend_scores(
     q: Tensor, k: Tensor, v: Tensor, state: MultiState, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -178,12 +199,14 @@ def _lowest(policy: Policy, scores: dict[int, float], now: int) -> list[int]:
     return sorted(free, key=order)
 
 
+@_without_autocast
 def attend_evict(q: Tensor, k: Tensor, v: Tensor, state: MultiState, scale: float) -> Tensor:
     out, scores = attend_scores(q, k, v, state, scale)
     evict(state, scores)
     return out
 
 
+@_without_autocast
 def attend_prompt(
     q: Tensor,
     k: Tensor,
@@ -270,12 +293,11 @@ def _reduce(
     state.free[b, g] = int((state.position[b, g] < 0).nonzero()[0])
 
 
+@_without_autocast
 def attend_sequence(
     q: Tensor, k: Tensor, v: Tensor, policy: Policy, valid: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """One row at a time: a step for every token notes when a key goes; then masked attention."""
-    from msrnn_ops.multi_state import MultiState
-
     batch, _, time, head_dim = q.shape
     kv_heads = k.shape[1]
     groups = 1 if policy.scope == "layer" else kv_heads

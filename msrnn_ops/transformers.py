@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from msrnn_ops import distributed, multi_state
-from msrnn_ops.distributed.exchange import Exchange, Group
-from msrnn_ops.multi_state import MultiState, Policy
+from msrnn_ops.exchange import Exchange, Group
+from msrnn_ops.state import MultiState, Policy
 
 try:
     import transformers

@@ -20,7 +20,8 @@ import torch.multiprocessing as processes
 from torch import Tensor
 
 import msrnn_ops as ms
-from msrnn_ops import backend, multi_state
+from msrnn_ops import backend
+from msrnn_ops.operators import multi_state
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench, after whichever msrnn_ops is installed
 
@@ -31,8 +32,8 @@ if INTERPRETED:
     interpreter.repair()
 if "MSRNN_TEST_KERNELS" in os.environ:  # the CUDA kernels, emulated, in place of the CPU's
     torch.ops.load_library(os.environ["MSRNN_TEST_KERNELS"])
-    for name, function in multi_state._on_device.items():
-        multi_state._libraries[backend.COMPILED].impl(name, function, "CPU", allow_override=True)
+    for name, function in multi_state.ON_DEVICE.items():
+        backend.LIBRARIES[backend.COMPILED].impl(name, function, "CPU", allow_override=True)
 if "MSRNN_TEST_DEVICE" in os.environ:
     torch.set_default_device(os.environ["MSRNN_TEST_DEVICE"])
 

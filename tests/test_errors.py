@@ -252,10 +252,10 @@ CASES |= {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_wrong_arguments(case: tuple[Callable[[], object], type[Exception], list[str]]) -> None:
     call, expected, words = case
-    before = [x.clone() for x in kept._tensors()]
+    before = [x.clone() for x in kept.tensors()]
     with pytest.raises(expected) as error:
         call()
-    for x, y in zip(kept._tensors(), before, strict=True):  # nothing was written
+    for x, y in zip(kept.tensors(), before, strict=True):  # nothing was written
         assert torch.equal(x.nan_to_num(), y.nan_to_num())
     assert type(error.value) is expected
     for word in words:

@@ -563,9 +563,9 @@ def test_reorder(name: str) -> None:
     for t in range(12 if INTERPRETED else 40):
         if t % 6 == 5:
             index = torch.randint(0, 3, (3,), dtype=torch.int32 if t % 4 else torch.int64)
-            addresses = [x.data_ptr() for x in state._tensors()]
+            addresses = [x.data_ptr() for x in state.tensors()]
             state.reorder(index)
-            assert addresses == [x.data_ptr() for x in state._tensors()]
+            assert addresses == [x.data_ptr() for x in state.tensors()]
             rows = [copy.deepcopy(rows[i]) for i in index.tolist()]
         q, k, v = draw(3, heads, dtype)
         out = ms.attend_evict(q, k, v, state)

@@ -163,7 +163,7 @@ def compare_states(policy: ms.Policy, mesh: DeviceMesh, kinds: tuple[str, ...]) 
         return whole, [put(x, mesh, places) for x in whole]
 
     def check() -> None:
-        for label, x, y in zip(state._TENSORS, mine._tensors(), state._tensors(), strict=True):
+        for label, x, y in zip(state.TENSORS, mine.tensors(), state.tensors(), strict=True):
             same(x, y, of_state(y, label, kinds, per_head))
 
     for step in range(8):
@@ -343,8 +343,8 @@ def _errors_and_compile(rank: int) -> None:
         with pytest.raises(error, match=words):
             ms.attend_evict(*wrong, mine)
     with pytest.raises(RuntimeError, match="attend_evict: expected q placed as"):
-        numbers = (*head.policy._numbers, 1.0)
-        torch.ops.msrnn_ops.attend_evict(*by_rows, *mine._tensors(), *numbers)
+        numbers = (*head.policy.numbers, 1.0)
+        torch.ops.msrnn_ops.attend_evict(*by_rows, *mine.tensors(), *numbers)
     with pytest.raises(ValueError, match="expected keys to be a DTensor on the mesh of q"):
         ms.attend_evict(*by_heads, head)
     with ms.use_backend("reference"), pytest.raises(ValueError, match="expected plain tensors"):

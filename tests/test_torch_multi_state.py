@@ -20,7 +20,7 @@ def in_place_calls() -> dict[str, tuple[object, ...]]:
     state = ms.MultiState(ms.Policy.h2o(6, scope="head"), batch=2, kv_heads=2, head_dim=16)
     for _ in range(9):
         ms.attend_evict(torch.randn(2, 4, 16), *torch.randn(2, 2, 2, 16), state)
-    kept, numbers = tuple(state._tensors()), state.policy._numbers
+    kept, numbers = tuple(state.tensors()), state.policy.numbers
     token = (torch.randn(2, 4, 16), *torch.randn(2, 2, 2, 16))
     prompt = (torch.randn(2, 4, 5, 16), *torch.randn(2, 2, 2, 5, 16), torch.rand(2, 5) > 0.3)
     keys, values, position, score, free, seen, last = kept
@@ -110,7 +110,7 @@ def test_compiled_decoding(policy: ms.Policy) -> None:
 
     valid = torch.rand(2, 11) > 0.3
     x = torch.randn(2, 2, 11, 16)
-    addresses = [t.data_ptr() for t in one._tensors()]
+    addresses = [t.data_ptr() for t in one.tensors()]
     compiled = torch.compile(prefill, fullgraph=True)(x, one, valid)
     torch.testing.assert_close(compiled, prefill(x, other, valid))
     fast = torch.compile(step, fullgraph=True)
@@ -119,7 +119,7 @@ def test_compiled_decoding(policy: ms.Policy) -> None:
         got, expected = fast(x, one), step(x, other)
         torch.testing.assert_close(got[0], expected[0])
         assert torch.equal(got[1], expected[1])
-    assert addresses == [t.data_ptr() for t in one._tensors()]
+    assert addresses == [t.data_ptr() for t in one.tensors()]
     assert torch.equal(one.seen, other.seen) and torch.equal(one.last_evicted, other.last_evicted)
 
 

@@ -15,7 +15,7 @@ from msrnn_ops.distributed.scan import (
 )
 
 if TYPE_CHECKING:
-    from msrnn_ops.distributed.sharding import distribute_state
+    from msrnn_ops.operators.sharding import distribute_state
 
 __all__ = [
     "attend_evict",
@@ -35,6 +35,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name != "distribute_state":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from msrnn_ops.distributed.sharding import distribute_state  # DTensor takes long to import
+    from msrnn_ops.operators.sharding import distribute_state  # DTensor takes long to import
 
     return distribute_state

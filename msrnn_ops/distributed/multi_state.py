@@ -13,15 +13,16 @@ where heads decide for themselves (scope "head") or by position.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from msrnn_ops import multi_state, multi_state_device, reference
-from msrnn_ops.distributed.exchange import Exchange, Group
-from msrnn_ops.distributed.scan import _check_plain
-from msrnn_ops.multi_state import MultiState
+from msrnn_ops import checks, multi_state, reference
+from msrnn_ops.distributed.scan import check_plain
+from msrnn_ops.exchange import Exchange, Group
+from msrnn_ops.operators.multi_state import as_kernel, prompt_function, refuse_gradient
+from msrnn_ops.state import MultiState
 
 
 def _total(exchange: Exchange, scores: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ def _total(exchange: Exchange, scores: Tensor) -> Tensor:
 
 def _alone(exchange: Exchange, state: MultiState) -> bool:
     """Whether this rank's heads choose without the others."""
-    multi_state._check_state(exchange.caller, state, None)
+    checks.check_state(exchange.caller, state)
     policy = state.policy
     return exchange.ranks == 1 or policy.scope == "head" or policy.score == "position"
 
@@ -68,7 +69,7 @@ def attend_evict(
     in Shoeybi et al. 2019, "Megatron-LM", section 3.
     """
     exchange = Exchange.among("attend_evict", group)
-    _check_plain("attend_evict", q, k, v)
+    check_plain("attend_evict", q, k, v)
     if _alone(exchange, state):
         return multi_state.attend_evict(q, k, v, state, scale=scale)
     out, scores = multi_state.attend_scores(q, k, v, state, scale=scale)
@@ -91,31 +92,19 @@ def attend_prompt(
     ``valid`` is the same on every rank.
     """
     exchange = Exchange.among("attend_prompt", group)
-    _check_plain("attend_prompt", q, k, v)
+    check_plain("attend_prompt", q, k, v)
     if _alone(exchange, state):
         return multi_state.attend_prompt(q, k, v, state, valid=valid, scale=scale)
-    factor = multi_state._checked_prompt(q, k, v, state, valid, scale)
-    kept = tuple(state._tensors())
-    multi_state._refuse_gradient("attend_prompt", (q, k, v))
-
-    def total(scores: Tensor) -> Tensor:
-        return _total(exchange, scores)
-
-    if multi_state._namespace("attend_prompt", q) is None:
-        with torch.autocast(q.device.type, enabled=False):
-            return reference.attend_prompt(q, k, v, state, valid, factor, total)
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        before = multi_state._without_waiting(state.position, state.free)
-        on_cpu, on_device = multi_state._prompt_output, multi_state_device.prompt_output
-        attended = on_cpu if q.is_cpu else on_device
-        with torch.autocast(q.device.type, enabled=False):
-            out = attended(q, k, v, valid, state.keys, state.values, before, factor)
-            rest: tuple[Any, ...] = (*kept, *state.policy._numbers, factor, total)
-            multi_state_device.store_prompt(q, k, v, valid, *rest)
-        return out
-
+    scale, namespace = checks.prompt(q, k, v, state, valid, scale)
+    refuse_gradient("attend_prompt", (q, k, v))
+    total = partial(_total, exchange)
+    if namespace is None:
+        return reference.attend_prompt(q, k, v, state, valid, scale, total)
+    kept = state.tensors()
+    args = (q, k, v, valid, *kept, *state.policy.numbers, scale)
+    function = prompt_function(q.is_cpu, total)
     if torch.compiler.is_compiling():
-        return run(q, k, v)
+        with torch.autocast(q.device.type, enabled=False):
+            return function(*args)
     torch.autograd.graph.increment_version([x for x in kept if not x.is_inference()])
-    return multi_state._as_kernel(run)(q, k, v)
+    return as_kernel(function)(*args)

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
+from msrnn_ops import errors
 from msrnn_ops.distributed import scan
-from msrnn_ops.distributed.exchange import Exchange
-from msrnn_ops.nn import MinGRU, MinLSTM, MinRNNBlock
+from msrnn_ops.exchange import Exchange
+from msrnn_ops.nn import MinGRU, MinLSTM, MinRNNBlock, WholeTime
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -40,21 +41,21 @@ class _Gather(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class TimeShards:
-    """Tells a layer over which ranks the time of its inputs is sharded."""
+class TimeShards(WholeTime):
+    """The time axis of a layer's inputs, sharded over the ranks of a group."""
 
     group: dist.ProcessGroup
+    whole = False
 
     def joint(self, op: Callable[..., Any]) -> Callable[..., Any]:
         """The op of the same name over these ranks."""
         return partial(getattr(scan, op.__name__), group=self.group)
 
     def inputs(self, first: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Of `first` (B, K - 1, D) and all ranks' y (B, T of a rank, D) after it, the K - 1 steps
-        before this rank's and the last ones."""
+        """This rank's y after the K - 1 steps before it, and the last K - 1 steps of all ranks."""
         batch, steps, width = first.shape
         if steps == 0:
-            return first, first
+            return y, first
         exchange = Exchange.among("MinRNNBlock", self.group)
         known = min(steps, y.shape[1])
         tail = F.pad(y[:, y.shape[1] - known :], (0, 0, steps - known, 0))
@@ -68,7 +69,7 @@ class TimeShards:
         chosen = torch.stack([real * earlier, real]).argsort(stable=True)[:, -steps:]
         rows = torch.cat([first, tails], 1)
         before, last = rows.index_select(1, chosen.flatten()).chunk(2, 1)
-        return before, last
+        return torch.cat([before, y], 1), last
 
     def __deepcopy__(self, memo: object) -> TimeShards:
         return self  # process groups have no copies
@@ -125,15 +126,13 @@ def shard_time(module: _Module, group: dist.ProcessGroup | DeviceMesh | None) ->
             "shard_time: expected a module with layers of msrnn_ops.nn, got "
             f"{type(module).__name__}"
         )
-    shards = None
+    time = WholeTime()
     if group is not None:
         if not isinstance(group, dist.ProcessGroup | DeviceMesh):
-            raise TypeError(
-                f"shard_time: expected a process group, a mesh or None, got {type(group).__name__}"
-            )
+            raise errors.kind("shard_time", "group", "a process group, a mesh or None", group)
         if Exchange.among("shard_time", group).ranks > 1:
             group = group.get_group() if isinstance(group, DeviceMesh) else group
-            shards = TimeShards(group)
+            time = TimeShards(group)
     for layer in layers:
-        layer._shards = shards
+        layer.time = time
     return module

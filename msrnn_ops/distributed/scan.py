@@ -25,20 +25,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from msrnn_ops import backend, scan
-from msrnn_ops.distributed.exchange import Exchange, Group
-from msrnn_ops.scan import _Op
+from msrnn_ops import backend, checks
+from msrnn_ops.dtensor import is_distributed
+from msrnn_ops.exchange import Exchange, Group
+from msrnn_ops.operators.scan import (
+    DECAY,
+    LINEAR,
+    LOG,
+    MIN_GRU,
+    MIN_GRU_JOINT,
+    MIN_LSTM,
+    MIN_LSTM_JOINT,
+    OPERATORS,
+    RECURRENCES,
+    Recurrence,
+    sequences_of,
+)
+from msrnn_ops.reference import accumulation_dtype
+from msrnn_ops.scan import GateOptions, ScanOptions, WithState, run
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # So many channels or more are summarised in two halves: the summary of one is on its way while the
 # other is scanned. More parts would pay the latency of the exchange once each.
 _CHANNELS_TO_HALVE = 1024
-_PLAIN = {scan._GRU_JOINT.name: scan._GRU, scan._LSTM_JOINT.name: scan._LSTM}
+_PLAIN = {MIN_GRU_JOINT.name: MIN_GRU, MIN_LSTM_JOINT.name: MIN_LSTM}
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,7 @@ class _Shard:
     return_state: bool
 
     @property
-    def op(self) -> _Op:
+    def op(self) -> Recurrence:
         return _OPS[self.name]
 
     @property
@@ -70,7 +88,7 @@ class _Shard:
         return x.flip(0) if self.reverse else x
 
     def scan(
-        self, op: _Op, inputs: Sequence[Tensor], h0: Tensor | None, cu_seqlens: Tensor | None
+        self, op: Recurrence, inputs: Sequence[Tensor], h0: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "reverse": self.reverse}
         return _local(op, inputs, h0, self.flags if op.flags else (), **options)
@@ -95,18 +113,22 @@ class _Shard:
                 if not total.requires_grad:  # there are no steps and no states
                     return tuple(map(torch.zeros_like, leaves))
                 return torch.autograd.grad(total, leaves, materialize_grads=True)
-        backward = getattr(getattr(torch.ops, self.namespace), f"{op.name}_backward").default
+        backward = OPERATORS[self.namespace, op.name].backward
         saved = inputs[: op.saved]
         return backward(grad_h, grad_last, *saved, h, h0, cu_seqlens, self.reverse, *self.flags)
 
 
 def _local(
-    op: _Op, inputs: Sequence[Tensor], h0: Tensor | None, flags: tuple[bool, ...], **options: Any
+    op: Recurrence,
+    inputs: Sequence[Tensor],
+    h0: Tensor | None,
+    flags: tuple[bool, ...],
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """The op on this rank."""
     activation = ("identity" if flags[0] else "g") if flags else None
     cu_seqlens, reverse = options.get("cu_seqlens"), options.get("reverse", False)
-    return scan._run(op, tuple(inputs), h0, cu_seqlens, reverse, True, activation)
+    return run(op, tuple(inputs), h0, cu_seqlens, reverse, activation)
 
 
 @dataclass(frozen=True)
@@ -125,7 +147,7 @@ def _packing(shard: _Shard, cu_seqlens: Tensor, time: int) -> _Packing:
     here = torch.full((1,), time, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     lengths = shard.by_place(here)[:, 0]
     if not torch.compiler.is_compiling() and cu_seqlens.is_cpu:
-        scan._check_cu_values(shard.op, cu_seqlens, int(lengths.sum()))
+        checks.borders(shard.op, cu_seqlens, int(lengths.sum()))
     before, total = lengths.cumsum(0) - lengths, lengths.sum()
     starts = total - before - lengths if shard.reverse else before
     ends = starts + lengths
@@ -147,13 +169,13 @@ def _packing(shard: _Shard, cu_seqlens: Tensor, time: int) -> _Packing:
     return _Packing(local, has_first, has_last, over_start, over_end, places)
 
 
-def _decay(shard: _Shard, op: _Op, inputs: Sequence[Tensor]) -> Tensor:
+def _decay(shard: _Shard, op: Recurrence, inputs: Sequence[Tensor]) -> Tensor:
     """The product of the decays of all steps here, (B, D); of log_scan its logarithm."""
     x = inputs[0]
-    zero, one = (-torch.inf, 0.0) if op is scan._LOG else (0.0, 1.0)
+    zero, one = (-torch.inf, 0.0) if op is LOG else (0.0, 1.0)
     # Read, but not from memory; not of channels, too, which kernels would copy first.
     nothing = x.new_full((1, 1, x.shape[2]), zero).expand(x.shape)
-    state = x.new_full((x.shape[0], x.shape[2]), one, dtype=scan._accumulation_dtype(x.dtype))
+    state = x.new_full((x.shape[0], x.shape[2]), one, dtype=accumulation_dtype(x.dtype))
     identity = (True,) if op.flags else ()
     return _local(op, (*inputs[:-1], nothing), state, identity, reverse=shard.reverse)[1]
 
@@ -178,7 +200,7 @@ def _summaries(
         state = h0[:, i : i + at_once]
         local = None if packing is None else packing.cu_seqlens
         last, decay = shard.scan(op, some, state, local)[1], _decay(shard, op, some)
-        if op is not scan._LOG:  # a product beyond all numbers times a state of 0 is no NaN
+        if op is not LOG:  # a product beyond all numbers times a state of 0 is no NaN
             largest = torch.finfo(decay.dtype).max
             decay = decay.clamp(-largest, largest)
         if packing is not None:
@@ -199,7 +221,7 @@ def _row(x: Tensor, chosen: Tensor, otherwise: float) -> Tensor:
 
 
 def _over_places(
-    op: _Op, decay: Tensor, value: Tensor, packing: _Packing | None, reverse: bool = False
+    op: Recurrence, decay: Tensor, value: Tensor, packing: _Packing | None, reverse: bool = False
 ) -> Tensor:
     """A scan over the first dimension of (places, B, D)."""
     inputs = (decay.transpose(0, 1), value.transpose(0, 1))
@@ -230,7 +252,7 @@ def _forward(
     else:
         first = nothing if place else h0
     decay, last = _summaries(shard, inputs, first, packing)
-    fold = scan._LOG if op is scan._LOG else scan._LINEAR
+    fold = LOG if op is LOG else LINEAR
     leaving = _over_places(fold, decay, last, packing)
     # Every place reads what all have sent, also where nothing comes before it: of what is not read
     # torch.compile drops the exchange, and the other ranks wait for it.
@@ -244,7 +266,7 @@ def _forward(
     elif shard.return_state:
         last = shard.exchange.total(torch.where(packing.ends, last, 0.0))
     weight = decay
-    if op is scan._LOG:  # of the entering state in the leaving one, which are logarithms
+    if op is LOG:  # of the entering state in the leaving one, which are logarithms
         before = torch.cat([torch.full_like(leaving[:1], -torch.inf), leaving[:-1]])
         weight = (decay + before - leaving).exp().nan_to_num(0.0)
     if packing is not None and shard.return_state:
@@ -299,7 +321,7 @@ class _Sharded(torch.autograd.Function):
             adjoints, final = shard.by_place(adjoint), torch.zeros_like(adjoint)
         adjoints = torch.cat([adjoints[1:], final.unsqueeze(0)])
         decays = torch.cat([weight[1:], torch.zeros_like(weight[:1])])
-        later = _over_places(scan._LINEAR, decays, adjoints, packing, reverse=True)[place]
+        later = _over_places(LINEAR, decays, adjoints, packing, reverse=True)[place]
         here = later if packing is None else torch.where(packing.leaves, later, here)
         *grads, grad_h0 = gradients(here)
         if packing is not None:
@@ -309,10 +331,10 @@ class _Sharded(torch.autograd.Function):
         return None, None, grad_h0, *grads
 
 
-def _check_plain(name: str, *tensors: Tensor | None) -> None:
+def check_plain(name: str, *tensors: Tensor | None) -> None:
     """No DTensors, and nothing that would ask for derivatives in a way that collectives drop."""
     given = [x for x in tensors if isinstance(x, Tensor)]
-    if any(scan._is_distributed(x) for x in given):
+    if any(is_distributed(x) for x in given):
         raise TypeError(
             f"{name}: expected plain tensors over ranks, this rank's part (x.to_local()), got a "
             "DTensor"
@@ -327,7 +349,7 @@ def _check_plain(name: str, *tensors: Tensor | None) -> None:
 
 
 def _run(
-    op: _Op,
+    op: Recurrence,
     inputs: tuple[Tensor, ...],
     h0: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -335,19 +357,18 @@ def _run(
     return_state: bool,
     group: Group,
     activation: str | None = None,
-) -> Any:
+) -> Tensor | WithState:
     """Checks the arguments and runs."""
     exchange = Exchange.among(op.name, group)
     if exchange.ranks == 1:
-        return scan._run(op, inputs, h0, cu_seqlens, reverse, return_state, activation)
-    _check_plain(op.name, *inputs, h0)
-    flags = () if activation is None else (scan._identity(op, activation),)
-    inputs, h0 = scan._checked(op, inputs, h0, cu_seqlens)
+        h, last = run(op, inputs, h0, cu_seqlens, reverse, activation)
+        return (h, last) if return_state else h
+    check_plain(op.name, *inputs, h0)
+    inputs, h0, flags = checks.scan(op, inputs, h0, cu_seqlens, activation, whole=False)
     x = inputs[0]
     if h0 is None:
-        count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        wide = scan._accumulation_dtype(x.dtype)
-        h0 = x.new_full((count, x.shape[2] // op.parts), op.start, dtype=wide)
+        states = sequences_of(x, cu_seqlens), x.shape[2] // op.parts
+        h0 = x.new_full(states, op.start, dtype=accumulation_dtype(x.dtype))
     shard = _Shard(
         op.name,
         backend.namespace(op.name, x.device),
@@ -363,6 +384,25 @@ def _run(
     return (h, last) if return_state else h
 
 
+class ShardedScanOptions(ScanOptions, total=False):
+    group: Group
+
+
+class ShardedGateOptions(GateOptions, total=False):
+    group: Group
+
+
+# fmt: off
+@overload
+def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = ..., *,
+        return_state: Literal[True], **options: Unpack[ShardedScanOptions]) -> WithState: ...
+@overload
+def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = ..., *,
+        return_state: Literal[False] = ..., **options: Unpack[ShardedScanOptions]) -> Tensor: ...
+@overload
+def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = ..., *,
+        return_state: bool, **options: Unpack[ShardedScanOptions]) -> Tensor | WithState: ...
+# fmt: on
 def linear_scan(
     a: Tensor,
     b: Tensor,
@@ -372,7 +412,7 @@ def linear_scan(
     cu_seqlens: Tensor | None = None,
     return_state: bool = False,
     group: Group = None,
-) -> Any:
+) -> Tensor | WithState:
     """:func:`msrnn_ops.linear_scan` over a sequence whose time is sharded across ranks.
 
     Every rank of the group calls it, forward and backward, with its own steps, in the order of the
@@ -402,9 +442,20 @@ def linear_scan(
     Source: the exchange of Blelloch's scan over blocks ("Prefix Sums and Their Applications", 1990,
     section 1.3), one all-gather in place of its tree.
     """
-    return _run(scan._LINEAR, (a, b), h0, cu_seqlens, reverse, return_state, group)
+    return _run(LINEAR, (a, b), h0, cu_seqlens, reverse, return_state, group)
 
 
+# fmt: off
+@overload
+def decay_scan(log_a: Tensor, b: Tensor, h0: Tensor | None = ..., *,
+        return_state: Literal[True], **options: Unpack[ShardedScanOptions]) -> WithState: ...
+@overload
+def decay_scan(log_a: Tensor, b: Tensor, h0: Tensor | None = ..., *,
+        return_state: Literal[False] = ..., **options: Unpack[ShardedScanOptions]) -> Tensor: ...
+@overload
+def decay_scan(log_a: Tensor, b: Tensor, h0: Tensor | None = ..., *,
+        return_state: bool, **options: Unpack[ShardedScanOptions]) -> Tensor | WithState: ...
+# fmt: on
 def decay_scan(
     log_a: Tensor,
     b: Tensor,
@@ -414,11 +465,22 @@ def decay_scan(
     cu_seqlens: Tensor | None = None,
     return_state: bool = False,
     group: Group = None,
-) -> Any:
+) -> Tensor | WithState:
     """:func:`msrnn_ops.decay_scan` over ranks, as :func:`linear_scan` here."""
-    return _run(scan._DECAY, (log_a, b), h0, cu_seqlens, reverse, return_state, group)
+    return _run(DECAY, (log_a, b), h0, cu_seqlens, reverse, return_state, group)
 
 
+# fmt: off
+@overload
+def log_scan(log_a: Tensor, log_b: Tensor, log_h0: Tensor | None = ..., *,
+        return_state: Literal[True], **options: Unpack[ShardedScanOptions]) -> WithState: ...
+@overload
+def log_scan(log_a: Tensor, log_b: Tensor, log_h0: Tensor | None = ..., *,
+        return_state: Literal[False] = ..., **options: Unpack[ShardedScanOptions]) -> Tensor: ...
+@overload
+def log_scan(log_a: Tensor, log_b: Tensor, log_h0: Tensor | None = ..., *,
+        return_state: bool, **options: Unpack[ShardedScanOptions]) -> Tensor | WithState: ...
+# fmt: on
 def log_scan(
     log_a: Tensor,
     log_b: Tensor,
@@ -428,11 +490,22 @@ def log_scan(
     cu_seqlens: Tensor | None = None,
     return_state: bool = False,
     group: Group = None,
-) -> Any:
+) -> Tensor | WithState:
     """:func:`msrnn_ops.log_scan` over ranks, as :func:`linear_scan` here."""
-    return _run(scan._LOG, (log_a, log_b), log_h0, cu_seqlens, reverse, return_state, group)
+    return _run(LOG, (log_a, log_b), log_h0, cu_seqlens, reverse, return_state, group)
 
 
+# fmt: off
+@overload
+def min_gru(gate: Tensor, candidate: Tensor, h0: Tensor | None = ..., *,
+        return_state: Literal[True], **options: Unpack[ShardedGateOptions]) -> WithState: ...
+@overload
+def min_gru(gate: Tensor, candidate: Tensor, h0: Tensor | None = ..., *,
+        return_state: Literal[False] = ..., **options: Unpack[ShardedGateOptions]) -> Tensor: ...
+@overload
+def min_gru(gate: Tensor, candidate: Tensor, h0: Tensor | None = ..., *,
+        return_state: bool, **options: Unpack[ShardedGateOptions]) -> Tensor | WithState: ...
+# fmt: on
 def min_gru(
     gate: Tensor,
     candidate: Tensor,
@@ -443,12 +516,23 @@ def min_gru(
     cu_seqlens: Tensor | None = None,
     return_state: bool = False,
     group: Group = None,
-) -> Any:
+) -> Tensor | WithState:
     """:func:`msrnn_ops.min_gru` over ranks, as :func:`linear_scan` here."""
     inputs = (gate, candidate)
-    return _run(scan._GRU, inputs, h0, cu_seqlens, reverse, return_state, group, activation)
+    return _run(MIN_GRU, inputs, h0, cu_seqlens, reverse, return_state, group, activation)
 
 
+# fmt: off
+@overload
+def min_gru_joint(projection: Tensor, h0: Tensor | None = ..., *,
+        return_state: Literal[True], **options: Unpack[ShardedGateOptions]) -> WithState: ...
+@overload
+def min_gru_joint(projection: Tensor, h0: Tensor | None = ..., *,
+        return_state: Literal[False] = ..., **options: Unpack[ShardedGateOptions]) -> Tensor: ...
+@overload
+def min_gru_joint(projection: Tensor, h0: Tensor | None = ..., *,
+        return_state: bool, **options: Unpack[ShardedGateOptions]) -> Tensor | WithState: ...
+# fmt: on
 def min_gru_joint(
     projection: Tensor,
     h0: Tensor | None = None,
@@ -458,12 +542,23 @@ def min_gru_joint(
     cu_seqlens: Tensor | None = None,
     return_state: bool = False,
     group: Group = None,
-) -> Any:
+) -> Tensor | WithState:
     """:func:`msrnn_ops.min_gru_joint` over ranks, as :func:`linear_scan` here."""
     inputs = (projection,)
-    return _run(scan._GRU_JOINT, inputs, h0, cu_seqlens, reverse, return_state, group, activation)
+    return _run(MIN_GRU_JOINT, inputs, h0, cu_seqlens, reverse, return_state, group, activation)
 
 
+# fmt: off
+@overload
+def min_lstm(forget: Tensor, input: Tensor, candidate: Tensor, h0: Tensor | None = ..., *,
+        return_state: Literal[True], **options: Unpack[ShardedGateOptions]) -> WithState: ...
+@overload
+def min_lstm(forget: Tensor, input: Tensor, candidate: Tensor, h0: Tensor | None = ..., *,
+        return_state: Literal[False] = ..., **options: Unpack[ShardedGateOptions]) -> Tensor: ...
+@overload
+def min_lstm(forget: Tensor, input: Tensor, candidate: Tensor, h0: Tensor | None = ..., *,
+        return_state: bool, **options: Unpack[ShardedGateOptions]) -> Tensor | WithState: ...
+# fmt: on
 def min_lstm(
     forget: Tensor,
     input: Tensor,
@@ -475,12 +570,23 @@ def min_lstm(
     cu_seqlens: Tensor | None = None,
     return_state: bool = False,
     group: Group = None,
-) -> Any:
+) -> Tensor | WithState:
     """:func:`msrnn_ops.min_lstm` over ranks, as :func:`linear_scan` here."""
     inputs = (forget, input, candidate)
-    return _run(scan._LSTM, inputs, h0, cu_seqlens, reverse, return_state, group, activation)
+    return _run(MIN_LSTM, inputs, h0, cu_seqlens, reverse, return_state, group, activation)
 
 
+# fmt: off
+@overload
+def min_lstm_joint(projection: Tensor, h0: Tensor | None = ..., *,
+        return_state: Literal[True], **options: Unpack[ShardedGateOptions]) -> WithState: ...
+@overload
+def min_lstm_joint(projection: Tensor, h0: Tensor | None = ..., *,
+        return_state: Literal[False] = ..., **options: Unpack[ShardedGateOptions]) -> Tensor: ...
+@overload
+def min_lstm_joint(projection: Tensor, h0: Tensor | None = ..., *,
+        return_state: bool, **options: Unpack[ShardedGateOptions]) -> Tensor | WithState: ...
+# fmt: on
 def min_lstm_joint(
     projection: Tensor,
     h0: Tensor | None = None,
@@ -490,10 +596,10 @@ def min_lstm_joint(
     cu_seqlens: Tensor | None = None,
     return_state: bool = False,
     group: Group = None,
-) -> Any:
+) -> Tensor | WithState:
     """:func:`msrnn_ops.min_lstm_joint` over ranks, as :func:`linear_scan` here."""
     inputs = (projection,)
-    return _run(scan._LSTM_JOINT, inputs, h0, cu_seqlens, reverse, return_state, group, activation)
+    return _run(MIN_LSTM_JOINT, inputs, h0, cu_seqlens, reverse, return_state, group, activation)
 
 
-_OPS = {op.name: op for op in scan._OPS}
+_OPS = {op.name: op for op in RECURRENCES}

@@ -1,22 +1,109 @@
-"""Multi-state ops without a CUDA kernel, by PyTorch's: a prompt, and the backward of a sequence.
+"""What PyTorch's operators compute: a prompt, and on a GPU the backward pass of a sequence.
 
-Once a prompt or a training step, and mostly matrix products: those are in good hands there. Nothing
-waits for the device, and no T*T weights are held: as many queries at a time meet all columns as
-memory allows. float32 products follow torch.set_float32_matmul_precision.
+Both run once a prompt or a training step and are mostly matrix products, which are in good hands
+there. A prompt attends in one of two ways:
+
+- :func:`output_by_rows`, on a CPU: each row without its padding, so that PyTorch's attention runs
+  its causal kernel and no mask is made;
+- :func:`output_by_parts`, on a GPU: all rows under a mask, so that nothing waits for the device. No
+  T*T weights are held: as many queries at a time meet all columns as memory allows. float32
+  products follow torch.set_float32_matmul_precision.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 _WEIGHTS_AT_ONCE = 1 << 25  # of all rows and heads: 128 MB, and what is computed from them
+_QUERIES_AT_ONCE = 256  # rows of a mask, where a prompt meets a state that is not empty
 
 
-def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
+def attend_prompt(
+    output: Callable[..., Tensor],
+    store: Callable[..., None],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    score: Tensor,
+    free: Tensor,
+    *rest: Any,
+) -> Tensor:
+    """Attention by one of the two ways, then the reduction to N states by ``store``."""
+    scale = rest[-1]
+    valid = None if valid is None else valid.contiguous()
+    # A token that waits for `evict` is replaced.
+    waiting = free.clamp(0, position.shape[2] - 1)[..., None]
+    out = output(q, k, v, valid, keys, values, position.scatter(-1, waiting, -1), scale)
+    store(q, k, v, valid, keys, values, position, score, free, *rest)
+    return out
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last queries (B, H, T, Dh) onto all keys (B, H, before + T, Dh)."""
+    queries, columns = q.shape[2], k.shape[2]
+    grouped = q.shape[1] != k.shape[1]
+    if queries == columns:
+        return scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
+        )
+    before = columns - queries
+    parts = []
+    for start in range(0, queries, _QUERIES_AT_ONCE):
+        end = min(start + _QUERIES_AT_ONCE, queries)
+        seen = torch.ones(end - start, before + end, dtype=torch.bool, device=q.device)
+        parts.append(
+            scaled_dot_product_attention(
+                q[:, :, start:end],
+                k[:, :, : before + end],
+                v[:, :, : before + end],
+                attn_mask=seen.tril(before + start),
+                scale=scale,
+                enable_gqa=grouped,
+            )
+        )
+    return torch.cat(parts, 2)
+
+
+def output_by_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attention of every query to the kept states and to the prompt up to itself, row by row."""
+    if q.numel() == 0:
+        return torch.zeros_like(q, memory_format=torch.contiguous_format)
+    kept = (position >= 0).sum(-1).tolist()  # (B, G), the same for all groups of a row
+    if valid is None and not any(map(any, kept)):
+        return _causal(q, k, v, scale).contiguous()
+    out = q.new_zeros(q.shape)
+    for b in range(q.shape[0]):
+        token = slice(None) if valid is None else valid[b].nonzero()[:, 0]
+        # Slots of the kept states, in the order of their positions, for every key-value head.
+        order = position[b].argsort(-1, descending=True)[:, : kept[b][0]].flip(-1)
+        slots = order[..., None].expand(k.shape[1], -1, k.shape[3])
+        row_k = torch.cat([keys[b].gather(1, slots), k[b][:, token]], 1)
+        row_v = torch.cat([values[b].gather(1, slots), v[b][:, token]], 1)
+        row_q = q[b][:, token]
+        if row_q.shape[1]:
+            out[b, :, token] = _causal(row_q[None], row_k[None], row_v[None], scale)[0]
+    return out
+
+
+def _check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
     """For direct calls of the operators; the public functions have clearer words."""
     shapes = f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
     fits = q.dim() == k.dim() == 4 and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
@@ -67,7 +154,7 @@ def _where_kept(kept: Tensor, x: Tensor) -> Tensor:
     return torch.where(kept[..., None], x, 0)
 
 
-def prompt_output(
+def output_by_parts(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -77,7 +164,7 @@ def prompt_output(
     position: Tensor,
     scale: float,
 ) -> Tensor:
-    """Attention of every query to the kept states and to the prompt up to itself."""
+    """The same for all rows at once, under a mask."""
     if q.numel() == 0:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
     q, k, v = _real(valid, q, k, v)
@@ -159,7 +246,7 @@ def store_prompt(
 
     ``total`` is asked for the sum of a layer's scores over ranks that have other heads.
     """
-    _check_tokens(q, k, v)
+    _check_operands(q, k, v)
     batch, groups, slots = position.shape
     time = k.shape[2]
     _check_shapes((batch, k.shape[1], slots, k.shape[3]), keys, values)
@@ -231,7 +318,7 @@ def attend_sequence_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of causal attention in which key j is visible to the queries j <= t < expiry[j]."""
-    _check_tokens(q, k, v)
+    _check_operands(q, k, v)
     _check_shapes(tuple(q.shape), grad_out)
     q, k, v, grad_out = _real(valid, q, k, v, grad_out)
     kv_heads, time = k.shape[1], k.shape[2]

@@ -15,7 +15,7 @@ time is never sharded: that would be another op. Multi-state attention, which ch
 where it is, takes no others.
 
 The public functions import this module when they meet a DTensor. Who calls ``torch.ops.msrnn_ops``
-with DTensors imports it first: ``import msrnn_ops.distributed.sharding``.
+with DTensors imports it first: ``import msrnn_ops.operators.sharding``.
 """
 
 from __future__ import annotations
@@ -39,11 +39,14 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.experimental import register_sharding
 
-from msrnn_ops import backend, multi_state, scan
-from msrnn_ops.distributed.exchange import Exchange
-from msrnn_ops.multi_state import MultiState
+from msrnn_ops import backend, errors
+from msrnn_ops.dtensor import replicated
+from msrnn_ops.exchange import Exchange
+from msrnn_ops.operators.multi_state import FAKES
+from msrnn_ops.operators.scan import RECURRENCES
+from msrnn_ops.state import MultiState, restore
 
-_SCANS = {name: op for op in scan._OPS for name in (op.name, f"{op.name}_backward")}
+_SCANS = {name: op for op in RECURRENCES for name in (op.name, f"{op.name}_backward")}
 _KINDS: dict[Placement, str] = {Replicate(): "whole", Shard(0): "rows", Shard(1): "heads"}
 _DECISIONS = ("position", "score", "scores", "free", "last_evicted", "expiry")
 _OF_ROWS = ("seen", "valid")  # without heads
@@ -57,7 +60,7 @@ def _operator(namespace: str, name: str) -> OpOverload:
 
 _LABELS = {
     name: tuple(x.name for x in _operator(backend.COMPILED, name)._schema.arguments)
-    for name in (*_SCANS, *multi_state._fake)
+    for name in (*_SCANS, *FAKES)
 }
 
 
@@ -225,18 +228,13 @@ def _multi_state_rules(name: str, op: OpOverload) -> Callable[..., _Rules]:
 
 
 def _register() -> None:
-    for namespace, name in itertools.product(scan._libraries, _LABELS):
+    for namespace, name in itertools.product(backend.LIBRARIES, _LABELS):
         op = _operator(namespace, name)
         rules = _scan_rules if name in _SCANS else _multi_state_rules
         register_sharding(op)(rules(name, op))
 
 
 _register()
-
-
-def replicated(x: Tensor, mesh: DeviceMesh) -> DTensor:
-    """A plain tensor that is the same on every rank."""
-    return DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def _total(name: str, scores: DTensor) -> DTensor:
@@ -320,13 +318,13 @@ def distribute_state(
     >>> state = distribute_state(state, mesh, [Shard(0), Shard(1)])  # doctest: +SKIP
     """
     if not isinstance(state, MultiState):
-        raise TypeError(f"distribute_state: expected a MultiState, got {type(state).__name__}")
+        raise errors.kind("distribute_state", "state", "a MultiState", state)
     rows, heads = state.keys.shape[:2]
     kinds = _check_kinds("distribute_state", "a state", placements, device_mesh, rows, heads)
     per_head = state.position.shape[1] == heads
     tensors = []
-    for label, x in zip(state._TENSORS, state._tensors(), strict=True):
+    for label, x in zip(state.TENSORS, state.tensors(), strict=True):
         parts = [_placement(label, kind, per_head) for kind in kinds]
         # What is whole would share its memory with the given state.
         tensors.append(distribute_tensor(x, device_mesh, parts, src_data_rank=None).clone())
-    return multi_state._restore(tensors, state.policy)
+    return restore(tensors, state.policy)

@@ -1,0 +1,43 @@
+"""The sentences of this package's errors: who was called, what was expected, and what came.
+
+Each function makes an exception, and its caller raises it: a check that holds costs no call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def kind(caller: str, argument: str, expected: str, got: object) -> TypeError:
+    """An argument of the wrong Python type; ``expected`` comes with its article."""
+    return TypeError(f"{caller}: expected {argument} to be {expected}, got {type(got).__name__}")
+
+
+def shape(caller: str, argument: str, expected: object, got: Tensor) -> ValueError:
+    return ValueError(f"{caller}: expected {argument} of shape {expected}, got {tuple(got.shape)}")
+
+
+def dtype(caller: str, argument: str, expected: object, got: torch.dtype) -> TypeError:
+    return TypeError(f"{caller}: expected {argument} in {expected}, got {got}")
+
+
+def device(
+    caller: str, argument: str, owner: str, expected: torch.device, got: torch.device
+) -> ValueError:
+    """``owner`` is whose device the argument should be on."""
+    return ValueError(
+        f"{caller}: expected {argument} on the device of {owner}, {expected}, got {got}"
+    )
+
+
+def value(caller: str, expected: str, got: object) -> ValueError:
+    return ValueError(f"{caller}: expected {expected}, got {got}")
+
+
+def check_int(caller: str, argument: str, number: object, least: int | None = None) -> None:
+    """Raises unless it is an int, and at least ``least``."""
+    if isinstance(number, bool) or not isinstance(number, int | torch.SymInt):
+        raise TypeError(f"{caller}: expected {argument} to be an int, got {number!r}")
+    if least is not None and number < least:
+        raise value(caller, f"{argument} >= {least}", number)

@@ -1,0 +1,1 @@
+"""The operators as PyTorch sees them: registration, fake tensors, autograd, DTensors."""

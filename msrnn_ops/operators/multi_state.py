@@ -1,0 +1,180 @@
+"""The multi-state operators as PyTorch sees them: fake tensors, autograd, what PyTorch computes.
+
+Those that change a state have no gradient; ``attend_sequence``, which has no state, has one. A GPU
+has kernels for a step and for a sequence; a prompt and the backward pass of a sequence are made of
+PyTorch's operators there (prompt.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from msrnn_ops import backend
+from msrnn_ops.operators import prompt
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
+def refuse_gradient(name: str, tensors: Iterable[Tensor]) -> None:
+    """Of an operator that changes a state, whose past values are gone."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise RuntimeError(
+            f"{name} changes the state in place and has no gradient: call it under torch.no_grad() "
+            "or detach its inputs; msrnn_ops.attend_sequence is the differentiable form"
+        )
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+        raise RuntimeError(f"{name} changes the state in place and has no forward-mode gradient")
+
+
+class InPlace:
+    """An operator that changes a state, in one namespace: its kernel and its autograd."""
+
+    def __init__(self, namespace: str, name: str) -> None:
+        self.name = name
+        self.kernel = getattr(getattr(torch.ops, namespace), name).default
+        arguments = self.kernel._schema.arguments
+        self._written = [i for i, x in enumerate(arguments) if x.alias_info is not None]
+        backend.LIBRARIES[namespace].impl(name, self._autograd, "Autograd")
+
+    def __call__(self, *args: Any) -> Any:
+        """In eager mode there is no way through the dispatcher."""
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return self.kernel(*args)
+        return self._autograd(*args)
+
+    def _autograd(self, *args: Any) -> Any:
+        refuse_gradient(self.name, [x for x in args if isinstance(x, Tensor)])
+        # So that a backward pass that has saved one of them says so.
+        changed = [args[i] for i in self._written if not args[i].is_inference()]
+        torch.autograd.graph.increment_version(changed)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.kernel(*args)
+
+
+class AttendSequenceFunction(torch.autograd.Function):
+    """attend_sequence, differentiable for the choices that it made."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return args[0].kernel(*args[1:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        operator, q, k, v, valid, *_, scale = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(q, k, v, output[1], valid)
+        ctx.operator, ctx.scale = operator, scale
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> Any:
+        q, k, v, expiry, valid = ctx.saved_tensors
+        grads = ctx.operator.backward(grad_out, q, k, v, expiry, valid, ctx.scale)
+        return None, *grads, *(None,) * 7
+
+
+class AttendSequence:
+    """attend_sequence in one namespace."""
+
+    _function: Any = AttendSequenceFunction  # whose `apply` has no types
+
+    def __init__(self, namespace: str) -> None:
+        self.kernel = getattr(torch.ops, namespace).attend_sequence.default
+        self.backward = getattr(torch.ops, namespace).attend_sequence_backward.default
+        backend.LIBRARIES[namespace].impl("attend_sequence", self._autograd, "Autograd")
+
+    def __call__(self, *args: Any) -> tuple[Tensor, Tensor]:
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return self._function.apply(self, *args)
+        return self.kernel(*args)
+
+    def _autograd(self, *args: Any) -> tuple[Tensor, Tensor]:
+        needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if needed or forward_ad._current_level >= 0:  # forward mode: a clear error, no silent 0
+            return self._function.apply(self, *args)
+        return AttendSequenceFunction.forward(self, *args)
+
+
+def _fake_sequence(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, slots: int, per_head: bool, *_: Any
+) -> tuple[Tensor, Tensor]:
+    groups = k.shape[1] if per_head else 1
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], groups, q.shape[2]), dtype=torch.int64)
+
+
+FAKES: dict[str, Callable[..., Any]] = {
+    "attend_evict": lambda q, *_: q.new_empty(q.shape),
+    "attend_scores": lambda q, k, v, keys, values, position, *_: (
+        q.new_empty(q.shape),
+        position.new_empty(position.shape, dtype=torch.float32),
+    ),
+    "evict": lambda *_: None,
+    "attend_prompt": lambda q, *_: q.new_empty(q.shape),
+    "store_prompt": lambda *_: None,
+    "attend_sequence": _fake_sequence,
+    "attend_sequence_backward": lambda grad, q, k, v, *_: (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+    ),
+}
+
+
+def as_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What a kernel is by itself: without autocast, and at home with inference tensors."""
+
+    def run(q: Tensor, *args: Any) -> Any:
+        no_autocast = torch.autocast(q.device.type, enabled=False)
+        with no_autocast, torch._C._AutoDispatchBelowADInplaceOrView():
+            return function(q, *args)
+
+    return run
+
+
+def prompt_function(
+    on_cpu: bool, total: Callable[[Tensor], Tensor] | None = None
+) -> Callable[..., Tensor]:
+    """attend_prompt by PyTorch's operators; ``total`` as in :func:`prompt.store_prompt`."""
+    store: Callable[..., None] = partial(prompt.store_prompt, total=total)
+    if on_cpu and total is None:
+        store = torch.ops.msrnn_ops.store_prompt.default
+    output = prompt.output_by_rows if on_cpu else prompt.output_by_parts
+    return partial(prompt.attend_prompt, output, store)
+
+
+# The operators that PyTorch computes on a GPU.
+ON_DEVICE: dict[str, Callable[..., Any]] = {
+    "attend_prompt": as_kernel(prompt_function(on_cpu=False)),
+    "store_prompt": as_kernel(prompt.store_prompt),
+    "attend_sequence_backward": as_kernel(prompt.attend_sequence_backward),
+}
+backend.LIBRARIES[backend.COMPILED].impl(
+    "attend_prompt", as_kernel(prompt_function(on_cpu=True)), "CPU"
+)
+backend.implement_by_triton(
+    "multi_state", ["attend_evict", "attend_scores", "evict", "attend_sequence"]
+)
+for _namespace, _library in backend.LIBRARIES.items():
+    for _name, _fake in FAKES.items():
+        torch.library.register_fake(f"{_namespace}::{_name}", _fake)
+    for _name, _kernel in ON_DEVICE.items():
+        _library.impl(
+            _name,
+            _kernel,
+            "CUDA" if _namespace == backend.COMPILED else "CompositeExplicitAutograd",
+        )
+IN_PLACE = {
+    (namespace, name): InPlace(namespace, name)
+    for namespace in backend.LIBRARIES
+    for name in ("attend_evict", "attend_scores", "evict", "attend_prompt", "store_prompt")
+}
+SEQUENCES = {namespace: AttendSequence(namespace) for namespace in backend.LIBRARIES}

@@ -1,0 +1,344 @@
+"""The scan operators as PyTorch sees them: fake tensors, autograd, forward mode, torch.func.
+
+A :class:`Recurrence` describes an op of csrc/ops.cpp, an :class:`Operator` is that op in one
+namespace, registered. The derivative of every recurrence h_t = a_t h_{t-1} + b_t has one shape.
+With the adjoint
+
+    s_t = grad_t + a_{t+1} s_{t+1}
+
+(itself a scan, backwards) input i has the gradient s_t * factor_i, where factor_i is the derivative
+of h_t in input i with h_{t-1} held fixed; and a tangent runs forward as
+
+    dh_t = a_t dh_{t-1} + sum_i factor_i dx_i.
+
+The backward kernels compute the adjoint and the gradients in one fused pass. The ``derivatives`` of
+a recurrence return a and the factors as plain PyTorch, which gives second derivatives and forward
+mode.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.functional import softplus
+
+from msrnn_ops import backend, reference
+from msrnn_ops.reference import accumulation_dtype
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """An op of csrc/ops.cpp, whatever computes it."""
+
+    name: str
+    inputs: tuple[str, ...]
+    # (inputs, h_{t-1}, *flags) -> (a_t, factors), differentiable.
+    derivatives: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
+    step: Callable[..., Tensor]  # of reference.py
+    parts: int = 1  # of a joint op: inputs side by side in one tensor
+    flags: int = 0  # arguments after `reverse`
+    saved: int | None = None  # leading inputs that backward reads; None: all
+    start: float = 0.0  # the state where h0 is None
+
+
+# Derivatives, in the accumulation dtype.
+
+
+def _linear_derivatives(x: Sequence[Tensor], before: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return x[0], (before, torch.ones_like(before))
+
+
+def _decay_derivatives(x: Sequence[Tensor], before: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    a = x[0].exp()
+    return a, (a * before, torch.ones_like(before))
+
+
+def _log_derivatives(x: Sequence[Tensor], before: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    from_state = x[0] + before
+    dead = (from_state == -torch.inf) & (x[1] == -torch.inf)
+    distance = torch.where(dead, 0.0, from_state) - torch.where(dead, 0.0, x[1])
+    p = torch.where(dead, 0.0, torch.sigmoid(distance))
+    q = torch.where(dead, 0.0, torch.sigmoid(-distance))
+    return p, (p, q)
+
+
+def _activation(x: Tensor, identity: bool) -> tuple[Tensor, Tensor]:
+    if identity:
+        return x, torch.ones_like(x)
+    s = torch.sigmoid(x)
+    return torch.where(x >= 0, x + 0.5, s), torch.where(x >= 0, 1.0, s * torch.sigmoid(-x))
+
+
+def _gru_derivatives(
+    x: Sequence[Tensor], before: Tensor, identity: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    a, z = torch.sigmoid(-x[0]), torch.sigmoid(x[0])
+    value, slope = _activation(x[1], identity)
+    return a, (a * z * (value - before), z * slope)
+
+
+def _lstm_derivatives(
+    x: Sequence[Tensor], before: Tensor, identity: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    forget, input, candidate = x
+    distance = softplus(-forget) - softplus(-input)
+    a, z = torch.sigmoid(-distance), torch.sigmoid(distance)
+    value, slope = _activation(candidate, identity)
+    common = a * z * (before - value)
+    return a, (common * torch.sigmoid(-forget), -common * torch.sigmoid(-input), z * slope)
+
+
+def _sequences(time: int, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
+    if cu_seqlens is None:
+        return [(0, time)]
+    ends = cu_seqlens.tolist()
+    return list(itertools.pairwise(ends))
+
+
+def _per_sequence(state: Tensor, cu_seqlens: Tensor | None) -> Sequence[Tensor]:
+    """A state (B, D), or (N, D) with cu_seqlens, as one (rows, 1, D) tensor a sequence."""
+    return [state.unsqueeze(1)] if cu_seqlens is None else state.unsqueeze(1).split(1)
+
+
+def _shift(
+    x: Tensor, entering: Sequence[Tensor], sequences: list[tuple[int, int]], reverse: bool
+) -> Tensor:
+    """The value of the step before, within each sequence; `entering` before its first step."""
+    pieces = []
+    for (start, end), edge in zip(sequences, entering, strict=True):
+        if end > start:
+            pieces += [x[:, start + 1 : end], edge] if reverse else [edge, x[:, start : end - 1]]
+    return torch.cat(pieces, 1) if pieces else x
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(accumulation_dtype(x.dtype))
+
+
+def sequences_of(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many sequences, and so states, a call has: B, or N with cu_seqlens."""
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of a call that are not differentiated, and its derivatives in plain PyTorch."""
+
+    operator: Operator
+    cu_seqlens: Tensor | None
+    reverse: bool
+    flags: tuple[bool, ...]
+
+    def linear_scan(
+        self, a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """By the kernels of the same namespace; it can be differentiated again."""
+        operator = OPERATORS[self.operator.namespace, LINEAR.name]
+        return operator(a, b, h0, self.cu_seqlens, reverse)
+
+    def factors(
+        self, inputs: Sequence[Tensor], h: Tensor, h0: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """a and the factors of every step (see the head of this file)."""
+        recurrence = self.operator.recurrence
+        if recurrence.parts > 1:
+            inputs = inputs[0].chunk(recurrence.parts, -1)
+        h = _wide(h)
+        if h0 is None:
+            h0 = h.new_full((sequences_of(h, self.cu_seqlens), h.shape[2]), recurrence.start)
+        sequences = _sequences(h.shape[1], self.cu_seqlens)
+        before = _shift(h, _per_sequence(h0, self.cu_seqlens), sequences, self.reverse)
+        return recurrence.derivatives([_wide(x) for x in inputs], before, *self.flags)
+
+    def backward(
+        self,
+        grad_h: Tensor | None,
+        grad_last: Tensor | None,
+        inputs: Sequence[Tensor],
+        h: Tensor,
+        h0: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """What the backward kernel computes, from operations that are differentiable again."""
+        a, factors = self.factors(inputs, h, h0)
+        sequences = _sequences(h.shape[1], self.cu_seqlens)
+        grad = torch.zeros_like(a) if grad_h is None else _wide(grad_h)
+        if grad_last is None:
+            grad_last = a.new_zeros(sequences_of(h, self.cu_seqlens), h.shape[2])
+        entering = _per_sequence(torch.ones_like(grad_last), self.cu_seqlens)
+        later = _shift(a, entering, sequences, not self.reverse)
+        s, _ = self.linear_scan(later, grad, grad_last, not self.reverse)
+        carried = a * s
+        last = _per_sequence(grad_last, self.cu_seqlens)
+        grad_h0 = [
+            carried[:, end - 1 if self.reverse else start] if end > start else last[n][:, 0]
+            for n, (start, end) in enumerate(sequences)
+        ]
+        grads = tuple((s * factor).to(h.dtype) for factor in factors)
+        if self.operator.recurrence.parts > 1:
+            grads = (torch.cat(grads, -1),)
+        return *grads, torch.cat(grad_h0)
+
+    def tangent(
+        self,
+        tangents: Sequence[Tensor | None],
+        tangent_h0: Tensor | None,
+        inputs: Sequence[Tensor],
+        h: Tensor,
+        h0: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        a, factors = self.factors(inputs, h, h0)
+        parts = self.operator.recurrence.parts
+        if parts > 1 and tangents[0] is not None:
+            tangents = tangents[0].chunk(parts, -1)
+        b = torch.zeros_like(a)
+        for factor, tangent in zip(factors, tangents, strict=False):
+            if tangent is not None:
+                b = b + factor * tangent
+        dh, last = self.linear_scan(a, b, tangent_h0, self.reverse)
+        return dh.to(h.dtype), last
+
+
+class ScanFunction(torch.autograd.Function):
+    """Any scan: its arguments are an :class:`Operator` and what that operator takes."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return args[0].forward(*args[1:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        operator = inputs[0]
+        h0, cu_seqlens, reverse, *flags = inputs[1 + operator.inputs :]
+        tensors = (*inputs[1 : 1 + operator.saved], output[0], h0, cu_seqlens)
+        ctx.save_for_backward(*tensors)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(*tensors)
+        ctx.call = (operator, reverse, tuple(flags))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor | None, grad_last: Tensor | None) -> Any:
+        operator, reverse, flags = ctx.call
+        no_gradient = (None,) * (2 + len(flags))  # of cu_seqlens, reverse and the flags
+        if grad_h is None and grad_last is None:
+            return (None,) * (operator.inputs + 2) + no_gradient
+        *inputs, h, h0, cu_seqlens = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            call = _Call(operator, cu_seqlens, reverse, flags)
+            *grads, grad_h0 = call.backward(grad_h, grad_last, inputs, h, h0)
+        else:
+            *grads, grad_h0 = operator.backward(
+                grad_h, grad_last, *inputs, h, h0, cu_seqlens, reverse, *flags
+            )
+        return None, *grads, None if h0 is None else grad_h0, *no_gradient
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Any) -> tuple[Tensor, Tensor]:
+        *inputs, h, h0, cu_seqlens = ctx.saved_tensors
+        operator, reverse, flags = ctx.call
+        n = operator.inputs
+        call = _Call(operator, cu_seqlens, reverse, flags)
+        return call.tangent(tangents[:n], tangents[n], inputs, h, h0)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], operator: Operator, *args: Any) -> Any:
+        n = operator.inputs
+        if args[n + 1] is not None:
+            raise ValueError(
+                f"{operator.recurrence.name}: torch.vmap with cu_seqlens is not supported"
+            )
+        size = info.batch_size
+
+        def fold(x: Tensor | None, dim: int | None) -> Tensor | None:
+            if x is None:
+                return None
+            x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            return x.flatten(0, 1)
+
+        folded = [fold(x, dim) for x, dim in zip(args[: n + 1], in_dims[1 : n + 2], strict=True)]
+        h, last = operator.function.apply(operator, *folded, *args[n + 1 :])
+        return (h.unflatten(0, (size, -1)), last.unflatten(0, (size, -1))), (0, 0)
+
+
+class Operator:
+    """A recurrence in one namespace: its kernels, and what is registered around them."""
+
+    def __init__(self, recurrence: Recurrence, namespace: str) -> None:
+        name = recurrence.name
+        self.recurrence, self.namespace = recurrence, namespace
+        self.inputs = len(recurrence.inputs)
+        self.saved = self.inputs if recurrence.saved is None else recurrence.saved
+        self.forward = getattr(getattr(torch.ops, namespace), name).default
+        self.backward = getattr(getattr(torch.ops, namespace), f"{name}_backward").default
+        # A class of its own, whose name stands in graphs and in the messages of autograd.
+        self.function: Any = type(f"{name}_function", (ScanFunction,), {})
+        torch.library.register_fake(f"{namespace}::{name}", self._fake)
+        torch.library.register_fake(f"{namespace}::{name}_backward", self._fake_backward)
+        backend.LIBRARIES[namespace].impl(name, self._autograd, "Autograd")
+
+    def __call__(self, *args: Any) -> tuple[Tensor, Tensor]:
+        """h and the last states. In eager mode there is no way through the dispatcher.
+
+        The arguments are those of the schema: inputs, h0, cu_seqlens, reverse, flags.
+        """
+        if torch.compiler.is_compiling():
+            return self.forward(*args)
+        if torch._C._are_functorch_transforms_active():
+            return self.function.apply(self, *args)
+        return self._autograd(*args)
+
+    def _autograd(self, *args: Any) -> tuple[Tensor, Tensor]:
+        needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if needed or forward_ad._current_level >= 0:
+            return self.function.apply(self, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.forward(*args)
+
+    def _fake(self, *args: Any) -> tuple[Tensor, Tensor]:
+        x, cu_seqlens = args[0], args[self.inputs + 1]
+        batch, time, channels = x.shape[0], x.shape[1], x.shape[2] // self.recurrence.parts
+        states = sequences_of(x, cu_seqlens), channels
+        last = x.new_empty(states, dtype=accumulation_dtype(x.dtype))
+        return x.new_empty((batch, time, channels)), last
+
+    def _fake_backward(self, grad_h: Tensor | None, grad_last: Tensor | None, *args: Any) -> Any:
+        h, cu_seqlens = args[self.saved], args[self.saved + 2]
+        states = sequences_of(h, cu_seqlens), h.shape[2]
+        grad_h0 = h.new_empty(states, dtype=accumulation_dtype(h.dtype))
+        return *(args[0].new_empty(args[0].shape) for _ in range(self.inputs)), grad_h0
+
+
+LINEAR = Recurrence("linear_scan", ("a", "b"), _linear_derivatives, reference.linear_step, saved=1)
+DECAY = Recurrence("decay_scan", ("log_a", "b"), _decay_derivatives, reference.decay_step, saved=1)
+LOG = Recurrence(
+    "log_scan", ("log_a", "log_b"), _log_derivatives, reference.log_step, start=-torch.inf
+)
+MIN_GRU = Recurrence(
+    "min_gru", ("gate", "candidate"), _gru_derivatives, reference.min_gru_step, flags=1
+)
+MIN_LSTM = Recurrence(
+    "min_lstm",
+    ("forget", "input", "candidate"),
+    _lstm_derivatives,
+    reference.min_lstm_step,
+    flags=1,
+)
+MIN_GRU_JOINT = replace(MIN_GRU, name="min_gru_joint", inputs=("projection",), parts=2)
+MIN_LSTM_JOINT = replace(MIN_LSTM, name="min_lstm_joint", inputs=("projection",), parts=3)
+RECURRENCES = (LINEAR, DECAY, LOG, MIN_GRU, MIN_GRU_JOINT, MIN_LSTM, MIN_LSTM_JOINT)
+
+backend.implement_by_triton(
+    "scan", [name for op in RECURRENCES for name in (op.name, f"{op.name}_backward")]
+)
+OPERATORS = {
+    (namespace, recurrence.name): Operator(recurrence, namespace)
+    for namespace in backend.LIBRARIES
+    for recurrence in RECURRENCES
+}
