@@ -1,7 +1,7 @@
 """Sequence models with a bounded state: minGRU, minLSTM, their scans, attention with eviction."""
 
 from msrnn_ops import nn
-from msrnn_ops.backend import backends, use_backend
+from msrnn_ops.backend import backends, build_info, use_backend
 from msrnn_ops.multi_state import (
     attend_evict,
     attend_prompt,
@@ -46,10 +46,3 @@ __all__ = [
     "nn",
     "use_backend",
 ]
-
-
-def build_info() -> dict[str, object]:
-    """How this build was made: version, compiler, targeted torch ABI, CUDA, instruction sets."""
-    from msrnn_ops._C import build_info as info
-
-    return dict(info())

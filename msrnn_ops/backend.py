@@ -16,7 +16,7 @@ import torch
 try:
     from msrnn_ops import _C
 except ImportError as error:
-    if any(Path(__file__).parent.glob("_C.*")):
+    if any(Path(__file__).parent.glob("_C*.so")):
         raise
     raise ImportError(
         "msrnn_ops has not been built here: run `pip install -e . --no-build-isolation` in the "
@@ -48,6 +48,16 @@ def backends() -> dict[str, str]:
         "cpu": "ok",
         "reference": "ok",
     }
+
+
+def build_info() -> dict[str, object]:
+    """How this build was made: version, compiler, targeted torch ABI, CUDA, instruction sets.
+
+    >>> import msrnn_ops as ms
+    >>> ms.build_info()["torch_target"]
+    '2.11'
+    """
+    return dict(_C.build_info())
 
 
 def _load_cuda() -> str | None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import msrnn_ops as ms
-from msrnn_ops import backend, multi_state, nn, scan, version
+from msrnn_ops import backend, multi_state, nn, scan, state, version
 
 PACKAGE = Path(ms.__file__).parent
 LIBRARY = next(PACKAGE.glob("_cpu*.so"))
@@ -118,7 +118,7 @@ def test_control_register_is_left_as_found() -> None:
 
 
 def test_documentation_examples() -> None:
-    for module in (scan, multi_state, backend, nn):
+    for module in (scan, multi_state, state, backend, nn):
         result = doctest.testmod(
             module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
         )
