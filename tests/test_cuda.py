@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from msrnn_ops._C import scan_plan, step_plan
+from processes import output_of
 
 import msrnn_ops as ms
+from msrnn_ops._C import scan_plan, step_plan
 
 BUILT = ms.build_info()["cuda"] is not None
 built = pytest.mark.skipif(not BUILT, reason="the CUDA operators were not built")
@@ -109,9 +109,7 @@ def test_operators_are_registered_for_cuda() -> None:
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs nm (binutils)")
 def test_cuda_library_needs_no_symbol_that_torch_2_11_lacks() -> None:
     library = next(Path(ms.__file__).parent.glob("_cuda*.so"))
-    listed = subprocess.run(
-        ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
-    ).stdout
+    listed = output_of("nm", "-D", "--undefined-only", str(library))
     known = set((Path(__file__).parent / "torch_2_11_symbols.txt").read_text().split())
     known.add("aoti_torch_get_current_cuda_stream")  # of torch's CUDA library
     shim = set(re.findall(r" [Uw] ((?:aoti_)?torch_\S+)", listed))

@@ -9,8 +9,10 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from conftest import EXAMPLES, INTERPRETED, reference
+from backends import INTERPRETED
+from conftest import EXAMPLES
 from masked_attention import Row, kept_lists
+from scans import reference
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -97,6 +99,7 @@ def test_steps(name: str, heads: Heads, dtype: torch.dtype) -> None:
     assert state.seen.tolist() == [steps, steps]
 
 
+@pytest.mark.reference
 @every_policy
 @every_heads
 def test_reference_steps(name: str, heads: Heads) -> None:
@@ -172,6 +175,7 @@ def test_a_token_as_a_prompt_is_a_step(name: str) -> None:
         assert torch.equal(one.last_evicted, other.last_evicted)
 
 
+@pytest.mark.long
 @every_dtype
 def test_a_long_prompt_accumulates_in_parts(dtype: torch.dtype) -> None:
     """H2O over more queries than one part or one pass of the kernel holds."""
@@ -275,6 +279,7 @@ def test_sequence_of_nothing_and_of_padding() -> None:
     assert all(x.grad is not None and not x.grad.any() for x in inputs)
 
 
+@pytest.mark.flex
 def test_sequence_makes_a_flex_attention_mask() -> None:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -474,6 +479,7 @@ def test_autocast_changes_nothing(backend: str) -> None:
             both()
 
 
+@pytest.mark.reference
 def test_reference_halves_in_float64() -> None:
     heads = (4, 2, 8)
     whole, halves = (make(ms.Policy.h2o(4), 1, heads, torch.float64) for _ in range(2))
@@ -630,6 +636,7 @@ if INTERPRETED:
     LARGE = {"odd": (1, (6, 3, 72), 150)}
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)
 @every_dtype
 def test_large_states(case: tuple[int, Heads, int], dtype: torch.dtype) -> None:
@@ -656,6 +663,7 @@ def test_large_states(case: tuple[int, Heads, int], dtype: torch.dtype) -> None:
         torch.testing.assert_close(sums.double(), score, rtol=2e-5, atol=1e-8)
 
 
+@pytest.mark.threads
 @pytest.mark.parametrize("name", ["tova", "tova_head", "h2o", "window"])
 @every_dtype
 def test_bits_do_not_depend_on_threads(name: str, dtype: torch.dtype) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import norm_error
+from scans import norm_error
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_sequence
 

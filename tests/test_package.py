@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import doctest
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import output_of
 
 import msrnn_ops as ms
 from msrnn_ops import backend, multi_state, nn, scan, state, version
 
 PACKAGE = Path(ms.__file__).parent
 LIBRARY = next(PACKAGE.glob("_cpu*.so"))
-
-
-def run(*command: str, **environment: str) -> str:
-    env = {**os.environ, **environment}
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
 
 
 def test_build_info() -> None:
@@ -37,7 +31,7 @@ def test_build_info() -> None:
 def test_library_needs_no_symbol_that_torch_2_11_lacks() -> None:
     """Symbols of torch 2.11's C shim are stored in torch_2_11_symbols.txt."""
     known = set((Path(__file__).parent / "torch_2_11_symbols.txt").read_text().split())
-    undefined = re.findall(r" U (\S+)", run("nm", "-D", "--undefined-only", str(LIBRARY)))
+    undefined = re.findall(r" U (\S+)", output_of("nm", "-D", "--undefined-only", str(LIBRARY)))
     shim = {name for name in undefined if re.match(r"(aoti_)?torch_", name)}
     assert shim and shim <= known, sorted(shim - known)
     cxx = [name for name in undefined if re.match(r"_ZN?K?(3c10|2at|5torch)", name)]
@@ -48,7 +42,7 @@ def test_library_needs_no_symbol_that_torch_2_11_lacks() -> None:
 @pytest.mark.skipif(not shutil.which("objdump"), reason="needs objdump (binutils)")
 def test_baseline_code_holds_no_wide_instruction() -> None:
     """Every function but those of the avx2 and avx512 namespaces runs on any x86-64."""
-    text = run("objdump", "-d", "--no-show-raw-insn", "-C", str(LIBRARY))
+    text = output_of("objdump", "-d", "--no-show-raw-insn", "-C", str(LIBRARY))
     wide: dict[str, str] = {}
     names = set()
     for block in text.split("\n\n"):
@@ -107,7 +101,7 @@ def test_every_instruction_set(capability: str) -> None:
     if capability not in runs:
         pytest.skip(f"this processor has no {capability}")
     tests = str(Path(__file__).parent)
-    out = run(sys.executable, "-c", CHECK, MSRNN_CPU_CAPABILITY=capability, PYTHONPATH=tests)
+    out = output_of(sys.executable, "-c", CHECK, MSRNN_CPU_CAPABILITY=capability, PYTHONPATH=tests)
     assert out.strip() == "same"
 
 
@@ -159,7 +153,7 @@ def test_importing_loads_neither_triton_nor_optional_packages() -> None:
         "import torch, sys; before = set(sys.modules); import msrnn_ops;"
         "print(*(set(sys.modules) - before))"
     )
-    loaded = run(sys.executable, "-c", code).split()
+    loaded = output_of(sys.executable, "-c", code).split()
     assert "msrnn_ops.backend" in loaded
     slow = r"(triton|transformers|matplotlib|rich|pytest|sympy|torch\._dynamo|torch\._inductor)\b"
     assert not [name for name in loaded if re.match(slow, name)]

@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
-from conftest import (
-    INTERPRETED,
+from backends import INTERPRETED
+from hypothesis import given
+from hypothesis import strategies as st
+from scans import (
     SCANS,
     Scan,
     gradients,
@@ -18,8 +20,6 @@ from conftest import (
     scans,
     shapes,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 import msrnn_ops as ms
@@ -222,6 +222,7 @@ def test_any_shape_stride_and_option(data: st.DataObject) -> None:
     assert norm_error(h, oracle(scan, inputs, h0, **options)) <= VALUE[dtype]
 
 
+@pytest.mark.threads
 @scans
 def test_runs_and_thread_counts_give_the_same_bits(scan: Scan) -> None:
     for shape in ((1, 5000, 16), (1, 900, 130), (3, 200, 400), (1, 300, 1500)):
@@ -244,6 +245,7 @@ def test_runs_and_thread_counts_give_the_same_bits(scan: Scan) -> None:
 # Long sequences.
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mean", [0.0, -8.0], ids=["even", "slow"])
 @pytest.mark.parametrize(
     "scan", [s for s in SCANS if s.name.startswith("min_")], ids=lambda s: s.name
@@ -274,6 +276,7 @@ def test_long_sequences_keep_their_precision(scan: Scan, mean: float) -> None:
 # Closed forms.
 
 
+@pytest.mark.many_steps
 def test_log_scan_of_one_over_t_ends_in_log_one() -> None:
     for time in (1, 10, 5000, 200000):
         log_b = torch.full((1, time, 2), -math.log(time))
@@ -281,6 +284,7 @@ def test_log_scan_of_one_over_t_ends_in_log_one() -> None:
         assert log_h[0, -1].abs().max().item() <= 2e-6
 
 
+@pytest.mark.many_steps
 def test_log_scan_far_beyond_the_range_of_exp() -> None:
     time = 5000
     log_h = ms.log_scan(torch.zeros(1, time, 1), torch.full((1, time, 1), 1000.0))
@@ -296,6 +300,7 @@ def test_constant_gate_is_a_geometric_series() -> None:
     assert ((h[0, :, 0] - exact).abs() / exact).max().item() <= 3e-7
 
 
+@pytest.mark.many_steps
 def test_linear_scan_of_ones_counts() -> None:
     ones = torch.ones(2, 3000, 5)
     assert torch.equal(ms.linear_scan(ones, ones)[0, :, 0], torch.arange(1.0, 3001.0))
@@ -354,7 +359,10 @@ def test_gradients_at_zero_are_finite() -> None:
 
 
 @scans
-@pytest.mark.parametrize("channels", [16, 140, 1100])
+@pytest.mark.parametrize(
+    "channels",
+    [16, pytest.param(140, marks=pytest.mark.large), pytest.param(1100, marks=pytest.mark.large)],
+)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
 def test_nan_and_infinity_propagate_as_in_the_reference(
     scan: Scan, channels: int, bad: float

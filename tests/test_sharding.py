@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SCANS, Scan
+from scans import SCANS, Scan
 from torch import Tensor, nn
 
 import msrnn_ops as ms

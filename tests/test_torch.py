@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import SCANS, Scan, norm_error, scans
+from scans import SCANS, Scan, norm_error, scans
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 

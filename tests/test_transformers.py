@@ -14,7 +14,7 @@ import masked_attention
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import reference
+from scans import reference
 from torch import Tensor
 
 import msrnn_ops as ms

@@ -9,8 +9,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import fresh_python
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import msrnn_ops as ms
@@ -29,21 +28,13 @@ installed = pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
 usable = pytest.mark.skipif(ms.backends()["triton"] != "ok", reason="Triton cannot be used here")
 
 
-def run(code: str, **environment: str) -> str:
-    command = [sys.executable, "-c", code]
-    env = {"PATH": "", "PYTHONPATH": ":".join(filter(None, sys.path)), **environment}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
 @installed
 def test_importing_the_package_does_not_import_triton() -> None:
     code = "import torch, sys; before = 'triton' in sys.modules; import msrnn_ops as ms; {}"
     code += "; print(before or 'triton' not in sys.modules, ms.backends()['triton'])"
-    assert run(code.format("0"), TRITON_INTERPRET="1") == "True ok"
+    assert fresh_python(code.format("0"), TRITON_INTERPRET="1") == "True ok"
     if not torch.cuda.is_available():
-        assert run(code.format("0")) == "True torch finds no GPU"
+        assert fresh_python(code.format("0")) == "True torch finds no GPU"
 
 
 @pytest.mark.skipif(ms.backends()["triton"] == "ok", reason="Triton can be used here")
@@ -86,7 +77,7 @@ def test_a_block_chooses_it_and_each_call_remembers() -> None:
 def test_the_environment_chooses_it() -> None:
     code = "import torch, msrnn_ops as ms; from msrnn_ops import backend; print(backend._chosen)"
     interpreted = {k: v for k, v in os.environ.items() if k == "TRITON_INTERPRET"}
-    assert run(code, MSRNN_BACKEND="triton", **interpreted) == "triton"
+    assert fresh_python(code, MSRNN_BACKEND="triton", **interpreted) == "triton"
 
 
 @usable
