@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import random
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +71,43 @@ def fresh_inputs(request: pytest.FixtureRequest) -> Iterator[None]:
     request.node.user_properties.append(("seed", seed))
     poison()
     yield
+
+
+class Lines:
+    """A line for each file that is done, in place of dots: several runs can share a terminal."""
+
+    def __init__(self, label: str) -> None:
+        self._label, self._file, self._start = label, "", 0.0
+        self._counts: Counter[str] = Counter()
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        file = nodeid.split("::")[0]
+        if file != self._file:
+            self._print()
+            self._file, self._start = file, time.perf_counter()
+
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
+        if report.when == "call" or report.outcome != "passed":
+            self._counts[report.outcome] += 1
+        if report.failed:
+            print(f"{self._label}: failed: {report.nodeid}", flush=True)
+            return None
+        return report.outcome if report.when == "call" else "", "", ""
+
+    def pytest_sessionfinish(self) -> None:
+        self._print()
+
+    def _print(self) -> None:
+        counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(self._counts.items()))
+        if counts:
+            seconds = time.perf_counter() - self._start
+            print(f"{self._label}: {self._file}: {counts} in {seconds:.0f} s", flush=True)
+        self._counts.clear()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if label := os.environ.get("MSRNN_TEST_LABEL"):
+        config.pluginmanager.register(Lines(label))
 
 
 @pytest.hookimpl(hookwrapper=True)

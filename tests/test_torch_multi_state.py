@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,3 +249,22 @@ def test_direct_calls_of_multi_state_ops_stay_in_bounds() -> None:
     headless = (torch.ones(2, 0, 5, 16), *calls["store_prompt"][1:])
     with pytest.raises(RuntimeError, match="multiple"):
         OPS.store_prompt(*headless)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "pt"])
+def test_states_of_0_1_0_are_read(kind: str) -> None:
+    """There Policy and MultiState were of msrnn_ops.multi_state; five tokens had been seen."""
+    path = Path(__file__).parent / "pickles" / f"state-0.1.0.{kind}"
+    policy = ms.Policy.h2o(3, scope="head")
+    if kind == "pickle":
+        state = pickle.loads(path.read_bytes())
+    else:
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        state = saved["state"]
+        assert saved["policy"] == policy
+    assert type(state) is ms.MultiState and state.policy == policy
+    assert state.seen.tolist() == [5, 5]
+    assert state.kept_positions().tolist() == [[[0, 1, 4]] * 2] * 2
+    state = state.to(torch.get_default_device())
+    ms.attend_evict(torch.randn(2, 4, 8), *torch.randn(2, 2, 2, 8), state)
+    assert state.seen.tolist() == [6, 6]
