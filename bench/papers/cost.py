@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from bench import peers
-from bench.cuda_measure import Gpu
+from bench.cuda.gpu import Gpu
 from bench.measure import Timing, interleaved, peak_bytes
 from bench.papers.models import MIXERS
 from bench.papers.part import Options, Plot, Section, Store

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention, silu, softplu
 
 import msrnn_ops as ms
 
-_CELLS = {"minGRU": "gru", "minLSTM": "lstm"}
+CELLS = {"minGRU": "gru", "minLSTM": "lstm"}
 _HEAD_DIM = 32
 _WARMUP = 0.05  # of the steps
 _CLIP = 1.0
@@ -170,10 +170,10 @@ class SequenceModel(nn.Module):
         self.embedding = embedding
 
         def block() -> nn.Module:
-            if kind in _CELLS:
+            if kind in CELLS:
                 return ms.nn.MinRNNBlock(
                     width,
-                    cell=_CELLS[kind],
+                    cell=CELLS[kind],
                     expansion=expansion,
                     conv=conv,
                     mlp=mlp,
@@ -186,6 +186,14 @@ class SequenceModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.head(self.blocks(self.embedding(x))))
+
+    def step(self, x: Tensor, states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
+        """Of minGRU and minLSTM: the outputs of one step, and the states of all blocks after it."""
+        x, after = self.embedding(x), []
+        for block, state in zip(self.blocks, states, strict=True):
+            x, state = cast(Any, block).step(x, state)
+            after.append(state)
+        return cast(Tensor, self.head(x)), after
 
 
 def parameters(model: nn.Module) -> int:

@@ -23,7 +23,7 @@ class Options:
 
     full: bool  # a GPU's worth of work instead of three minutes of two cores
     device: str
-    texts: tuple[Path, ...]  # empty: Python's documentation topics
+    text: tuple[Path, ...]  # empty: Python's documentation topics
     model: Path | None  # a local Llama-style checkpoint
     dataset: Path | None  # a text file to evaluate it on
 

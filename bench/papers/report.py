@@ -13,12 +13,11 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot
-from rich.console import Console
 from rich.text import Text
 
 from bench.papers.part import Plot, Section
-from bench.report import rich_table
-from bench.table import Table
+from bench.table import Table, console
+from bench.table import show as show_tables
 
 _INTRODUCTION = (
     "A transformer keeps every token it has read, so its memory grows with the text and every new "
@@ -91,7 +90,7 @@ def _figure(plot: Plot, path: Path) -> str:
     )
 
 
-def _said(section: Section) -> dict[str, str]:
+def said(section: Section) -> dict[str, str]:
     return {
         "The paper": section.claim,
         "Here": section.found,
@@ -117,9 +116,9 @@ def write(
     links = (f'<li><a href="#{name}">{escape(s.title)}</a></li>' for name, s in sections.items())
     parts.append(f"<ul>{''.join(links)}</ul>")
     for name, section in sections.items():
-        said = (f"<dt>{term}</dt><dd>{escape(x)}</dd>" for term, x in _said(section).items())
+        terms = (f"<dt>{term}</dt><dd>{escape(x)}</dd>" for term, x in said(section).items())
         parts.append(f'<h2 id="{name}">{escape(section.title)}</h2>')
-        parts.append(f"<dl>{''.join(said)}</dl>")
+        parts.append(f"<dl>{''.join(terms)}</dl>")
         parts.append(f"<p class=note>{escape(_machine(results[name]))}</p>")
         parts += [
             _figure(plot, folder / f"papers-{name}-{plot.name}.png") for plot in section.plots
@@ -134,13 +133,9 @@ def write(
     )
 
 
-def show(sections: Mapping[str, Section], console: Console) -> None:
+def show(sections: Mapping[str, Section]) -> None:
     for section in sections.values():
-        console.rule(Text(section.title, style="bold"), align="left")
-        for term, text in _said(section).items():
-            console.print(Text(f"{term}: ", style="bold").append(text, style="not bold"))
-        for table in section.tables:
-            console.print(
-                Text(f"\n{table.title}", style="bold"), Text(table.note, style="dim"), sep="\n"
-            )
-            console.print(rich_table(table))
+        console().rule(Text(section.title, style="bold"), align="left")
+        for term, text in said(section).items():
+            console().print(Text(f"{term}: ", style="bold").append(text, style="not bold"))
+        show_tables(*section.tables)

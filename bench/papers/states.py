@@ -133,7 +133,7 @@ def _windows(held_out: Tensor, context: int, most: int, start: int | None) -> Te
 
 
 def _trained(options: Options, scale: Scale, store: Store) -> Subject:
-    corpus = words.corpus(options.texts, scale.vocabulary)
+    corpus = words.corpus(options.text, scale.vocabulary)
     torch.manual_seed(0)
     model = Decoder(len(corpus.vocabulary), scale.width, scale.layers, scale.heads)
     model.to(options.device)
