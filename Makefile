@@ -77,7 +77,7 @@ bench-full: $(VENV)/ready
 bench-cuda: $(VENV)/ready
 	$(BIN)/python -m bench cuda
 
-# The papers' experiments, small enough for two cores: minutes, and build/bench/papers.html to read.
+# The papers' experiments, small enough for two cores: minutes, and build/bench/papers.md to read.
 papers: $(VENV)/ready
 	$(BIN)/python -m bench papers
 

@@ -29,9 +29,7 @@ def page(file: Path) -> str:
     results = json.loads(file.read_text("utf-8"))
     if not file.stem.startswith("papers-"):
         return "\n\n".join([heading(results), *map(markdown, tables(results))])
-    from bench.papers.report import said
+    from bench.papers.report import chapter
 
     part = import_module(f"bench.papers.{file.stem.removeprefix('papers-')}")
-    section = part.section(results["result"])
-    sentences = [f"**{term}.** {text}" for term, text in said(section).items()]
-    return "\n\n".join([f"## {section.title}", *sentences, *map(markdown, section.tables)])
+    return chapter(part.section(results["result"]))

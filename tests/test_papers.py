@@ -61,14 +61,15 @@ def small(kind: str) -> SequenceModel:
 def test_the_command_writes_every_section(tmp_path: Path) -> None:
     words = ["papers", *(part.NAME for part in PARTS), "--output", str(tmp_path)]
     command.main(words, standalone_mode=False)
-    page = (tmp_path / "papers.html").read_text("utf-8")
+    page = (tmp_path / "papers.md").read_text("utf-8")
     for part in PARTS:
         stored = json.loads((tmp_path / f"papers-{part.NAME}.json").read_text("utf-8"))
         section = part.section(stored["result"])
-        assert f'<h2 id="{part.NAME}">{section.title}</h2>' in page
+        assert f"\n## {section.title}\n" in page
         assert section.claim and section.found and section.comparable
         for plot in section.plots:
-            assert (tmp_path / f"papers-{part.NAME}-{plot.name}.png").stat().st_size > 1000
+            picture = f"papers-{part.NAME}-{plot.name}.png"
+            assert (tmp_path / picture).stat().st_size > 1000 and f"]({picture})" in page
         for table in section.tables:
             assert table.rows and all(len(row) == len(table.columns) for row in table.rows)
 

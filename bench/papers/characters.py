@@ -156,13 +156,9 @@ def run(options: Options, store: Store) -> dict[str, Any]:
     corpus = characters_of(options.text)
     if len(corpus.held_out) <= setting.context:
         raise ValueError(f"the text is too short: the last tenth has {len(corpus.held_out)}")
-    models = {}
-    for kind in _KINDS:
-
-        def train(kind: str = kind) -> Any:
-            return _train(setting, kind, corpus, options.device)
-
-        models[kind] = store.once(kind, train)
+    models = {
+        kind: store.once(kind, _train, setting, kind, corpus, options.device) for kind in _KINDS
+    }
     return {
         "setting": vars(setting),
         "text": corpus.name,

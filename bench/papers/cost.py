@@ -84,13 +84,10 @@ def _measure(setting: Setting, length: int, device: str) -> dict[str, Any]:
 
 def run(options: Options, store: Store) -> dict[str, Any]:
     setting = FULL if options.full else QUICK
-    measured = {}
-    for length in track(setting.lengths, "cost"):
-
-        def measure(length: int = length) -> Any:
-            return _measure(setting, length, options.device)
-
-        measured[str(length)] = store.once(str(length), measure)
+    measured = {
+        str(length): store.once(str(length), _measure, setting, length, options.device)
+        for length in track(setting.lengths, "cost, lengths")
+    }
     return {"setting": vars(setting), "device": options.device, "lengths": measured}
 
 

@@ -50,6 +50,6 @@ def run(names: Sequence[str], options: Options, folder: Path, words: Sequence[st
     }
     sections = {name: _module(name).section(stored["result"]) for name, stored in results.items()}
     report.show({name: sections[name] for name in names or sections})
-    report.write(sections, results, folder)
+    page = report.write(sections, results, folder)
     shutil.rmtree(unfinished, ignore_errors=True)
-    say(f"written to {folder / 'papers.html'}")
+    say(f"written to {page}")
