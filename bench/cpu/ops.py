@@ -24,7 +24,6 @@ SHAPES: tuple[Shape, ...] = (
     (1, 65536, 256),
 )
 _QUICK_OPS, _QUICK_SHAPES = ("min_gru", "min_lstm"), 3
-_LONGEST_REFERENCE = 8192  # steps, batch times time: it is a Python loop
 _SLOW_PEERS = 1 << 22  # elements that every op is compared at unless all are asked for
 _SAMPLE = 16  # channels of the first row whose error is taken; rows and channels are independent
 
@@ -43,9 +42,8 @@ class Case:
         headline = self.op.name == "min_gru" and wide
         if self.op.logarithms is not None and (self.full or small or headline):
             names.append(peers.HEINSEN)
-        smallest = self.shape == SHAPES[0]
-        if wide and smallest and self.shape[0] * self.shape[1] <= _LONGEST_REFERENCE:
-            names.append(peers.REFERENCE)
+        if self.shape == SHAPES[0] and (headline or (self.full and wide)):
+            names.append(peers.REFERENCE)  # a Python loop: few steps
         if wide and (self.full or self.compiles()):
             names += [peers.HEINSEN_COMPILED] if self.op.logarithms is not None else []
             names.append(peers.ASSOCIATIVE_COMPILED)
