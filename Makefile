@@ -52,43 +52,45 @@ triton-%: $(VENV)/ready
 	$(VENV)/$@/bin/pip install -q triton==$*
 	MSRNN_BACKEND=triton $(INTERPRETED) $(VENV)/$@/bin/python -m pytest -q -p no:cacheprovider \
 		tests/test_triton.py tests/test_scan.py tests/test_multi_state.py -k "$(SMALL)"
-	test $* != $(lastword $(TRITON)) || $(VENV)/$@/bin/python -m bench.triton_budget --check --quick
+	test $* != $(lastword $(TRITON)) || $(VENV)/$@/bin/python tests/budgets/triton.py --check --quick
 
 # What nvcc makes of them for seven architectures, against the stored table.
 budget: $(VENV)/ready
 	@command -v nvcc >/dev/null || { echo "budget: skipped, there is no nvcc"; exit 0; } && \
 		$(BIN)/pip install -q nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump && \
-		$(BIN)/python -m bench.budget --check --dtypes $(DTYPES) --archs $(ARCHS)
+		$(BIN)/python tests/budgets/cuda.py --check --dtypes $(DTYPES) --archs $(ARCHS)
 
 # On a machine with a GPU, with the packages of $(PYTHON) alone and no network: build, test, sanitize,
 # stress and measure; results go to the folder OUT.
 gpu-check:
-	$(PYTHON) -m bench.gpu_check --parts $(PARTS) --output $(OUT)
+	$(PYTHON) tests/gpu/check.py --parts $(PARTS) --output $(OUT)
 
+# Against what PyTorch users run today: the first ratios after seconds, all of it within four minutes.
+# Results go to build/bench.
 bench: $(VENV)/ready
 	$(BIN)/python -m bench
 
-bench-cuda: $(VENV)/ready
-	$(BIN)/python -m bench --device cuda
+# Every op, shape, peer and length, into the results that are kept in git: about 30 minutes.
+bench-full: $(VENV)/ready
+	$(BIN)/python -m bench --full --output bench/results
 
-# The papers' experiments, small enough for two cores: minutes, and a page to read.
+bench-cuda: $(VENV)/ready
+	$(BIN)/python -m bench cuda
+
+# The papers' experiments, small enough for two cores: minutes, and build/bench/papers.md to read.
 papers: $(VENV)/ready
-	$(BIN)/python -m bench.papers
+	$(BIN)/python -m bench papers
 
 # Data and context parallel training over 4, 2 and 1 ranks against one process.
 distributed: export OMP_NUM_THREADS = 1
-distributed: RESULTS = --steps 40 --check --json bench/results/distributed.json
+distributed: RANKS = $(BIN)/torchrun --standalone --nproc-per-node
+distributed: RESULTS = --check --json build/bench/distributed.json
 distributed: $(VENV)/ready
-	rm -rf build/checkpoint bench/results/distributed.json
-	$(BIN)/torchrun --standalone --nproc-per-node 4 -m bench.distributed --context 2 $(RESULTS)
-	$(BIN)/torchrun --standalone --nproc-per-node 4 -m bench.distributed --context 2 --fsdp \
-		--save build/checkpoint $(RESULTS)
-	$(BIN)/torchrun --standalone --nproc-per-node 2 -m bench.distributed --context 2 --fsdp \
-		--load build/checkpoint $(RESULTS)
-	$(BIN)/python -m bench.distributed --load build/checkpoint $(RESULTS)
-
-bench-full: $(VENV)/ready
-	$(BIN)/python -m bench --full --name cpu-full
+	rm -rf build/checkpoint build/bench/distributed.json
+	$(RANKS) 4 -m bench distributed --context 2 $(RESULTS)
+	$(RANKS) 4 -m bench distributed --context 2 --fsdp --save build/checkpoint $(RESULTS)
+	$(RANKS) 2 -m bench distributed --context 2 --fsdp --load build/checkpoint $(RESULTS)
+	$(BIN)/python -m bench distributed --load build/checkpoint $(RESULTS)
 
 $(VENV)/ready: $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

@@ -1,1 +1,1 @@
-"""Microbenchmarks and a small language model, one command: ``python -m bench``."""
+"""Benchmarks and experiments, one command: ``python -m bench --help``."""

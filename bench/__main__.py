@@ -1,163 +1,163 @@
-"""``python -m bench``: measures this machine and writes tables, a results file and a picture."""
+"""The command line of the benchmarks: ``python -m bench --help``."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-PARTS = {
-    "cpu": ("limits", "ops", "steps", "layers", "accuracy", "text"),
-    "cuda": ("limits", "steps", "ops", "decoding", "layers", "small"),
-}
-Measure = Callable[[], Iterable[dict[str, Any]]]
+import click
+
+from bench import papers as the_papers
+from bench import run as benchmark
+from bench.measure import reuse_freed_memory
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+_OUTPUT = Path("build/bench")  # bench/results is what is kept in git
 
 
-def _list(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
+class Commands(click.Group):
+    """Hands its words on to the commands; without the name of one they are for ``cpu``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.obj = list(args)
+        if not args or (args[0].startswith("-") and args[0] != "--help"):
+            args = ["cpu", *args]
+        return super().parse_args(ctx, args)
 
 
-def _shapes(text: str) -> list[tuple[int, ...]]:
-    shapes = [tuple(map(int, word.split("x"))) for word in _list(text)]
-    if not shapes or any(len(shape) != 3 or min(shape) < 1 for shape in shapes):
-        raise ValueError
-    return shapes
+Option = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    add = parser.add_argument
-    add("--device", choices=tuple(PARTS), default="cpu", help="to measure (%(default)s)")
-    parts = "; ".join(f"{device}: {','.join(names)}" for device, names in PARTS.items())
-    add("--only", type=_list, metavar="PARTS", help=f"some of the device's parts; {parts}")
-    add("--ops", type=_list, metavar="OPS", help="some of the ops: min_gru,min_lstm,...")
-    add("--shapes", type=_shapes, metavar="SHAPES", help="BxTxD of the ops: 8x512x256,...")
-    add("--seconds", type=float, default=0.2, help="per competitor and shape (%(default)s)")
-    add("--threads", type=int, help="threads of torch")
-    add("--text", type=Path, metavar="FILE", help="text of the language model, UTF-8")
-    add("--steps", type=int, help="training steps of the language model")
-    add("--full", action="store_true", help="every peer on every op and shape, about 30 minutes")
-    add("--output", type=Path, default=Path("bench/results"), help="folder (%(default)s)")
-    add("--name", help="of the files in it (the device's)")
-    arguments = parser.parse_args()
-    arguments.name = arguments.name or arguments.device
-    for part in arguments.only or ():
-        if part not in PARTS[arguments.device]:
-            expected = ",".join(PARTS[arguments.device])
-            parser.error(f"--only: expected some of {expected}, got {part!r}")
-    return arguments
+def _output() -> Option:
+    text = "Folder of the results; bench/results is the one in git."
+    return click.option("--output", type=_FOLDER, default=_OUTPUT, show_default=True, help=text)
 
 
-def _command() -> str:
-    """The command line, its files without their folders."""
-    return " ".join(["python -m bench", *(re.sub(r"[^\s=]*/", "", word) for word in sys.argv[1:])])
+def _only(parts: Sequence[str]) -> Option:
+    def chosen(_: click.Context, __: click.Parameter, text: str | None) -> list[str] | None:
+        names = text.split(",") if text else None
+        if unknown := set(names or ()) - set(parts):
+            raise click.BadParameter(f"expected some of {','.join(parts)}, got {','.join(unknown)}")
+        return names
+
+    text = f"Some of {','.join(parts)}."
+    return click.option("--only", metavar="PARTS", callback=chosen, help=text)
 
 
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+def _device() -> Option:
+    kinds = click.Choice(("cpu", "cuda"))
+    return click.option("--device", type=kinds, default="cpu", callback=_available)
+
+
+def _available(_: click.Context, __: click.Parameter, device: str) -> str:
     import torch
 
-    from bench import machine
-
-    results: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "command": _command(),
-        "machine": machine.machine(),
-        "versions": machine.versions(),
-        "settings": {"seconds": arguments.seconds, "full": arguments.full},
-        "seconds_taken": {},
-    }
-    if arguments.device == "cuda":
-        from bench import cuda_measure
-
-        results["machine"]["gpu"] = cuda_measure.facts(torch.device("cuda"))
-    else:
-        results["settings"]["freed_memory"] = (
-            "Freed memory is reused, for every competitor alike (MALLOC_*)"
-        )
-    return results
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.UsageError("this needs a GPU, and torch sees none here")
+    return device
 
 
-def _ops(arguments: argparse.Namespace) -> list[str]:
-    from bench import peers
-
-    ops = arguments.ops or list(peers.OPS)
-    unknown = sorted(set(ops) - set(peers.OPS))
-    if unknown:
-        raise SystemExit(f"--ops: expected some of {','.join(peers.OPS)}, got {','.join(unknown)}")
-    return ops
+@click.group(cls=Commands)
+def command() -> None:
+    """Measures msrnn_ops; `python -m bench` alone is `python -m bench cpu`."""
 
 
-def _measures(arguments: argparse.Namespace) -> dict[str, Measure]:
-    """Each part as a call that returns its entries of the results, whenever they have grown."""
-    ops, seconds, full = _ops(arguments), arguments.seconds, arguments.full
-    if arguments.device == "cuda":
-        import torch
-
-        from bench import cuda
-
-        return cuda.measures(torch.device("cuda"), ops, arguments.shapes, seconds, full)
-
-    from bench import layers, limits, scans, steps, text
-
-    shapes = arguments.shapes or scans.SHAPES
-    training = arguments.steps or (text.FULL_STEPS if full else text.STEPS)
-    return {
-        "limits": lambda: [{"limits": limits.run(seconds)}],
-        "ops": lambda: [
-            {
-                "ops": scans.run_ops(ops, shapes, seconds, full),
-                "memory": scans.run_memory(ops),
-            }
-        ],
-        "steps": lambda: [
-            {
-                "steps": steps.run_steps(seconds, full),
-                "decoding": steps.run_loop(seconds),
-            }
-        ],
-        "layers": lambda: [{"layers": layers.run(seconds, full)}],
-        "accuracy": lambda: [{"accuracy": scans.run_accuracy(seconds, full)}],
-        "text": lambda: [{"text": text.run(arguments.text, training)}],
-    }
+@command.command()
+@click.option("--full", is_flag=True, help="Every op, shape and peer, and lengths up to 65,536.")
+@_only(benchmark.CPU_PARTS)
+@_output()
+@click.pass_obj
+def cpu(words: list[str], /, full: bool, only: list[str] | None, output: Path) -> None:
+    """The CPU kernels against what PyTorch users run today: under four minutes, or --full."""
+    usual = [part for part in benchmark.CPU_PARTS if full or part != "accuracy"]
+    benchmark.run("cpu", only or usual, full, output / "cpu.json", words)
 
 
-def main() -> None:
-    arguments = _arguments()
-    if arguments.device == "cpu":
-        from bench.measure import reuse_freed_memory
+@command.command()
+@click.option("--full", is_flag=True, help="Every peer on every op and shape.")
+@_only(benchmark.CUDA_PARTS)
+@_output()
+@click.pass_obj
+def cuda(words: list[str], /, full: bool, only: list[str] | None, output: Path) -> None:
+    """The CUDA and Triton kernels against their peers, on a GPU."""
+    _available(click.get_current_context(), cuda.params[0], "cuda")
+    benchmark.run("cuda", only or benchmark.CUDA_PARTS, full, output / "cuda.json", words)
 
-        reuse_freed_memory()
 
-    import torch
-    from rich.console import Console
+@command.command()
+@click.option("--dry-run", is_flag=True, help="Print the table instead of rewriting it.")
+def tune(dry_run: bool) -> None:
+    """Finds how Triton's kernels should cut up their work on this GPU."""
+    _available(click.get_current_context(), tune.params[0], "cuda")
+    from bench.cuda import triton_tuning
 
-    from bench import plot, report
+    triton_tuning.tune(dry_run)
 
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("python -m bench: --device cuda needs a GPU, and torch sees none here")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / f"{arguments.name}.json"
-    results = _settings(arguments)
-    for part, measure in _measures(arguments).items():
-        if part in (arguments.only or PARTS[arguments.device]):
-            start = time.perf_counter()
-            for entries in measure():
-                results |= entries
-                results["seconds_taken"][part] = time.perf_counter() - start
-                path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    report.show(results, console)
-    if "accuracy" in results:
-        plot.draw(results, path.with_suffix(".png"))
-    console.print(f"Written to {path}")
+
+@command.command()
+@click.argument("parts", nargs=-1, type=click.Choice(the_papers.PARTS))
+@click.option("--full", is_flag=True, help="The papers' sizes, for a GPU.")
+@click.option("--report", is_flag=True, help="Run nothing, show what was found.")
+@click.option("--text", multiple=True, type=_FILE, help="A text to learn, UTF-8; repeatable.")
+@click.option("--model", type=_FOLDER, help="A Llama-style checkpoint, for the part states.")
+@click.option("--dataset", type=_FILE, help="The text to evaluate it on, UTF-8.")
+@_device()
+@_output()
+@click.pass_obj
+def papers(
+    words: list[str], /, parts: Sequence[str], report: bool, output: Path, **options: Any
+) -> None:
+    """The experiments of both papers, and one page of what was found."""
+    if (options["model"] is None) != (options["dataset"] is None):
+        raise click.UsageError("--model and --dataset go together")
+    from bench.papers import run
+    from bench.papers.part import Options
+
+    chosen = [part for part in the_papers.PARTS if part in (parts or the_papers.PARTS)]
+    run.run([] if report else chosen, Options(**options), output, words)
+
+
+@command.command()
+@click.option("--context", type=click.IntRange(1), default=1, help="Ranks that share a sequence.")
+@click.option("--fsdp", is_flag=True, help="fully_shard over all ranks instead of DDP.")
+@click.option("--steps", type=click.IntRange(1), default=40, show_default=True)
+@click.option("--check", is_flag=True, help="Compare with one process; exit 1 where it differs.")
+@click.option("--save", type=_FOLDER, help="Where to put a checkpoint at the end.")
+@click.option("--load", type=_FOLDER, help="A checkpoint of any number of ranks.")
+@click.option("--json", type=click.Path(path_type=Path), help="A file to add the results to.")
+@_device()
+@click.pass_obj
+def distributed(words: list[str], /, **options: Any) -> None:
+    """Data and context parallel training, alone or by `torchrun -m bench distributed`."""
+    from bench.papers import distributed
+
+    distributed.run(distributed.Options(**options), words)
+
+
+@command.command()
+@click.argument("names", nargs=-1, type=click.Choice(("scans", "steps", "scaling")))
+@click.option("--archs", default="80,90,100,120", show_default=True, help="Of the GPUs.")
+@_output()
+def estimates(names: Sequence[str], archs: str, output: Path) -> None:
+    """What GPUs could do, on paper: from the machine code (needs nvcc), and for many ranks."""
+    from bench.estimates import run
+
+    run.run(names or ("scans", "steps", "scaling"), archs.split(","), output)
+
+
+@command.command()
+@click.argument("file", type=_FILE)
+def report(file: Path) -> None:
+    """Prints the tables of a results file as Markdown."""
+    from bench.report import page
+
+    print(page(file))
 
 
 if __name__ == "__main__":
-    main()
+    if "distributed" not in sys.argv:
+        reuse_freed_memory()
+    command(prog_name="python -m bench")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +20,17 @@ def _processor() -> str:
             return next(line.split(":")[1].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def head(command: str, words: Sequence[str]) -> dict[str, Any]:
+    """How a results file begins: when, by which command line, on what; files without folders."""
+    shown = [command, *(re.sub(r"[^\s=]*/(?=[^/])", "", word) for word in words)]
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(shown),
+        "machine": machine(),
+        "versions": versions(),
+    }
 
 
 def machine() -> dict[str, Any]:

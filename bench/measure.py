@@ -5,14 +5,15 @@ from __future__ import annotations
 import ctypes
 import os
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # torch takes seconds, and the program may start once more
+    from torch import Tensor
 
+Entries = Iterator[dict[str, Any]]  # of the results, whenever they have grown
 Timing = dict[str, float]  # seconds: median, low and high quartile; count
 
 # Freed blocks are reused instead of returned to the system, for every competitor alike, so that
@@ -86,15 +87,3 @@ def peak_bytes(call: Callable[[], object]) -> int:
     before = _status("VmRSS")
     call()
     return _status("VmHWM") - before
-
-
-def peak_tensors(op: str, competitor: str, shape: Sequence[int]) -> float | None:
-    """Peak memory of forward and backward in a fresh process, in tensors of B·T·D float32.
-
-    Inputs and the gradient of the output are not counted. None where it cannot be measured.
-    """
-    environment = {k: v for k, v in os.environ.items() if k not in REUSE_FREED_MEMORY}
-    command = [sys.executable, "-m", "bench.memory", op, competitor, *map(str, shape)]
-    command += [str(torch.get_num_threads())]
-    child = subprocess.run(command, capture_output=True, text=True, env=environment)
-    return float(child.stdout) if child.returncode == 0 else None

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._higher_order_ops.associative_scan import associative_scan
 from torch.nn.functional import relu, softplus
 
@@ -130,12 +130,12 @@ def _compose(earlier: Pair, later: Pair) -> Pair:
     return earlier[0] * later[0], later[0] * earlier[1] + later[1]
 
 
-def associative(op: Op) -> Function:
-    """PyTorch's generic parallel scan."""
+def associative(op: Op, mode: str = "generic") -> Function:
+    """PyTorch's parallel scan."""
 
     def call(*inputs: Tensor) -> Tensor:
         pair = op.coefficients(*inputs)
-        h: Tensor = associative_scan(_compose, pair, dim=1, combine_mode="generic")[1]
+        h: Tensor = associative_scan(_compose, pair, dim=1, combine_mode=mode)[1]
         return h.log() if op.logarithmic else h
 
     return call
@@ -152,10 +152,10 @@ HEINSEN_COMPILED = "Heinsen compiled"
 ASSOCIATIVE_COMPILED = "associative scan compiled"
 COMPETITORS: dict[str, Callable[[Op], Function]] = {
     OURS: ours,
-    REFERENCE: reference,
     HEINSEN: heinsen,
     HEINSEN_COMPILED: _compiled(heinsen),
     ASSOCIATIVE_COMPILED: _compiled(associative),
+    REFERENCE: reference,
 }
 PEERS = tuple(name for name in COMPETITORS if name != OURS)
 
@@ -205,3 +205,41 @@ def truth(op: Op, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, tup
     h: Tensor = _Sequential.apply(a[0], b[0])[None]  # type: ignore[no-untyped-call]
     h = h.log() if op.logarithmic else h
     return h.detach(), torch.autograd.grad(h, wide, grad.double())
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _first(output: tuple[Tensor, object]) -> Tensor:
+    return output[0]
+
+
+def layers(width: int) -> dict[str, tuple[nn.Module, Function]]:
+    """Layers by name: a module, and what is done to its output."""
+    two, three = nn.Linear(width, 2 * width), nn.Linear(width, 3 * width)
+    return {
+        "projection to 2 D": (two, _same),
+        "minGRU, joint": (two, ms.min_gru_joint),
+        "minGRU, chunks": (two, lambda y: ms.min_gru(*y.chunk(2, -1))),
+        "nn.GRU": (nn.GRU(width, width, batch_first=True), _first),
+        "projection to 3 D": (three, _same),
+        "minLSTM, joint": (three, ms.min_lstm_joint),
+        "minLSTM, chunks": (three, lambda y: ms.min_lstm(*y.chunk(3, -1))),
+        "nn.LSTM": (nn.LSTM(width, width, batch_first=True), _first),
+    }
+
+
+def layer_pass(
+    module: nn.Module, after: Function, x: Tensor, *, backward: bool = True
+) -> Callable[[], object]:
+    """Forward; with backward down to the parameters and the layer's input."""
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return after(module(x))
+
+    if not backward:
+        return forward
+    wanted, grad = (x, *module.parameters()), torch.randn_like(forward())
+    return lambda: torch.autograd.grad(after(module(x)), wanted, grad)

@@ -24,7 +24,8 @@ from torch.nn.utils.rnn import pack_sequence
 from msrnn_ops.distributed import shard_time
 from msrnn_ops.nn import BlockState, MinGRU, MinLSTM, MinRNNBlock
 
-pytest.importorskip("rich")  # for bench
+pytest.importorskip("click")  # for bench
+pytest.importorskip("rich")
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 BATCH, WIDTH = 2, 4
 SHARES = ([5, 1, 0, 7], [0, 2, 1, 0], [0, 0, 0, 0], [3, 9])  # steps of each rank
@@ -171,7 +172,7 @@ STEPS = 3
 
 
 def training(mesh: Any = None, fsdp: bool = False) -> Any:
-    from bench.distributed import Setting, Training
+    from bench.papers.distributed import Setting, Training
 
     setting = Setting(width=8, batch=3, time=21)
     return Training(setting, 7, torch.device("cpu"), mesh, fsdp=fsdp, dtype=torch.float64)
@@ -214,19 +215,22 @@ def test_documentation_example() -> None:
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench import distributed
+    from click.testing import CliRunner
+
+    from bench.__main__ import command
+    from bench.papers import distributed
 
     file = tmp_path / "results.json"
-    words = ["--steps", "2", "--check", "--json", str(file)]
-    distributed.main(words)
-    (command, run), *more = json.loads(file.read_text("utf-8"))["runs"].items()
-    assert command == "python -m bench.distributed --steps 2 --check --json results.json"
+    words = ["distributed", "--steps", "2", "--check", "--json", str(file)]
+    command.main(words, standalone_mode=False)
+    (name, run), *more = json.loads(file.read_text("utf-8"))["runs"].items()
+    assert name == "python -m bench distributed --steps 2 --check --json results.json"
     assert not more and len(run["losses"]) == 2 and run["difference"] <= run["tolerance"]
-    monkeypatch.setitem(distributed.TOLERANCE, torch.float32, -1.0)
+    monkeypatch.setattr(distributed, "TOLERANCE", -1.0)
     with pytest.raises(SystemExit, match=r"expected losses within -1\.0"):
-        distributed.main(words)
-    with pytest.raises(SystemExit):
-        distributed.main(["--context", "2"])
+        command.main(words, standalone_mode=False)
+    result = CliRunner().invoke(command, ["distributed", "--context", "2"])
+    assert result.exit_code == 1 and "a divisor of 1 ranks" in result.output
 
 
 def test_four_ranks_and_two_that_go_on(run: Any, tmp_path: Path) -> None:

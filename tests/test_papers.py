@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-for needed in ("rich", "matplotlib", "gymnasium"):
+for needed in ("click", "rich", "matplotlib", "gymnasium"):
     pytest.importorskip(needed)
 
 import numpy as np  # noqa: E402
 
+from bench.__main__ import command  # noqa: E402
 from bench.papers import characters, control, copying, cost  # noqa: E402
-from bench.papers.__main__ import main  # noqa: E402
 from bench.papers.models import MIXERS, SequenceModel, fit, parameters  # noqa: E402
 from bench.papers.part import Options, Store  # noqa: E402
 
@@ -59,15 +59,17 @@ def small(kind: str) -> SequenceModel:
 
 
 def test_the_command_writes_every_section(tmp_path: Path) -> None:
-    main([part.NAME for part in PARTS] + ["--output", str(tmp_path)])
-    page = (tmp_path / "papers.html").read_text("utf-8")
+    words = ["papers", *(part.NAME for part in PARTS), "--output", str(tmp_path)]
+    command.main(words, standalone_mode=False)
+    page = (tmp_path / "papers.md").read_text("utf-8")
     for part in PARTS:
         stored = json.loads((tmp_path / f"papers-{part.NAME}.json").read_text("utf-8"))
         section = part.section(stored["result"])
-        assert f'<h2 id="{part.NAME}">{section.title}</h2>' in page
+        assert f"\n## {section.title}\n" in page
         assert section.claim and section.found and section.comparable
         for plot in section.plots:
-            assert (tmp_path / f"papers-{part.NAME}-{plot.name}.png").stat().st_size > 1000
+            picture = f"papers-{part.NAME}-{plot.name}.png"
+            assert (tmp_path / picture).stat().st_size > 1000 and f"]({picture})" in page
         for table in section.tables:
             assert table.rows and all(len(row) == len(table.columns) for row in table.rows)
 
@@ -84,7 +86,7 @@ def test_the_full_setting_runs(part: ModuleType, tmp_path: Path) -> None:
     [
         (cost, "_measure", 2),
         (copying, "_train", 6),
-        (characters, "_train", 4),
+        (characters, "_train", 5),
         (control, "_train", 3),
     ],
     ids=lambda value: getattr(value, "NAME", None),
@@ -146,6 +148,17 @@ def test_models_of_characters_have_equal_parameters(setting: characters.Setting)
             width = characters._width(setting, kind, 65)
             sizes.append(parameters(characters._build(setting, kind, 65, width)))
     assert max(sizes) < 1.04 * min(sizes), sizes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", characters.CELLS)
+def test_the_step_form_is_the_parallel_one(kind: str) -> None:
+    model = characters._build(characters.QUICK, kind, 7, 32)
+    tokens = torch.arange(40) ** 2 % 7
+    assert 0 < characters._step_difference(model, tokens) < 1e-4
+    written, speed = characters._write(model, tokens)
+    assert len(written) == characters._WRITTEN and speed > 0
+    assert written == characters._write(model, tokens)[0]
 
 
 def test_fit_reports_and_stops() -> None:

@@ -1,1 +1,3 @@
-"""The experiments of the two papers, at home: ``python -m bench.papers``."""
+"""The experiments of both papers: ``python -m bench papers``."""
+
+PARTS = ("cost", "copying", "characters", "control", "states")

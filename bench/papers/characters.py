@@ -1,10 +1,15 @@
-"""A language model of characters: the paper's Figure 2, held-out loss against training steps."""
+"""A language model of characters: the paper's Figure 2, held-out loss against training steps.
+
+minGRU and minLSTM then write text one character at a time through their step form, which must agree
+with the parallel one.
+"""
 
 from __future__ import annotations
 
 import bisect
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +19,16 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from bench.papers.models import SequenceModel, fit, parameters
+from bench.papers.models import CELLS, SequenceModel, fit, parameters
 from bench.papers.part import Options, Plot, Section, Store
+from bench.papers.words import Characters, characters_of
 from bench.table import Table
-from bench.text import Corpus, load
 
 NAME = "characters"
 PAPER = {"minGRU": 1.548, "minLSTM": 1.555, "transformer": 1.547}  # lowest test loss, section 4.2
-_KINDS = ("minGRU", "minLSTM", "transformer", "GRU")
+_KINDS = ("minGRU", "minLSTM", "transformer", "GRU", "LSTM")
+_PROMPT, _WRITTEN = 64, 200  # characters
+_TEMPERATURE = 0.7
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ def _width(setting: Setting, kind: str, characters: int) -> int:
     return min(widths[above - 1 : above + 1], key=lambda width: abs(count(kind, width) - goal))
 
 
-def _train(setting: Setting, kind: str, corpus: Corpus, device: str) -> dict[str, Any]:
+def _train(setting: Setting, kind: str, corpus: Characters, device: str) -> dict[str, Any]:
     torch.manual_seed(0)
     width = _width(setting, kind, len(corpus.characters))
     model = _build(setting, kind, len(corpus.characters), width).to(device)
@@ -100,20 +107,58 @@ def _train(setting: Setting, kind: str, corpus: Corpus, device: str) -> dict[str
         label=f"characters  {kind}",
     )
     step_seconds = statistics.median(point["step_seconds"] for point in curve)
-    size = parameters(model)
-    return {"curve": curve, "width": width, "parameters": size, "step_seconds": step_seconds}
+    found: dict[str, Any] = {"curve": curve, "width": width, "parameters": parameters(model)}
+    found["step_seconds"] = step_seconds
+    if kind in CELLS:
+        text = corpus.held_out[: setting.context].to(device)
+        found["step_difference"] = _step_difference(model, text)
+        written, found["written_per_second"] = _write(model, text[:_PROMPT])
+        found["prompt"] = corpus.spell(text[:_PROMPT].tolist())
+        found["written"] = corpus.spell(written)
+    return found
+
+
+def _steps(model: SequenceModel, tokens: Tensor) -> tuple[Tensor, list[Any]]:
+    """Logits (1, T, characters) of tokens (T,) by the step form, and the states after them."""
+    states: list[Any] = [None] * len(model.blocks)
+    logits = []
+    for token in tokens:
+        one, states = model.step(token[None], states)
+        logits.append(one)
+    return torch.stack(logits, 1), states
+
+
+@torch.no_grad()
+def _step_difference(model: SequenceModel, tokens: Tensor) -> float:
+    """The largest difference between the logits of the step form and of the parallel form."""
+    model.eval()
+    return float((_steps(model, tokens)[0] - model(tokens[None])).abs().max())
+
+
+@torch.no_grad()
+def _write(model: SequenceModel, prompt: Tensor) -> tuple[list[int], float]:
+    """Characters that follow the prompt, one at a time, and how many a second."""
+    model.eval()
+    generator = torch.Generator(prompt.device).manual_seed(2)
+    logits, states = _steps(model, prompt)
+    last, written = logits[:, -1], []
+    start = time.perf_counter()
+    for _ in range(_WRITTEN):
+        odds = (last[0] / _TEMPERATURE).softmax(0)
+        token = torch.multinomial(odds, 1, generator=generator)
+        written.append(int(token))
+        last, states = model.step(token, states)
+    return written, _WRITTEN / (time.perf_counter() - start)
 
 
 def run(options: Options, store: Store) -> dict[str, Any]:
     setting = FULL if options.full else QUICK
-    corpus = load(options.texts[0] if options.texts else None)
-    models = {}
-    for kind in _KINDS:
-
-        def train(kind: str = kind) -> Any:
-            return _train(setting, kind, corpus, options.device)
-
-        models[kind] = store.once(kind, train)
+    corpus = characters_of(options.text)
+    if len(corpus.held_out) <= setting.context:
+        raise ValueError(f"the text is too short: the last tenth has {len(corpus.held_out)}")
+    models = {
+        kind: store.once(kind, _train, setting, kind, corpus, options.device) for kind in _KINDS
+    }
     return {
         "setting": vars(setting),
         "text": corpus.name,
@@ -121,6 +166,13 @@ def run(options: Options, store: Store) -> dict[str, Any]:
         "vocabulary": len(corpus.characters),
         "models": models,
     }
+
+
+def _falling(model: dict[str, Any]) -> str:
+    """The loss in training, at five of the points of the curve."""
+    curve = model["curve"]
+    picks = [curve[round(part * (len(curve) - 1) / 4)] for part in range(5)]
+    return " → ".join(f"{point['loss']:.2f}" for point in picks)
 
 
 def _lowest(model: dict[str, Any]) -> float:
@@ -154,10 +206,14 @@ def section(result: dict[str, Any]) -> Section:
             kind,
             f"{model['parameters']:,}",
             str(model["width"]),
+            _falling(model),
             f"{_lowest(model):.3f}",
             f"{_lowest(model) / math.log(2):.3f}",
             f"{_steps_to(model, reached):,}",
             f"{1e3 * model['step_seconds']:.1f}",
+            f"{setting['batch'] * setting['context'] / model['step_seconds']:,.0f}",
+            f"{model['step_difference']:.0e}" if "step_difference" in model else "",
+            f"{model['written_per_second']:,.0f}" if "written_per_second" in model else "",
             f"{PAPER[kind]:.3f}" if kind in PAPER else "",
         ]
         for kind, model in models.items()
@@ -180,15 +236,21 @@ def section(result: dict[str, Any]) -> Section:
                 "Held-out loss",
                 f"Lowest loss on the held-out tenth, {setting['held_out']} windows of "
                 f"{setting['context']} characters; {setting['layers']} layers; widths for equal "
-                f"parameters; steps to a loss of {reached:.3f}.",
+                f"parameters; steps to a loss of {reached:.3f}. In training: nats per character. "
+                "The step form: the largest difference of its logits from the parallel form's, and "
+                "how many characters it writes in a second.",
                 (
                     "model",
                     "parameters",
                     "width",
+                    "in training",
                     "nats",
                     "bits",
                     "steps to it",
                     "ms a step",
+                    "tokens/s",
+                    "step form",
+                    "written/s",
                     "paper (nats)",
                 ),
                 rows,

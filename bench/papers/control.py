@@ -245,19 +245,13 @@ def _train(setting: Setting, environment: str, kind: str, device: str) -> dict[s
 def run(options: Options, store: Store) -> dict[str, Any]:
     setting = FULL if options.full else QUICK
     environments: dict[str, Any] = {}
-    for environment in setting.environments:
-
-        def measure(environment: str = environment) -> Any:
-            return _yardsticks(setting, environment)
-
-        found = {"yardsticks": store.once(environment, measure), "models": {}}
-        for kind in _KINDS:
-
-            def train(environment: str = environment, kind: str = kind) -> Any:
-                return _train(setting, environment, kind, options.device)
-
-            found["models"][kind] = store.once(f"{environment}, {kind}", train)
-        environments[environment] = found
+    for name in setting.environments:
+        yardsticks = store.once(name, _yardsticks, setting, name)
+        models = {
+            kind: store.once(f"{name}, {kind}", _train, setting, name, kind, options.device)
+            for kind in _KINDS
+        }
+        environments[name] = {"yardsticks": yardsticks, "models": models}
     return {"setting": vars(setting), "environments": environments}
 
 

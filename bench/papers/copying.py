@@ -7,6 +7,7 @@ came before.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,15 +106,10 @@ def _train(setting: Setting, kind: str, layers: int, seed: int, device: str) -> 
 def run(options: Options, store: Store) -> dict[str, Any]:
     setting = FULL if options.full else QUICK
     runs = []
-    for kind in PAPER:
-        for layers in setting.layers:
-            for seed in setting.seeds:
-
-                def train(kind: str = kind, layers: int = layers, seed: int = seed) -> Any:
-                    return _train(setting, kind, layers, seed, options.device)
-
-                trained = store.once(f"{kind}, {layers} layers, seed {seed}", train)
-                runs.append({"kind": kind, "layers": layers, "seed": seed, **trained})
+    for kind, layers, seed in itertools.product(PAPER, setting.layers, setting.seeds):
+        key = f"{kind}, {layers} layers, seed {seed}"
+        trained = store.once(key, _train, setting, kind, layers, seed, options.device)
+        runs.append({"kind": kind, "layers": layers, "seed": seed, **trained})
     return {"setting": vars(setting), "runs": runs}
 
 

@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from bench import peers
-from bench.cuda_measure import Gpu
+from bench.cuda.gpu import Gpu
 from bench.measure import Timing, interleaved, peak_bytes
 from bench.papers.models import MIXERS
 from bench.papers.part import Options, Plot, Section, Store
@@ -84,13 +84,10 @@ def _measure(setting: Setting, length: int, device: str) -> dict[str, Any]:
 
 def run(options: Options, store: Store) -> dict[str, Any]:
     setting = FULL if options.full else QUICK
-    measured = {}
-    for length in track(setting.lengths, "cost"):
-
-        def measure(length: int = length) -> Any:
-            return _measure(setting, length, options.device)
-
-        measured[str(length)] = store.once(str(length), measure)
+    measured = {
+        str(length): store.once(str(length), _measure, setting, length, options.device)
+        for length in track(setting.lengths, "cost, lengths")
+    }
     return {"setting": vars(setting), "device": options.device, "lengths": measured}
 
 

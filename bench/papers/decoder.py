@@ -6,10 +6,8 @@ full attention, as a finite multi-state RNN over a whole sequence, and step by s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol, cast
@@ -20,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention, silu
 
 import msrnn_ops as ms
+from bench.papers.models import rotate, schedule
 from bench.papers.part import Store
 
 # (layer, q (B, Hq, T, Dh), k, v (B, Hkv, T, Dh)) -> (B, Hq, T, Dh)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 _PIECES = 10  # of a training run: it goes on after the last one that was finished
-_ROTARY_BASE = 10_000.0
 
 
 def attend_all(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -77,16 +75,6 @@ class LanguageModel(Protocol):
     def __call__(self, tokens: Tensor, attend: Attend = ..., start: int = ...) -> Tensor: ...
 
 
-def _rotate(x: Tensor, start: int) -> Tensor:
-    """Rotary position embedding of (B, H, T, Dh)."""
-    half = x.shape[-1] // 2
-    frequency = _ROTARY_BASE ** (-torch.arange(half, device=x.device) / half)
-    angle = torch.arange(start, start + x.shape[2], device=x.device)[:, None] * frequency
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    left, right = x.chunk(2, -1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
-
-
 class _Block(nn.Module):
     def __init__(self, layer: int, width: int, heads: int) -> None:
         super().__init__()
@@ -102,7 +90,7 @@ class _Block(nn.Module):
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in self.qkv(self.before_attention(x)).chunk(3, -1)
         )
-        attended = attend(self.layer, _rotate(q, start), _rotate(k, start), v)
+        attended = attend(self.layer, rotate(q, start), rotate(k, start), v)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         gate, value = self.up(self.before_mlp(x)).chunk(2, -1)
         return x + cast(Tensor, self.down(silu(gate) * value))
@@ -132,12 +120,6 @@ class Training:
     warmup: int
 
 
-def _rate(training: Training, step: int) -> float:
-    """Linear warm-up, then a cosine down to a tenth."""
-    cosine = 0.55 + 0.45 * math.cos(math.pi * step / training.steps)
-    return training.rate * min((step + 1) / training.warmup, 1.0) * cosine
-
-
 def train(
     model: nn.Module,
     batch: Callable[[int], tuple[Tensor, Tensor]],
@@ -164,7 +146,7 @@ def train(
         for step in range(start, end):
             tokens, targets = batch(step)
             for group in optimizer.param_groups:
-                group["lr"] = _rate(training, step)
+                group["lr"] = training.rate * schedule(step, training.steps, training.warmup)
             optimizer.zero_grad()
             with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
                 logits = model(tokens)
@@ -183,7 +165,7 @@ def train(
     with Progress() as progress:
         task = progress.add_task(f"{name}, training", total=training.steps)
         for start, end in pairwise(edges):
-            losses.append(store.once(f"{name} {end}", partial(piece, start, end)))
+            losses.append(store.once(f"{name} {end}", piece, start, end))
             saved(start).unlink(missing_ok=True)
             progress.update(task, completed=end)
     model.load_state_dict(torch.load(saved(edges[-1]), map_location=device)["model"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention, silu, softplu
 
 import msrnn_ops as ms
 
-_CELLS = {"minGRU": "gru", "minLSTM": "lstm"}
+CELLS = {"minGRU": "gru", "minLSTM": "lstm"}
 _HEAD_DIM = 32
 _WARMUP = 0.05  # of the steps
 _CLIP = 1.0
@@ -34,6 +34,17 @@ def _mlp(width: int, factor: float) -> nn.Module:
 def _causal(conv: nn.Conv1d, x: Tensor) -> Tensor:
     """A convolution over time of (B, T, D) that sees no later step."""
     return cast(Tensor, conv(pad(x.mT, (conv.kernel_size[0] - 1, 0)))).mT
+
+
+def rotate(x: Tensor, start: int = 0) -> Tensor:
+    """Rotary positions of (B, H, T, Dh), of which the first is number `start`."""
+    half = x.shape[-1] // 2
+    frequencies = 1e4 ** (-torch.arange(half, device=x.device) / half)
+    steps = torch.arange(start, start + x.shape[-2], device=x.device)
+    angles = steps[:, None] * frequencies
+    cosine, sine = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cosine - second * sine, first * sine + second * cosine], -1)
 
 
 class Recurrent(nn.Module):
@@ -57,20 +68,10 @@ class Attention(nn.Module):
         self.projection = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    @staticmethod
-    def _rotate(x: Tensor) -> Tensor:
-        """Rotary positions of (B, H, T, Dh)."""
-        half = x.shape[-1] // 2
-        frequencies = 1e4 ** (-torch.arange(half, device=x.device) / half)
-        angles = torch.arange(x.shape[-2], device=x.device)[:, None] * frequencies
-        cosine, sine = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        first, second = x.chunk(2, -1)
-        return torch.cat([first * cosine - second * sine, first * sine + second * cosine], -1)
-
     def forward(self, x: Tensor) -> Tensor:
         heads = self.projection(x).unflatten(-1, (-1, 3, _HEAD_DIM)).transpose(1, 2)
         q, k, v = heads.unbind(3)
-        mixed = scaled_dot_product_attention(self._rotate(q), self._rotate(k), v, is_causal=True)
+        mixed = scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
         return cast(Tensor, self.out(mixed.transpose(1, 2).flatten(2)))
 
 
@@ -170,10 +171,10 @@ class SequenceModel(nn.Module):
         self.embedding = embedding
 
         def block() -> nn.Module:
-            if kind in _CELLS:
+            if kind in CELLS:
                 return ms.nn.MinRNNBlock(
                     width,
-                    cell=_CELLS[kind],
+                    cell=CELLS[kind],
                     expansion=expansion,
                     conv=conv,
                     mlp=mlp,
@@ -187,15 +188,23 @@ class SequenceModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.head(self.blocks(self.embedding(x))))
 
+    def step(self, x: Tensor, states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
+        """Of minGRU and minLSTM: the outputs of one step, and the states of all blocks after it."""
+        x, after = self.embedding(x), []
+        for block, state in zip(self.blocks, states, strict=True):
+            x, state = cast(Any, block).step(x, state)
+            after.append(state)
+        return cast(Tensor, self.head(x)), after
+
 
 def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _schedule(step: int, steps: int) -> float:
+def schedule(step: int, steps: int, warmup: float) -> float:
     """Linear warm-up, then a cosine down to a tenth."""
     cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
-    return min((step + 1) / max(_WARMUP * steps, 1), 1.0) * cosine
+    return min((step + 1) / max(warmup, 1), 1.0) * cosine
 
 
 def fit(
@@ -216,7 +225,9 @@ def fit(
     `evaluate()`.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps))
+    rates = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: schedule(step, steps, _WARMUP * steps)
+    )
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
     curve: list[dict[str, Any]] = []
     recent = torch.zeros((), device=next(model.parameters()).device)
@@ -229,7 +240,7 @@ def fit(
             value.backward()
             nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
             optimizer.step()
-            schedule.step()
+            rates.step()
             recent += value.detach()
             progress.advance(task)
             if step % every == 0 or step == steps:

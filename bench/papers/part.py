@@ -23,7 +23,7 @@ class Options:
 
     full: bool  # a GPU's worth of work instead of three minutes of two cores
     device: str
-    texts: tuple[Path, ...]  # empty: Python's documentation topics
+    text: tuple[Path, ...]  # empty: Python's documentation topics
     model: Path | None  # a local Llama-style checkpoint
     dataset: Path | None  # a text file to evaluate it on
 
@@ -40,10 +40,10 @@ class Store:
             if stored["options"] == self._options:
                 self._found = stored["pieces"]
 
-    def once(self, key: str, compute: Callable[[], Any]) -> Any:
+    def once(self, key: str, compute: Callable[..., Any], *arguments: Any) -> Any:
         """What `compute` returned, JSON, now or in an earlier run."""
         if key not in self._found:
-            self._found[key] = compute()
+            self._found[key] = compute(*arguments)
             self._path.parent.mkdir(parents=True, exist_ok=True)
             written = self._path.with_suffix(".partial")
             written.write_text(json.dumps({"options": self._options, "pieces": self._found}))

@@ -133,7 +133,7 @@ def _windows(held_out: Tensor, context: int, most: int, start: int | None) -> Te
 
 
 def _trained(options: Options, scale: Scale, store: Store) -> Subject:
-    corpus = words.corpus(options.texts, scale.vocabulary)
+    corpus = words.corpus(options.text, scale.vocabulary)
     torch.manual_seed(0)
     model = Decoder(len(corpus.vocabulary), scale.width, scale.layers, scale.heads)
     model.to(options.device)
@@ -345,20 +345,20 @@ def run(options: Options, store: Store, scale: Scale | None = None) -> dict[str,
     def perplexity(attend: Callable[[], Attend]) -> float:
         return _perplexity(subject, scale.batch, attend)
 
-    full = store.once("perplexity full", lambda: perplexity(lambda: attend_all))
+    full = store.once("perplexity full", perplexity, lambda: attend_all)
     found: dict[str, dict[str, float]] = {}
     for name, policy in track(POLICIES.items(), "perplexity, policies"):
         for slots in sizes:
             sequence = partial(AttendSequence, policy(slots))
             key = f"perplexity {name} {slots}"
-            found.setdefault(name, {})[str(slots)] = store.once(key, partial(perplexity, sequence))
+            found.setdefault(name, {})[str(slots)] = store.once(key, perplexity, sequence)
     result = {
         "subject": {**subject.facts, "context": context, "windows": len(subject.windows)},
         "perplexity": {"full": full, "states": sizes, "policies": found},
-        "forgotten": store.once("forgotten", lambda: _forgotten(subject, context // 8)),
-        "kept": store.once("kept", lambda: _kept(subject, ms.Policy.tova(context // 8))),
-        "writing": store.once("writing", lambda: _writing(subject, scale)),
-        "recall": store.once("recall", lambda: recall.run(scale.recall, POLICIES, device, store)),
+        "forgotten": store.once("forgotten", _forgotten, subject, context // 8),
+        "kept": store.once("kept", _kept, subject, ms.Policy.tova(context // 8)),
+        "writing": store.once("writing", _writing, subject, scale),
+        "recall": store.once("recall", recall.run, scale.recall, POLICIES, device, store),
     }
     speed = scale.speed
     if options.model is None:
@@ -369,5 +369,5 @@ def run(options: Options, store: Store, scale: Scale | None = None) -> dict[str,
         vocabulary, length = speed.vocabulary, speed.context
     else:
         model, vocabulary, length = subject.model, int(subject.facts["vocabulary"]), context
-    measured = store.once("speed", lambda: _speed(model, vocabulary, length, device, speed))
+    measured = store.once("speed", _speed, model, vocabulary, length, device, speed)
     return {**result, "speed": measured}

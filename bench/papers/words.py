@@ -1,4 +1,4 @@
-"""Texts as tokens: frequent words, and single characters for what is rare."""
+"""Texts as tokens: single characters, or frequent words and characters for what is rare."""
 
 from __future__ import annotations
 
@@ -51,6 +51,28 @@ def corpus(paths: Sequence[Path], size: int) -> Corpus:
         return torch.tensor(tokens)
 
     return Corpus(name, vocabulary, encode(train), encode(held_out))
+
+
+@dataclass(frozen=True)
+class Characters:
+    """A text, each of its characters a token."""
+
+    name: str
+    characters: str
+    train: Tensor
+    held_out: Tensor
+
+    def spell(self, tokens: Sequence[int]) -> str:
+        return "".join(self.characters[token] for token in tokens)
+
+
+def characters_of(paths: Sequence[Path]) -> Characters:
+    name, texts = read(paths[:1])
+    characters = "".join(sorted(set(texts[0])))
+    index = {character: i for i, character in enumerate(characters)}
+    tokens = torch.tensor([index[character] for character in texts[0]])
+    split = len(tokens) * (_HELD_OUT - 1) // _HELD_OUT
+    return Characters(name, characters, tokens[:split], tokens[split:])
 
 
 def kind_of(token: str) -> str:

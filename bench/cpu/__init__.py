@@ -1,0 +1,1 @@
+"""The benchmark of the CPU kernels: ``python -m bench``."""

@@ -1,0 +1,1 @@
+"""The benchmark of the CUDA and Triton kernels: ``python -m bench cuda``."""

@@ -1,0 +1,97 @@
+"""Runs the parts of a benchmark and keeps what they find, part by part."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench.measure import Entries
+from bench.table import console, say, show
+
+CPU_PARTS = ("ops", "layers", "steps", "decoding", "memory", "limits", "accuracy")
+CUDA_PARTS = ("limits", "steps", "ops", "decoding", "layers", "small")
+_SECONDS = 0.2  # of timing for each competitor and shape
+
+Parts = dict[str, Callable[[], Entries]]
+
+
+def _cpu_parts(full: bool) -> Parts:
+    from bench.cpu import accuracy, layers, limits, memory, ops, steps
+
+    return {
+        "ops": partial(ops.run, _SECONDS, full),
+        "layers": partial(layers.run, _SECONDS, full),
+        "steps": partial(steps.run, _SECONDS, full),
+        "decoding": partial(steps.run_decoding, _SECONDS),
+        "memory": memory.run,
+        "limits": partial(limits.run, _SECONDS),
+        "accuracy": partial(accuracy.run, _SECONDS, full),
+    }
+
+
+def _cuda_parts(full: bool) -> Parts:
+    import torch
+
+    from bench.cuda import gpu, layers, limits, ops, small, steps
+
+    device = gpu.Gpu(torch.device("cuda"))
+    device.warm_up()
+    return {
+        "limits": partial(limits.run, device, _SECONDS),
+        "steps": partial(steps.run, device, _SECONDS, full),
+        "ops": partial(ops.run, device, _SECONDS, full),
+        "decoding": partial(steps.run_decoding, device, _SECONDS),
+        "layers": partial(layers.run, device, _SECONDS),
+        "small": partial(small.run, device, _SECONDS),
+    }
+
+
+def _head(device: str, full: bool, words: Sequence[str]) -> dict[str, Any]:
+    import torch
+
+    from bench import machine
+
+    head = machine.head("python -m bench", words)
+    head |= {"settings": {"seconds": _SECONDS, "full": full}, "seconds_taken": {}}
+    if device == "cuda":
+        from bench.cuda import gpu
+
+        head["machine"]["gpu"] = gpu.facts(torch.device("cuda"))
+    else:
+        head["settings"]["freed_memory"] = (
+            "Freed memory is reused, for every competitor alike (MALLOC_*)"
+        )
+    return head
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """At once or not at all: what stood there before stays until then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    unfinished.replace(path)
+
+
+def run(device: str, parts: Sequence[str], full: bool, path: Path, words: Sequence[str]) -> None:
+    from bench import report
+
+    results = _head(device, full, words)
+    found = _cuda_parts(full) if device == "cuda" else _cpu_parts(full)
+    for part in parts:
+        say(f"{part}:")
+        start = time.perf_counter()
+        for entries in found[part]():
+            results |= entries
+            results["seconds_taken"][part] = time.perf_counter() - start
+            write(path, results)
+    console().print(f"\n{report.heading(results)}", highlight=False, markup=False)
+    show(*report.tables(results))
+    if "accuracy" in results:
+        from bench.cpu import accuracy
+
+        accuracy.draw(results, path.with_suffix(".png"))
+    say(f"written to {path}")

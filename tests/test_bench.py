@@ -1,0 +1,174 @@
+"""The benchmark's parts at tiny sizes: all of the CPU's, and the GPU's with a stand-in for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+for needed in ("click", "rich", "matplotlib"):
+    pytest.importorskip(needed)
+
+from bench import peers, report, run, step_peers  # noqa: E402
+from bench.__main__ import command  # noqa: E402
+from bench.cpu import accuracy, layers, limits, memory, ops, steps  # noqa: E402
+from bench.cuda import gpu  # noqa: E402
+from bench.cuda import layers as gpu_layers  # noqa: E402
+from bench.cuda import limits as gpu_limits  # noqa: E402
+from bench.cuda import ops as gpu_ops  # noqa: E402
+from bench.cuda import peers as gpu_peers  # noqa: E402
+from bench.cuda import small as gpu_small  # noqa: E402
+from bench.cuda import steps as gpu_steps  # noqa: E402
+from bench.measure import interleaved  # noqa: E402
+
+SMALL = step_peers.Heads(4, 2, 16)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tensors, short times, and nothing that compiles."""
+
+    def put(where: Any, **values: Any) -> None:
+        for name, value in values.items():
+            monkeypatch.setattr(where, name, value)
+
+    put(run, _SECONDS=1e-3)
+    put(ops, SHAPES=((2, 8, 4), (1, 16, 4), (1, 24, 4), (2, 16, 4), (1, 32, 4)))
+    put(layers, _SHAPES=((2, 8, 4), (1, 8, 8)))
+    put(steps, _SLOTS=(8, 16), _LAYERS=2, _LOOP_SLOTS=8, _LOOP_TOKENS=16)
+    put(limits, _SIZES=(1 << 12, 1 << 13))
+    put(memory, _in_a_process=lambda op, name: None if name == peers.HEINSEN else 3.0)
+    put(accuracy, _LENGTHS=(8, 16), _WIDTH=4)
+    for name, make in (
+        (peers.HEINSEN_COMPILED, peers.heinsen),
+        (peers.ASSOCIATIVE_COMPILED, peers.reference),
+    ):
+        monkeypatch.setitem(peers.COMPETITORS, name, make)
+        peer = gpu_peers.Competitor(make, ("min_gru",))
+        monkeypatch.setitem(gpu_peers.COMPETITORS, name, peer)
+
+
+def test_the_cpu(tmp_path: Path) -> None:
+    command.main(["--full", "--output", str(tmp_path)], standalone_mode=False)
+    found = json.loads((tmp_path / "cpu.json").read_text("utf-8"))
+    assert found["command"].startswith("python -m bench --full --output ")
+    assert str(tmp_path.parent) not in found["command"]
+    assert list(found["seconds_taken"]) == list(run.CPU_PARTS)
+    assert (tmp_path / "cpu.png").stat().st_size > 1000
+    assert {row["op"] for row in found["ops"]} == set(peers.OPS)
+    for row in found["ops"]:
+        tolerance = 1e-3 if row["dtype"] == "float32" else 1.0  # Heinsen's form in bfloat16
+        for name, result in row["competitors"].items():
+            assert result["error"] < (0.05 if name == peers.OURS else 1) * tolerance, (row, name)
+    shown = report.page(tmp_path / "cpu.json")
+    for title in ("Forward and backward", "One decode step", "Decoding", "Layers", "min_gru"):
+        assert f"**{title}" in shown
+    assert "| min_gru | Heinsen | n/a |" in shown
+    for table in report.tables(found):
+        assert table.rows and all(len(row) == len(table.columns) for row in table.rows)
+
+
+def test_the_usual_run_has_the_headline_and_starts_without_compiling() -> None:
+    cases = ops._cases(full=False)
+    assert {case.op.name for case in cases} == {"min_gru", "min_lstm"}
+    (headline,) = [case for case in cases if case.compiles()]
+    assert headline.op.name == "min_gru" and headline.backward
+    assert set(peers.PEERS) < set(headline.competitors())
+    rows = next(iter(ops.run(1e-3, False)))["ops"]
+    assert peers.HEINSEN in rows[0]["competitors"]
+    assert peers.HEINSEN_COMPILED not in rows[0]["competitors"]
+
+
+def test_what_was_measured_before_stays_until_there_is_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command.main(["--only", "limits", "--output", str(tmp_path)], standalone_mode=False)
+    before = (tmp_path / "cpu.json").read_text("utf-8")
+
+    def stop(*_: object) -> Any:
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(limits, "copier", stop)
+    with pytest.raises(RuntimeError, match="stopped"):
+        command.main(["--only", "limits", "--output", str(tmp_path)], standalone_mode=False)
+    assert (tmp_path / "cpu.json").read_text("utf-8") == before
+    assert command.commands["cpu"].params[2].default == Path("build/bench")
+
+
+class StandIn(gpu.Gpu):
+    """The CPU in place of a GPU: it can tell nothing of speed, but every call is made."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    def captured(self, call: gpu.Call, count: int = 1) -> tuple[gpu.Call, bool]:
+        return lambda: [call() for _ in range(count)], True
+
+    def interleaved(
+        self, calls: Mapping[str, gpu.Call], seconds: float, *, cold: bool = True
+    ) -> dict[str, dict[str, float]]:
+        return interleaved(calls, seconds)
+
+    def peak_bytes(self, call: Callable[[], object]) -> int:
+        call()
+        return 1
+
+    def empty_kernel(self) -> None:
+        pass
+
+    def warm_up(self) -> None:
+        pass
+
+
+def test_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (gpu_layers, gpu_limits, gpu_ops, gpu_small, gpu_steps):
+        monkeypatch.setattr(module, "release", lambda: None)
+    monkeypatch.setattr(gpu_limits, "_COPIES", (1 << 12,))
+    monkeypatch.setattr(gpu_ops, "_SHAPES", ((2, 8, 4), (1, 16, 4)))
+    monkeypatch.setattr(gpu_ops, "_LARGE", 64)
+    monkeypatch.setattr(gpu_layers, "_SHAPES", ((2, 8, 4),))
+    monkeypatch.setattr(gpu_small, "_SHAPES", ((1, 8, 4), (2, 4)))
+    monkeypatch.setattr(gpu_steps, "_SHAPES", ((1, 8), (2, 8), (1, 16), (2, 16)))
+    monkeypatch.setattr(gpu_steps, "_OTHERS", ((SMALL, (2, 8)),))
+    monkeypatch.setattr(gpu_steps, "_COMPILED", ())
+    device = StandIn()
+    sizes = {"layers": 2, "width": 128, "inner": 16, "context": 16, "batches": (1, 2)}
+    parts: run.Parts = {
+        "limits": lambda: gpu_limits.run(device, 1e-3),
+        "steps": lambda: gpu_steps.run(device, 1e-3, False),
+        "ops": lambda: gpu_ops.run(device, 1e-3, False),
+        "decoding": lambda: gpu_steps.run_decoding(device, 1e-3, **sizes),
+        "layers": lambda: gpu_layers.run(device, 1e-3),
+        "small": lambda: gpu_small.run(device, 1e-3),
+    }
+    facts = {"name": "none", "multiprocessors": 1, "l2": 1, "memory": 1, "torch": "", "cuda": ""}
+    monkeypatch.setattr(run, "_cuda_parts", lambda full: parts)
+    monkeypatch.setattr(gpu, "facts", lambda _: facts)
+    run.run("cuda", run.CUDA_PARTS, False, tmp_path / "cuda.json", ["cuda"])
+    found = json.loads((tmp_path / "cuda.json").read_text("utf-8"))
+    assert list(found["seconds_taken"]) == list(run.CUDA_PARTS)
+    tables = report.tables(found)
+    assert len(tables) == 9
+    for table in tables:
+        assert table.rows and all(len(row) == len(table.columns) for row in table.rows)
+    failures = [
+        (name, result["failed"])
+        for row in found["ops"] + found["steps"]
+        for name, result in row["competitors"].items()
+        if "failed" in result
+    ]
+    assert not {name for name, _ in failures} - {gpu_steps.SCORED}, failures
+
+
+def test_without_a_gpu() -> None:
+    from click.testing import CliRunner
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    for words in (["cuda"], ["tune"], ["papers", "--device", "cuda"]):
+        result = CliRunner().invoke(command, words)
+        assert result.exit_code == 2 and "torch sees none here" in result.output
