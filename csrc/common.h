@@ -12,7 +12,8 @@
 
 #include <optional>
 
-#include "cpu/scan.h"
+#include "dtype.h"
+#include "scan.h"
 
 namespace msrnn {
 

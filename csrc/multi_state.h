@@ -1,7 +1,7 @@
 // The state of multi-state attention as every backend sees it: raw pointers, no torch.
 #pragma once
 
-#include "cpu/numbers.h"
+#include "dtype.h"
 #include "eviction.h"
 
 namespace msrnn {
@@ -70,6 +70,14 @@ struct TokenStep {
   int64_t query_heads;
   Heads q, k, v, out;
   float* scores;  // (batch, groups, slots): the attention that each slot got; or null
+};
+
+// A sequence of `time` tokens, one after the other. A row skips those that are not valid.
+struct TokenSequence {
+  int64_t time;
+  const bool* valid;  // (batch, time); null: all of them
+  int64_t* expiry;    // (batch, groups, time), to be written
+  int64_t* times;     // (batch, time): scratch memory, for the time of each position
 };
 
 }  // namespace msrnn

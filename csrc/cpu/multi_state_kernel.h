@@ -1,4 +1,4 @@
-// Attention over kept states, for one instruction set (see simd.h): the inner loops.
+// Attention over kept states, for one instruction set (see number.h): the inner loops.
 //
 // Level by level:
 //   tile     a few query heads times a few rows, one accumulator each, as many as a vector has
@@ -16,7 +16,7 @@
 #pragma once
 
 #include "multi_state.h"
-#include "simd.h"
+#include "number.h"
 
 namespace msrnn {
 namespace MSRNN_ISA {

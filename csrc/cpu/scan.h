@@ -3,8 +3,8 @@
 
 #include <sched.h>
 
+#include "../dtype.h"
 #include "../scan.h"
-#include "numbers.h"
 
 namespace msrnn {
 

@@ -1,4 +1,4 @@
-// The CPU scan kernels, forward and backward, for one instruction set (see simd.h).
+// The CPU scan kernels, forward and backward, for one instruction set (see number.h).
 //
 // Level by level:
 //   vector   16, 8 or 4 neighbouring channels of one time step: gates, carry and state in
@@ -25,8 +25,8 @@
 // by both gates (a NaN in one poisons the other, and two Newton reciprocals cost the same).
 #pragma once
 
+#include "number.h"
 #include "scan.h"
-#include "simd.h"
 
 namespace msrnn {
 namespace MSRNN_ISA {

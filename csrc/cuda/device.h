@@ -3,7 +3,7 @@
 // shuffles, ballots and atomics, so the same source runs on both.
 #pragma once
 
-#include "../cpu/numbers.h"
+#include "../dtype.h"
 
 #if defined(__CUDACC__)
 

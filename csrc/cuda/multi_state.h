@@ -1,5 +1,5 @@
 // The CUDA step of multi-state attention from the host: the plan of a call, a pure function of its
-// shape, and the call itself, raw pointers and no torch. multi_state.cuh has the kernel.
+// shape, and the call itself, raw pointers and no torch. step.cuh has the kernel.
 #pragma once
 
 #include <cstddef>

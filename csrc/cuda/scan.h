@@ -4,7 +4,7 @@
 
 #include <cstddef>
 
-#include "../cpu/numbers.h"
+#include "../dtype.h"
 #include "../scan.h"
 
 namespace msrnn {

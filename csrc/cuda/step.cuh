@@ -387,7 +387,7 @@ cudaError_t with_step_kernel(StepCall& call, const With& with) {
 }
 
 // Whether the blocks of a row can all be resident; and the launch. Defined once for each dtype, in
-// multi_state_<dtype>.cu.
+// instantiations/step_<dtype>.cu.
 template <class T>
 cudaError_t step_fits_of(StepCall call, Fits* fits) {
   return with_step_kernel<T>(call, [&](auto kernel, size_t shared) {
