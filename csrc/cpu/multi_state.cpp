@@ -310,6 +310,34 @@ struct Cpu {
   static void run(const TokenStep& step, const Tensor&) {
     if (step.state.batch > 0) StepRun(step, all_rows(step.state.batch), 0).run();
   }
+  static void run(const TokenStep& step, const TokenSequence& sequence, const Tensor&) {
+    const State& s = step.state;
+    const int64_t time = sequence.time;
+    std::vector<int64_t> rows;
+    for (int64_t t = 0; t < time; ++t) {
+      rows.clear();
+      for (int64_t row = 0; row < s.batch; ++row) {
+        const bool valid = !sequence.valid || sequence.valid[row * time + t];
+        if (valid) {
+          rows.push_back(row);
+          sequence.times[row * time + s.seen[row]] = t;
+        }
+        for (int64_t g = 0; g < s.groups; ++g) {
+          sequence.expiry[s.group(row, g) * time + t] = valid ? time : t;
+        }
+      }
+      if (rows.empty()) continue;
+      StepRun(step, rows, t).run();
+      for (const int64_t row : rows) {
+        for (int64_t g = 0; g < s.groups; ++g) {
+          const int64_t i = s.group(row, g), evicted = s.last_evicted[i];
+          if (evicted >= 0) {
+            sequence.expiry[i * time + sequence.times[row * time + evicted]] = t + 1;
+          }
+        }
+      }
+    }
+  }
   static void evict(const State& s, const Policy& policy, const Tensor& scores) {
     const auto* sums = static_cast<const float*>(scores.data_ptr());
     for (int64_t row = 0; row < s.batch; ++row) {
@@ -325,73 +353,8 @@ struct Cpu {
   }
 };
 
-std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q_in, const Tensor& k_in,
-                                           const Tensor& v_in, OptionalTensor valid, int64_t kept,
-                                           bool per_head, int64_t kind, int64_t sinks,
-                                           int64_t recent, double scale) {
-  check_heads(q_in, k_in, v_in, 4);
-  STD_TORCH_CHECK(kept >= 1, "expected at least one slot");
-  const Policy policy = policy_of(kind, sinks, recent);
-  const Tensor q = packed(q_in), k = packed(k_in), v = packed(v_in);
-  const int64_t batch = q.size(0), time = q.size(2), kv_heads = k.size(1), head_dim = q.size(3);
-  const int64_t groups = per_head ? kv_heads : 1;
-  Tensor out = torch::stable::new_zeros(q, q.sizes());
-  Tensor expiry = torch::stable::new_empty(q, {batch, groups, time}, ScalarType::Long);
-  auto* gone = static_cast<int64_t*>(expiry.data_ptr());
-  std::fill_n(gone, batch * groups * time, time);
-  if (batch == 0 || time == 0) return {out, expiry};
-
-  // A state of its own; never more slots than tokens.
-  const int64_t slots = std::min(kept, time) + 1;
-  Tensor keys = torch::stable::new_empty(k, {batch, kv_heads, slots, head_dim});
-  Tensor values = torch::stable::new_empty(k, {batch, kv_heads, slots, head_dim});
-  std::vector<int64_t> position(batch * groups * slots, -1), free(batch * groups, 0);
-  std::vector<int64_t> last_evicted(batch * groups, -1), seen(batch, 0);
-  std::vector<float> score(batch * groups * slots, 0.0f);
-  const State state{static_cast<char*>(keys.data_ptr()),
-                    static_cast<char*>(values.data_ptr()),
-                    position.data(),
-                    policy.score == ScoreKind::accumulated ? score.data() : nullptr,
-                    free.data(),
-                    last_evicted.data(),
-                    seen.data(),
-                    batch,
-                    kv_heads,
-                    groups,
-                    slots,
-                    head_dim,
-                    dtype_of(k)};
-  const TokenStep step = step_of(state, policy, scale, true, q, k, v, out, nullptr);
-  const bool* mask = mask_of(valid, q);
-  std::vector<std::vector<int64_t>> times(batch);  // of each row's positions
-  std::vector<int64_t> rows;
-  for (int64_t t = 0; t < time; ++t) {
-    rows.clear();
-    for (int64_t b = 0; b < batch; ++b) {
-      if (!mask || mask[b * time + t]) {
-        rows.push_back(b);
-        times[b].push_back(t);
-      } else {
-        for (int64_t g = 0; g < groups; ++g) gone[(b * groups + g) * time + t] = t;
-      }
-    }
-    if (rows.empty()) continue;
-    StepRun(step, rows, t).run();
-    for (const int64_t b : rows) {
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t evicted = last_evicted[b * groups + g];
-        if (evicted >= 0) gone[(b * groups + g) * time + times[b][evicted]] = t + 1;
-      }
-    }
-  }
-  return {out, expiry};
-}
-
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(msrnn_ops, CPU, m) {
-  register_steps<Cpu>(m);
-  m.impl("attend_sequence", TORCH_BOX(&attend_sequence));
-}
+STABLE_TORCH_LIBRARY_IMPL(msrnn_ops, CPU, m) { register_multi_state<Cpu>(m); }
 
 }  // namespace msrnn
