@@ -1,4 +1,5 @@
-// A call of a multi-state op: its tensors checked and seen as raw pointers, for every backend.
+// The multi-state operators as every backend registers them. We check the tensors of a call and see
+// them as raw pointers.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +15,7 @@ inline Heads heads_of(const Tensor& x) {
   return {static_cast<char*>(x.data_ptr()), x.stride(0) * size, x.stride(1) * size, time};
 }
 
-// Elements of head_dim adjacent.
+// The tensor with the elements of head_dim adjacent, a copy if need be.
 inline Tensor packed(const Tensor& x) {
   return x.size(-1) == 1 || x.stride(-1) == 1 ? x : torch::stable::contiguous(x);
 }
@@ -101,7 +102,8 @@ inline TokenStep step_of(const State& state, const Policy& policy, double scale,
           scores};
 }
 
-// The ops of one token. A backend makes tensors readable for its kernels, runs a step, and evicts.
+// The ops of one token. A backend makes tensors `readable` for its kernels, runs a step, and
+// evicts.
 template <class Backend>
 struct StepOps {
   static Tensor attend_evict(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,

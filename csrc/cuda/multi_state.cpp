@@ -1,8 +1,8 @@
-// Multi-state attention on CUDA: checks, the plan, memory and the launch. The kernel is
-// step.cuh.
+// The host side of multi-state attention on CUDA: checks, the plan, memory and the launch. step.cuh
+// has the kernel.
 //
-// No call synchronises with the host and every call has its own memory from torch's allocator, in
-// the current stream: any stream, any device, captured in a graph or not.
+// No call waits for the device. Every call takes its own memory from torch's allocator and runs in
+// the current stream, so any stream and device will do, captured in a graph or not.
 #include "multi_state.h"
 
 #include "../multi_state_ops.h"
@@ -11,7 +11,8 @@
 namespace msrnn {
 namespace {
 
-// Rows of head_dim elements that can be read 16 bytes at a time; a copy where they cannot.
+// The tensor itself if its rows of head_dim elements can be read 16 bytes at a time, or else a
+// copy.
 Tensor readable(const Tensor& x) {
   const int64_t size = size_of(dtype_of(x));
   bool aligned = x.stride(-1) == 1 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;

@@ -92,20 +92,27 @@ namespace gpu {
 template <class Op, class T, bool backward>
 struct ScanBlock : ScanTile<Op, T, backward> {
   using Base = ScanTile<Op, T, backward>;
-  using Base::call, Base::walk, Base::slot, Base::tile, Base::own_marks, Base::initial;
-  using Base::cursor, Base::load_tile, Base::store, Base::park, Base::unpark;
-  using Base::enter_sequence, Base::leave_sequence;
-  using Base::gather_row, Base::scatter_row, Base::fetch;
+  // From scan_tile.h: types and constants,
   using Base::kInputs, Base::kSources, Base::kVector, Base::kVectorLog2, Base::kParts;
-  using Base::part_rows, Base::first_of, Base::count_of, Base::channel_of, Base::channels_of;
-  using Base::row_words, Base::plane, Base::part_words, Base::entering_tile, Base::carry;
-  using Base::threads, Base::channels, Base::warp, Base::lane, Base::row, Base::parts;
-  using Base::warp_starts, Base::part_starts, Base::part_started, Base::warp_unusable;
   using typename Base::Space, typename Base::State, typename Base::Span, typename Base::Cursor;
   using typename Base::V, typename Base::S, typename Base::Memory;
 
+  // the call, and this thread's place and its share of a tile,
+  using Base::call, Base::walk, Base::cursor;
+  using Base::part_rows, Base::first_of, Base::count_of, Base::channel_of, Base::channels_of;
+  using Base::threads, Base::channels, Base::warp, Base::lane, Base::row, Base::parts;
+
+  // shared memory,
+  using Base::carry, Base::entering_tile, Base::own_marks, Base::slot, Base::tile;
+  using Base::row_words, Base::part_words, Base::plane, Base::gather_row, Base::scatter_row;
+  using Base::warp_starts, Base::part_starts, Base::part_started, Base::warp_unusable;
+
+  // and what goes to memory and comes from it.
+  using Base::enter_sequence, Base::leave_sequence, Base::fetch, Base::initial;
+  using Base::load_tile, Base::store, Base::park, Base::unpark;
+
   static constexpr bool kLogarithmic = std::is_same_v<typename Op::Space, LogSpace>;
-  // Whether a decay may be infinite. The span of such steps is of no use.
+  // Whether a decay may be infinite, so that a span may be of no use.
   static constexpr bool kUnbounded = !Op::gated || (kLogarithmic && !backward);
   // Whether products of decays need a look, since they may vanish or overflow.
   static constexpr bool kClamped = !Op::gated;
@@ -184,7 +191,7 @@ struct ScanBlock : ScanTile<Op, T, backward> {
   // Level 0: the thread.
 
   struct Backward {
-    V adjoint[kVector];  // the gradient of h that arrives at this step alone
+    V adjoint[kVector];  // the gradient of h that arrives at this step from nowhere else
     V factor[Op::inputs][kVector];
   };
 
@@ -345,7 +352,7 @@ struct ScanBlock : ScanTile<Op, T, backward> {
     }
   }
 
-  // From the spans of the rows to those of the parts.
+  // Up: from the spans of the rows to those of the parts.
   MSRNN_FN void fold_rows() const {
     for_parts([&](int channel, int part, int row, uint32_t starts) {
       const S* from = row_words(row) + channel;
@@ -370,7 +377,8 @@ struct ScanBlock : ScanTile<Op, T, backward> {
     });
   }
 
-  // From the state that enters the tile to those that enter the rows, in place of their spans.
+  // Down: from the state that enters the tile to those that enter the rows. They take the place of
+  // the spans of the rows.
   MSRNN_FN void enter_rows() const {
     for_parts([&](int channel, int part, int row, uint32_t starts) {
       const Span before = gather<Span>(part_words(part) + channel, channels());
