@@ -28,6 +28,12 @@ struct Stored {  // float and double
   }
 };
 
+// What lies at an offset of shared memory, in bytes.
+template <class X>
+MSRNN_FN X* in_shared(int offset) {
+  return reinterpret_cast<X*>(dynamic_shared() + offset);
+}
+
 // 16 bytes from an aligned address, in registers. A reference to them would be copied by bytes.
 MSRNN_FN Chunk chunk_at(const void* p) { return *static_cast<const Chunk*>(p); }
 // 16 bytes that no cache of this multiprocessor answers.

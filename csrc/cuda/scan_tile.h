@@ -17,6 +17,25 @@ struct alignas(16) Tile {
   int batch, channel;  // row of the tensors; first channel
 };
 
+// Spans and states lie in shared memory as words that are `stride` scalars apart, so that
+// neighbouring channels are neighbours.
+template <class X, class S>
+MSRNN_FN X gather(const S* from, int stride) {
+  S word[sizeof(X) / sizeof(S)];
+#pragma unroll
+  for (S& w : word) w = *from, from += stride;
+  X x;
+  memcpy(static_cast<void*>(&x), word, sizeof x);
+  return x;
+}
+template <class X, class S>
+MSRNN_FN void scatter(S* to, int stride, const X& x) {
+  S word[sizeof(X) / sizeof(S)];
+  memcpy(word, &x, sizeof x);
+#pragma unroll
+  for (const S& w : word) *to = w, to += stride;
+}
+
 // Op is one of recurrence.h, and T is what the tensors hold.
 template <class Op, class T, bool backward>
 struct ScanTile {
@@ -67,10 +86,6 @@ struct ScanTile {
 
   // Shared memory.
 
-  template <class X>
-  static MSRNN_FN X* in_shared(int offset) {
-    return reinterpret_cast<X*>(dynamic_shared() + offset);
-  }
   // [source][step][thread]: 16 bytes each, waiting for their step.
   MSRNN_FN Chunk& slot(int source, int step) const {
     return in_shared<Chunk>(0)[(source * kScanSteps + step) * threads() + threadIdx.x];
@@ -219,27 +234,9 @@ struct ScanTile {
     }
   }
 
-  // Words of shared memory.
+  // Spans and states of a row.
 
-  // Spans and states lie in shared memory as words that are `stride` scalars apart, so that
-  // neighbouring channels are neighbours.
-  template <class X>
-  static MSRNN_FN X gather(const S* from, int stride) {
-    S word[sizeof(X) / sizeof(S)];
-#pragma unroll
-    for (S& w : word) w = *from, from += stride;
-    X x;
-    memcpy(static_cast<void*>(&x), word, sizeof x);
-    return x;
-  }
-  template <class X>
-  static MSRNN_FN void scatter(S* to, int stride, const X& x) {
-    S word[sizeof(X) / sizeof(S)];
-    memcpy(word, &x, sizeof x);
-#pragma unroll
-    for (const S& w : word) *to = w, to += stride;
-  }
-  // The same for all channels of this thread's row, 16 bytes at a time.
+  // Like gather and scatter, for all channels of this thread's row, 16 bytes at a time.
   template <class X>
   MSRNN_FN void gather_row(X (&x)[kVector]) const {
     constexpr int kCount = sizeof(X) / sizeof(S);

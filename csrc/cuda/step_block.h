@@ -52,10 +52,6 @@ struct StepBlock {
 
   MSRNN_FN explicit StepBlock(const StepCall& c) : call(c), s(c.state), row(0), split(0) {}
 
-  template <class X>
-  static MSRNN_FN X* in_shared(int offset) {
-    return reinterpret_cast<X*>(dynamic_shared() + offset);
-  }
   // [query head][padded slot]: logits, then weights, and in the end [group][padded slot]: scores.
   MSRNN_FN float* weights(int head) const {
     return in_shared<float>(call.shared.weights) + head * padded_slots();
