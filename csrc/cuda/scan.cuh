@@ -94,6 +94,7 @@ struct ScanBlock : ScanTile<Op, T, backward> {
   using Base = ScanTile<Op, T, backward>;
   // From scan_tile.h: types and constants,
   using Base::kInputs, Base::kSources, Base::kVector, Base::kVectorLog2, Base::kParts;
+  using Base::kLogarithmic;
   using typename Base::Space, typename Base::State, typename Base::Span, typename Base::Cursor;
   using typename Base::V, typename Base::S, typename Base::Memory;
 
@@ -111,7 +112,6 @@ struct ScanBlock : ScanTile<Op, T, backward> {
   using Base::enter_sequence, Base::leave_sequence, Base::fetch, Base::initial;
   using Base::load_tile, Base::store, Base::park, Base::unpark;
 
-  static constexpr bool kLogarithmic = std::is_same_v<typename Op::Space, LogSpace>;
   // Whether a decay may be infinite, so that a span may be of no use.
   static constexpr bool kUnbounded = !Op::gated || (kLogarithmic && !backward);
   // Whether products of decays need a look, since they may vanish or overflow.

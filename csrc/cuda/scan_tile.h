@@ -1,5 +1,5 @@
 // A tile in the hands of its block: what lies in shared memory, which steps and channels a thread
-// has, and how its numbers are loaded, stored and exchanged. scan.cuh composes and walks them.
+// has, and how its numbers are loaded and stored. scan.cuh walks and composes them.
 #pragma once
 
 #include <cstring>
@@ -127,8 +127,8 @@ struct ScanTile {
   MSRNN_FN int parts() const { return call.plan.rows < kParts ? call.plan.rows : kParts; }
   MSRNN_FN int part_rows() const { return call.plan.rows < kParts ? 1 : call.plan.rows / kParts; }
 
-  // This thread's part of a tile: its first step and how many it has, and the same of channels, of
-  // which there are none where the number is not positive.
+  // This thread's share of a tile: its first step and how many it has, and its first channel and
+  // how many it has. It has no channels if that number is not positive.
   MSRNN_FN int first_of(const Tile& t) const {
     return (t.index * call.plan.rows + row()) * kScanSteps;
   }
