@@ -1,6 +1,7 @@
 // The scan kernel: every recurrence, forward and backward, on both of its paths.
 //
-// A tile is what a block works on at a time. Forward it is 256 steps of 64 bytes of channels:
+// A tile is what a block works on at a time. Forward, unless time is short, it is 256 steps of 64
+// bytes of channels:
 //
 //            16 bytes of channels
 //            |<-->|
@@ -69,9 +70,8 @@
 // Rejected, with what each would cost minGRU forward:
 //   - Composing spans by shuffles in a warp and then across warps takes 11 more instructions, half
 //     of them selects and branches.
-//   - A Newton step for the reciprocals of 16-bit data takes 2 instructions each, and is not
-//   needed:
-//     1 - small accumulates no bias.
+//   - A Newton step for each reciprocal of 16-bit data takes 2 instructions. We do not need it: the
+//     form 1 - small accumulates no bias.
 //   - One reciprocal for both gates saves a special function and costs an instruction, but a NaN in
 //     one gate then poisons the other.
 //   - Computing the gates again in the second walk takes 8 special functions, where memory leaves
@@ -191,7 +191,7 @@ struct ScanBlock : ScanTile<Op, T, backward> {
   // Level 0: the thread.
 
   struct Backward {
-    V adjoint[kVector];  // the gradient of h that arrives at this step from nowhere else
+    V adjoint[kVector];  // the gradient that arrives at h of this step alone
     V factor[Op::inputs][kVector];
   };
 
