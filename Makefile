@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
-SOURCES = $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*) setup.py pyproject.toml msrnn_ops/version.py
+CSRC = $(filter-out %.md,$(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*))
+SOURCES = $(CSRC) setup.py pyproject.toml msrnn_ops/version.py
 MUTATIONS ?= mutations=[b-e]* mutations=no* mutations=relaxed* mutations=step_[b-t]*
 DTYPES ?= bfloat16,float32,float16,float64
 ARCHS ?= 75,80,86,89,90,100,120
@@ -102,7 +103,7 @@ lint: $(VENV)/ready
 	$(BIN)/pip install -q ruff mypy clang-format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.cpp tests/emulation/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(CSRC) $(wildcard tests/emulation/*.cpp tests/emulation/*.h)
 
 # The suite with every kernel under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/ready
@@ -114,10 +115,10 @@ sanitize: $(VENV)/ready
 
 # The torch-free kernels for 64-bit Arm, compiled, not run.
 portable: $(VENV)/ready
-	$(BIN)/pip install -q ziglang
-	for file in $(notdir $(basename $(wildcard csrc/cpu/*_baseline.cpp csrc/cpu/*_avx*.cpp))); do \
+	$(BIN)/pip install -q ziglang && mkdir -p build
+	for file in $(wildcard csrc/cpu/instantiations/*.cpp); do \
 		$(BIN)/python -m ziglang c++ -target aarch64-linux-gnu -std=c++20 -O1 -ffp-contract=off \
-			-c csrc/cpu/$$file.cpp -o /dev/null || exit 1; \
+			-c $$file -o build/portable.o || exit 1; \
 	done
 
 # The CUDA library with a torch that has no CUDA: it compiles, links, loads and registers.

@@ -26,16 +26,16 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "msrnn_ops/version.py").re
 TORCH_TARGET = "2.11"
 FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
 CPU_SOURCES = [
-    *("scan", "scan_baseline", "scan_avx2", "scan_avx512"),
-    *("multi_state", "multi_state_baseline", "multi_state_avx2", "multi_state_avx512"),
-    *("multi_state_avx512_bf16", "multi_state_prompt", "multi_state_backward"),
+    *("scan", "multi_state", "multi_state_prompt", "multi_state_backward"),
+    *(f"instantiations/scan_{isa}" for isa in ("baseline", "avx2", "avx512")),
+    *(f"instantiations/multi_state_{isa}" for isa in ("baseline", "avx2", "avx512", "avx512_bf16")),
 ]
 STABLE_ABI = [
     ("TORCH_TARGET_VERSION", "0x020b000000000000"),
     ("Py_LIMITED_API", "0x030A0000"),
 ]
-SCANS = [f"scan_{dtype}" for dtype in ("float32", "float64", "bfloat16", "float16")]
-STEPS = [f"multi_state_{dtype}" for dtype in ("float32", "bfloat16", "float16")]
+SCANS = [f"instantiations/scan_{dtype}" for dtype in ("float32", "float64", "bfloat16", "float16")]
+STEPS = [f"instantiations/step_{dtype}" for dtype in ("float32", "bfloat16", "float16")]
 KERNELS = [*SCANS, *STEPS, "multi_state", "evict", "scan"]  # the longest to compile first
 SANITIZE = os.environ.get("MSRNN_SANITIZE")  # e.g. address,undefined
 
@@ -102,7 +102,7 @@ class Build(BuildExtension):
 
 
 def compile_kernel(folder: Path, newest: float, jobs: int, name: str) -> str:
-    target = folder / f"{name}.o"
+    target = folder / f"{Path(name).name}.o"
     if target.exists() and target.stat().st_mtime > newest:
         return str(target)
     codes = []

@@ -1,7 +1,7 @@
 // Checks and views between torch tensors and the torch-free kernels.
 //
-// Python raises the errors that users meet (msrnn_ops/scan.py, msrnn_ops/multi_state.py). The
-// checks here keep a direct call of torch.ops.msrnn_ops.* from reading out of bounds.
+// Python raises the errors that users meet (msrnn_ops/checks.py). The checks here keep a direct
+// call of torch.ops.msrnn_ops.* from reading out of bounds.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -12,7 +12,8 @@
 
 #include <optional>
 
-#include "cpu/scan.h"
+#include "dtype.h"
+#include "scan.h"
 
 namespace msrnn {
 

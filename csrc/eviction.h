@@ -7,7 +7,7 @@
 //   H2O       accumulated  the most recent r tokens, the current one included
 //   TOVA      attention    - (or the first i tokens, or the current one: r = 1)
 //
-// The unprotected state with the lowest score goes; of equals, the oldest. NaN is lower than any
+// The unprotected state with the lowest score goes, and of equals the oldest. NaN is lower than any
 // number. Positions are unique, so the order is total: a minimum taken in any order, by any number
 // of threads, is the same state.
 #pragma once
@@ -45,7 +45,7 @@ MSRNN_FN bool goes_before(const Candidate& a, const Candidate& b) {
   return a.position < b.position;
 }
 
-// What is known of some slots of one row and group. Summaries add up in any order.
+// What we know of some slots of one row and group. Summaries may be added in any order.
 struct Summary {
   Candidate victim{__builtin_inff(), 0, -1};
   int64_t occupied = 0;
@@ -54,10 +54,10 @@ struct Summary {
   MSRNN_FN void add(const Summary& other) {
     if (goes_before(other.victim, victim)) victim = other.victim;
     occupied += other.occupied;
-    const auto mine = static_cast<uint64_t>(first_empty);  // -1: none, more than any
+    const auto mine = static_cast<uint64_t>(first_empty);  // -1, none, is then more than any
     if (static_cast<uint64_t>(other.first_empty) < mine) first_empty = other.first_empty;
   }
-  // A slot, its position and its score.
+  // Takes in a slot by its position and its score.
   MSRNN_FN void look_at(const Policy& policy, int64_t slot, int64_t position, float score,
                         int64_t now) {
     if (position < 0) {

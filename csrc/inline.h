@@ -1,4 +1,4 @@
-// Functions that the CPU and the GPU share: a compiler makes them for its own side.
+// Marks functions that the CPU and the GPU share. Each compiler makes them for its own side.
 #pragma once
 
 #ifdef __CUDACC__

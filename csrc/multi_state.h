@@ -1,7 +1,7 @@
-// The state of multi-state attention as every backend sees it: raw pointers, no torch.
+// The state of multi-state attention as every backend sees it: raw pointers and no torch.
 #pragma once
 
-#include "cpu/numbers.h"
+#include "dtype.h"
 #include "eviction.h"
 
 namespace msrnn {
@@ -25,7 +25,7 @@ struct State {
   }
   MSRNN_FN int64_t group_of(int64_t head) const { return groups == 1 ? 0 : head; }
   MSRNN_FN int64_t group(int64_t row, int64_t g) const { return row * groups + g; }
-  // Slots that any token has reached: the lowest empty one is filled first.
+  // How many slots tokens may have reached, since the lowest empty slot is filled first.
   MSRNN_FN int64_t used(int64_t row) const {
     const int64_t count = seen[row];
     return count >= slots ? slots : count < 0 ? 1 : count + 1;
@@ -36,22 +36,23 @@ struct State {
     return slot < 0 ? 0 : slot >= slots ? slots - 1 : slot;
   }
 
-  // Drops the victim if no slot is left, and finds the next token a slot.
-  MSRNN_FN void evict(int64_t row, int64_t g, const Summary& found) const {
+  // Drops the victim if no slot is left, and finds a slot for the next token.
+  MSRNN_FN void evict(int64_t row, int64_t g, const Summary& summary) const {
     const int64_t i = group(row, g), offset = i * slots;
     last_evicted[i] = -1;
-    if (found.occupied == slots && found.victim.slot >= 0) {
-      last_evicted[i] = found.victim.position;
-      free[i] = found.victim.slot;
-      position[offset + found.victim.slot] = -1;
-      if (score) score[offset + found.victim.slot] = 0;
+    if (summary.occupied == slots && summary.victim.slot >= 0) {
+      last_evicted[i] = summary.victim.position;
+      free[i] = summary.victim.slot;
+      position[offset + summary.victim.slot] = -1;
+      if (score) score[offset + summary.victim.slot] = 0;
     } else {
-      free[i] = found.first_empty >= 0 ? found.first_empty : used(row);
+      free[i] = summary.first_empty >= 0 ? summary.first_empty : used(row);
     }
   }
 };
 
-// (batch, heads, time, head_dim) or, with time = 1, (batch, heads, head_dim); bytes.
+// A tensor (batch, heads, time, head_dim) or, for one token, (batch, heads, head_dim), with strides
+// in bytes. The elements of head_dim are adjacent.
 struct Heads {
   char* data;
   int64_t row, head, time;
@@ -61,7 +62,7 @@ struct Heads {
   }
 };
 
-// One token of every row: attention and, with `evicting`, the policy.
+// A step: one token of every row is attended for, and if `evicting` the policy drops a state.
 struct TokenStep {
   State state;
   Policy policy;
@@ -70,6 +71,14 @@ struct TokenStep {
   int64_t query_heads;
   Heads q, k, v, out;
   float* scores;  // (batch, groups, slots): the attention that each slot got; or null
+};
+
+// A sequence of `time` tokens, one after the other. A row skips those that are not valid.
+struct TokenSequence {
+  int64_t time;
+  const bool* valid;  // (batch, time); null: all of them
+  int64_t* expiry;    // (batch, groups, time), to be written
+  int64_t* times;     // (batch, time): scratch memory, for the time of each position
 };
 
 }  // namespace msrnn

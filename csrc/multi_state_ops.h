@@ -1,4 +1,5 @@
-// A call of a multi-state op: its tensors checked and seen as raw pointers, for every backend.
+// The multi-state operators as every backend registers them. We check the tensors of a call and see
+// them as raw pointers.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +15,7 @@ inline Heads heads_of(const Tensor& x) {
   return {static_cast<char*>(x.data_ptr()), x.stride(0) * size, x.stride(1) * size, time};
 }
 
-// Elements of head_dim adjacent.
+// The tensor with the elements of head_dim adjacent, a copy if need be.
 inline Tensor packed(const Tensor& x) {
   return x.size(-1) == 1 || x.stride(-1) == 1 ? x : torch::stable::contiguous(x);
 }
@@ -101,7 +102,8 @@ inline TokenStep step_of(const State& state, const Policy& policy, double scale,
           scores};
 }
 
-// The ops of one token. A backend makes tensors readable for its kernels, runs a step, and evicts.
+// The ops of one token. A backend makes tensors `readable` for its kernels, runs a step, and
+// evicts.
 template <class Backend>
 struct StepOps {
   static Tensor attend_evict(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
@@ -149,11 +151,54 @@ struct StepOps {
   }
 };
 
+// The op of a sequence. A backend runs the steps of all its tokens.
 template <class Backend>
-void register_steps(torch::stable::detail::StableLibrary& m) {
+struct SequenceOps {
+  static std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q_in, const Tensor& k_in,
+                                                    const Tensor& v_in, OptionalTensor valid,
+                                                    int64_t capacity, bool per_head, int64_t kind,
+                                                    int64_t sinks, int64_t recent, double scale) {
+    check_heads(q_in, k_in, v_in, 4);
+    STD_TORCH_CHECK(capacity >= 1, "expected at least one slot");
+    const Policy policy = policy_of(kind, sinks, recent);
+    const Tensor q = Backend::readable(q_in), k = Backend::readable(k_in),
+                 v = Backend::readable(v_in);
+    const int64_t batch = q.size(0), time = q.size(2), kv_heads = k.size(1), head_dim = q.size(3);
+    const int64_t groups = per_head ? kv_heads : 1;
+    const auto longs = [&](std::initializer_list<int64_t> sizes, double value) {
+      Tensor x = torch::stable::new_empty(q, sizes, ScalarType::Long);
+      torch::stable::fill_(x, value);
+      return x;
+    };
+    Tensor out = torch::stable::new_zeros(q, q.sizes());
+    Tensor expiry = torch::stable::new_empty(q, {batch, groups, time}, ScalarType::Long);
+    if (batch == 0 || time == 0) return {out, expiry};
+
+    // The state starts empty, and never needs more slots than there are tokens.
+    const int64_t slots = std::min(capacity, time) + 1;
+    const bool scored = policy.score == ScoreKind::accumulated;
+    Tensor keys = torch::stable::new_empty(k, {batch, kv_heads, slots, head_dim});
+    Tensor values = torch::stable::new_empty(k, {batch, kv_heads, slots, head_dim});
+    Tensor position = longs({batch, groups, slots}, -1), free = longs({batch, groups}, 0);
+    Tensor last_evicted = longs({batch, groups}, -1), seen = longs({batch}, 0);
+    Tensor score =
+        torch::stable::new_zeros(q, {batch, groups, scored ? slots : 0}, ScalarType::Float);
+    Tensor times = torch::stable::new_empty(q, {batch, time}, ScalarType::Long);
+    const State marks = marks_of(position, score, free, seen, last_evicted, policy.score);
+    const State state = state_of(k, keys, values, marks);
+    const TokenSequence sequence{time, mask_of(valid, q), static_cast<int64_t*>(expiry.data_ptr()),
+                                 static_cast<int64_t*>(times.data_ptr())};
+    Backend::run(step_of(state, policy, scale, true, q, k, v, out, nullptr), sequence, q);
+    return {out, expiry};
+  }
+};
+
+template <class Backend>
+void register_multi_state(torch::stable::detail::StableLibrary& m) {
   m.impl("attend_evict", TORCH_BOX(&StepOps<Backend>::attend_evict));
   m.impl("attend_scores", TORCH_BOX(&StepOps<Backend>::attend_scores));
   m.impl("evict", TORCH_BOX(&StepOps<Backend>::evict));
+  m.impl("attend_sequence", TORCH_BOX(&SequenceOps<Backend>::attend_sequence));
 }
 
 }  // namespace msrnn

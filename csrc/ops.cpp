@@ -1,5 +1,5 @@
-// Every operator of the library. Python adds fake, autograd and the public wrapper of each
-// (msrnn_ops/scan.py, msrnn_ops/multi_state.py); cpu/ and cuda/ add the kernels.
+// Every operator of the library. Python adds the fake and the autograd of each
+// (msrnn_ops/operators/), and its public function. cpu/ and cuda/ add the kernels.
 //
 // Scans. Tensors are (B, T, D) of one dtype: float32, float64, bfloat16 or float16, any strides.
 // With cu_seqlens (N+1, int32 or int64; B = 1) the time axis holds N sequences. h0, last, grad_last

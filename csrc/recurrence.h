@@ -1,7 +1,8 @@
 // The algebra of the recurrences h_t = a_t * h_{t-1} + b_t, written once for every backend.
 //
-// V is the number that a backend computes with: a vector of floats or a double on the CPU
-// (cpu/simd.h). V brings +, -, *, fma, select, exp, ... ; everything below is built from these.
+// V is the number that a backend computes with: a vector of floats on the CPU (cpu/number.h), one
+// float or double on a GPU (cuda/number.h). V brings +, -, *, fma, select, exp and the like, and
+// everything below is built from these.
 //
 // Two ideas carry the accuracy.
 //
@@ -13,24 +14,26 @@
 //    (Dekker's fast two-sum): the carry is `value + rest`. Where a <= 1/2 an error halves at every
 //    step and the plain form is exact enough; there the complement h + (a-1)h would cancel.
 //
-// Measured against float64, gates around -8, T = 262144: 2e-7; the plain walk is off by 1e-5.
+// Against float64, with gates around -8 and T = 262144, this is off by 2e-7, and the plain walk by
+// 1e-5.
 //
 // Backends that cut time into short runs (CUDA) use a third form, `Span`: what a run of steps does
-// to any state that enters it. There the steps are plain, since few of them follow each other, and
-// both a and 1-a of the whole run are kept, so that the long chain from run to run can `advance`.
+// to any state that enters it. The steps of a run are plain, since few of them follow each other. A
+// span carries both a and 1-a of the whole run, so that the long chain from run to run can
+// `advance`.
 #pragma once
 
 #include "inline.h"
 
 namespace msrnn {
 
-// What one element contributes to h_t = a * h_{t-1} + b.
+// What one element contributes to h_t = a h_{t-1} + b.
 template <class V>
 struct Gates {
   typename V::Mask slow;  // where a > 1/2
   V decay;                // a - 1 where slow, a elsewhere
   V weight, value;        // b = weight * value
-  V kept, lost;           // a and 1 - a, each as exact as the gate allows; in log-space log a, -
+  V kept, lost;  // a and 1 - a, each as exact as the gate allows; log a and none in log-space
 };
 
 // The state between two steps: value + rest, |rest| a rounding error of value.
@@ -40,8 +43,8 @@ struct Carry {
   V rest;
 };
 
-// sigma(-|x|), sigma(|x|) from one exponential, both to full relative precision. `complement` picks
-// 1 - small from two ways to have it.
+// sigma(-|x|) and sigma(|x|) from one exponential, both to full relative precision. There are two
+// ways to have 1 - small, and `complement` picks one of them.
 template <class V>
 struct Logistic {
   V small, large;
@@ -66,22 +69,23 @@ MSRNN_FN Activated<V> activate(V x) {
   if constexpr (identity) {
     return {x, V(1)};
   } else {
-    V e = exponential(x);  // anything where x > 0: not selected there
+    V e = exponential(x);  // where x > 0 this may be anything, since it is not selected
     V r = reciprocal(V(1) + e);
     V s = e * r;
-    // g(-0) = g(0) and g'(-0) = g'(0): the sign decides the first, a comparison the second, which
-    // is false for NaN.
+    // g(-0) = g(0) and g'(-0) = g'(0). The sign decides the first. A comparison, which is false for
+    // NaN, decides the second.
     return {select(is_negative(x), s, x + V(0.5)), select(at_least_zero(x), V(1), s * r)};
   }
 }
 
-// A step reduced to two numbers: h -> kept h + added; in log-space, their logarithms.
+// A step reduced to two numbers, h -> kept h + added, or in log-space to their logarithms.
 template <class V>
 struct Step {
   V kept, added;
 };
 
-// h_t = a h_{t-1} + b, and the product of a's that applies an incoming carry to a tile.
+// The recurrence h_t = a h_{t-1} + b itself, and the product of the a's, which applies the carry
+// that enters a tile.
 struct Linear {
   template <class V>
   struct State {
@@ -114,7 +118,7 @@ struct Linear {
   static MSRNN_FN State<V> walk(State<V> s, Step<V> x) {
     return {fma(x.kept, s.value, x.added)};
   }
-  // A step as a span, and a span and the step after it. `lost` is the step's 1 - a.
+  // A step as a span, and a span extended by the step after it. `lost` is the step's 1 - a.
   template <class V>
   static MSRNN_FN Span<V> span_of(Step<V> x, V lost) {
     return {{x.added}, x.kept, lost};
@@ -123,9 +127,10 @@ struct Linear {
   static MSRNN_FN Span<V> extend(Span<V> x, Step<V> y, V lost) {
     return {walk(x.state, y), x.kept * y.kept, fma(lost, x.kept, x.lost)};
   }
-  // A product of decays must be 0 or infinite only if one of them is: 0 * inf and inf * 0 would be
-  // NaN where a walk through the steps has a number. Decays of gates lie in [0, 1] and count as
-  // never quite 0: this is for them, once per span; others take clamp_product at every step.
+  // A product of decays must be 0 or infinite only if one of them is: else 0 * inf or inf * 0 would
+  // be NaN where a walk through the steps has a number. Decays of gates lie in [0, 1] and count as
+  // never quite 0, which this sees to once for each span. Other decays take clamp_product at every
+  // step.
   template <class V>
   static MSRNN_FN Span<V> never_quite_lost(Span<V> x) {
     return {x.state, at_least_tiny(x.kept), x.lost};
@@ -141,7 +146,7 @@ struct Linear {
   static MSRNN_FN Span<V> then(Span<V> x, Span<V> y) {
     return {apply(y, x.state), x.kept * y.kept, fma(y.lost, V(1) - x.lost, x.lost)};
   }
-  // An infinite decay multiplies the zero that a run starts from: NaN, not what a walk has.
+  // An infinite decay times the zero that a run starts from is NaN, which a walk would not have.
   template <class V>
   static MSRNN_FN bool usable_span(Span<V> x) {
     return is_finite(x.kept);
@@ -169,8 +174,8 @@ struct Linear {
 
   template <class V>
   static MSRNN_FN Carry<V> advance(Carry<V> c, Gates<V> g) {
-    V kept = fma(g.decay, c.value, keep(g.slow, c.rest));
-    return settle(c, g.slow, fma(g.weight, g.value, kept));
+    V decayed = fma(g.decay, c.value, keep(g.slow, c.rest));
+    return settle(c, g.slow, fma(g.weight, g.value, decayed));
   }
 
   // The product of a's: the same recurrence without input.
@@ -179,8 +184,8 @@ struct Linear {
     return settle(c, g.slow, fma(g.decay, c.value, keep(g.slow, c.rest)));
   }
 
-  // Where slow: the old value plus the change, with what that addition loses. Elsewhere: the
-  // change.
+  // Where slow, this is the old value plus the change, and what that addition loses. Elsewhere it
+  // is the change.
   template <class V>
   static MSRNN_FN Carry<V> settle(Carry<V> c, typename V::Mask slow, V change) {
     V value = add_where(slow, change, c.value);
@@ -200,7 +205,7 @@ struct Linear {
     return fma(product, before, local);
   }
 
-  // Whether `advance` and `apply` hold: an infinity makes them NaN where `plain` need not be.
+  // Whether `advance` and `apply` hold. An infinity makes them NaN where `plain` need not be.
   template <class V>
   static MSRNN_FN bool usable(V x) {
     return all_finite(x);
@@ -208,8 +213,8 @@ struct Linear {
 };
 
 // The adjoint of a linear recurrence: the gradient s of h_t is a_{t+1} (s of h_{t+1} + what arrives
-// at h_{t+1} alone). Here `added` is the latter. The sum comes first: with an infinite decay, two
-// products could be infinities of both signs.
+// at h_{t+1} alone). The latter is `added` here. We add before we multiply, since with an infinite
+// decay two products could be infinities of both signs.
 struct Adjoint : Linear {
   template <class V>
   static MSRNN_FN State<V> walk(State<V> s, Step<V> x) {
@@ -227,7 +232,7 @@ struct Adjoint : Linear {
 
 // log h_t = logaddexp(log a + log h_{t-1}, log b). Here `decay` is log a and `value` log b.
 struct LogSpace {
-  // log h = largest + log(sum), sum >= 1: a step costs one exponential and no logarithm.
+  // log h = largest + log(sum) with sum >= 1. So a step costs one exponential and no logarithm.
   template <class V>
   struct State {
     V largest, sum;
@@ -250,7 +255,7 @@ struct LogSpace {
   static MSRNN_FN Span<V> no_steps() {
     return {{V::minus_infinity(), V(1)}, V(0)};
   }
-  // The sum of two states. Equal infinities have no distance: NaN, which counts as far away, so
+  // The sum of two states. Equal infinities have the distance NaN, which counts as far away, so
   // that log 0 + log 0 = log 0.
   template <class V>
   static MSRNN_FN State<V> join(State<V> x, State<V> y) {
@@ -315,7 +320,7 @@ struct LogSpace {
 
   template <class V>
   static MSRNN_FN Carry<V> compound(Carry<V> c, Gates<V> g) {
-    V value = c.value + g.decay;  // exact two-sum: log a may exceed the sum so far
+    V value = c.value + g.decay;  // an exact two-sum, since log a may exceed the sum so far
     V other = value - c.value;
     V rest = (c.value - (value - other)) + (g.decay - other) + c.rest;
     return {value, keep(is_finite(value), rest)};
@@ -339,7 +344,7 @@ struct LogSpace {
   }
 };
 
-// The carry after a run of steps, compensated; plainly where an infinity makes that NaN.
+// The carry after a run of steps: compensated, or plain where an infinity makes that NaN.
 template <class Space, class V>
 MSRNN_FN Carry<V> carry_through(Carry<V> c, typename Space::template Span<V> x) {
   Gates<V> g = Space::as_step(x);
@@ -347,16 +352,16 @@ MSRNN_FN Carry<V> carry_through(Carry<V> c, typename Space::template Span<V> x) 
   return is_finite(after.value) ? after : Space::plain(c, g);
 }
 
-// The same where the run may have started afresh, with a state of its own.
+// The same for a run that may have started afresh, with a state of its own.
 template <class Space, class V>
 MSRNN_FN Carry<V> carry_after(Carry<V> c, typename Space::template Span<V> x, bool starts) {
   return starts ? Carry<V>{Space::value_of(x.state), V(0)} : carry_through<Space>(c, x);
 }
 
-// Backward. With the adjoint s_t = grad_t + a_{t+1} s_{t+1}, the gradient of input i is
-// s_t * factor_i(x_t, h_{t-1}): `adjoint` returns the decay and fills the factors. It reads the
-// first `saved` inputs. `gated`: decays of Linear space lie in [0, 1]. `cheap`: gates() costs so
-// little that it may as well be called twice.
+// The ops. Backward, with the adjoint s_t = grad_t + a_{t+1} s_{t+1}, the gradient of input i is
+// s_t * factor_i(x_t, h_{t-1}). `adjoint` returns the decay and fills the factors, for which it
+// reads the first `saved` inputs. An op is `gated` if its decays in Linear space lie in [0, 1], and
+// `cheap` if gates() costs so little that it may as well be called twice.
 
 struct LinearScan {
   using Space = Linear;
@@ -410,7 +415,7 @@ struct LogScan {
   template <class V>
   static MSRNN_FN Gates<V> adjoint(const V (&x)[2], V before, V (&factor)[2]) {
     V from_state = x[0] + before;
-    auto dead = both_minus_infinity(from_state, x[1]);  // log 0: no gradient flows
+    auto dead = both_minus_infinity(from_state, x[1]);  // no gradient flows through log 0
     V distance = from_state - x[1];
     Logistic<V> w = logistic(distance);
     auto slow = at_least_zero(distance);

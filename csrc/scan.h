@@ -1,4 +1,4 @@
-// What every backend of the scans is told: which op, and where its tensors lie.
+// What every backend of the scans is told: which op it is, and where its tensors lie.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ enum class ScanOp : int32_t {
   min_lstm_identity,
 };
 
-// A tensor indexed (row, time, channel). Strides in bytes. data == nullptr: absent.
+// A tensor indexed (row, time, channel), with strides in bytes. It is absent if `data` is null.
 struct View {
   char* data;
   int64_t row, time, channel;

@@ -1,10 +1,10 @@
-// The scan operators as every backend registers them: checks, views of their tensors, and the
-// unpacking of each schema of ops.cpp into the two calls that a backend provides,
+// The scan operators as every backend registers them. We check their tensors, view them, and unpack
+// each schema of ops.cpp into the three functions that a backend provides:
 //
-//   forward(op, inputs, like, h0, cu_seqlens, reverse) -> (h, last)
-//   backward(op, inputs, gradients, h, grad_h, grad_last, h0, cu_seqlens, reverse) -> grad_h0,
-//     which fills `gradients`,
-//   new_like(tensor): an output.
+//   forward(op, inputs, like, h0, cu_seqlens, reverse) returns (h, last);
+//   backward(op, inputs, gradients, h, grad_h, grad_last, h0, cu_seqlens, reverse) fills
+//     `gradients` and returns grad_h0;
+//   new_like(tensor) makes an output.
 #pragma once
 
 #include "common.h"
@@ -69,7 +69,8 @@ inline bool is_constant(const Tensor& x) {
   return x.stride(0) == 0 && x.stride(1) == 0 && x.stride(2) == 0;
 }
 
-// The gradient of h, in the shape of h. One row stands for a constant (as of .sum().backward()).
+// The gradient of h, in the shape of h. Of a constant, such as .sum().backward() makes, we view one
+// step for all.
 inline View view_of_gradient(OptionalTensor& grad_h, const Tensor& h) {
   if (!grad_h) return {};
   check_inputs({&h, &*grad_h});
@@ -129,31 +130,32 @@ struct ScanOps {
                      reverse);
   }
 
-  static ScanOp gru(bool identity) {
-    return identity ? ScanOp::min_gru_identity : ScanOp::min_gru_g;
-  }
-  static ScanOp lstm(bool identity) {
+  // minGRU has two inputs and minLSTM three.
+  template <int parts>
+  static ScanOp gated(bool identity) {
+    if (parts == 2) return identity ? ScanOp::min_gru_identity : ScanOp::min_gru_g;
     return identity ? ScanOp::min_lstm_identity : ScanOp::min_lstm_g;
   }
 
   static std::tuple<Tensor, Tensor> min_gru(const Tensor& gate, const Tensor& candidate,
                                             OptionalTensor h0, OptionalTensor cu_seqlens,
                                             bool reverse, bool identity) {
-    return Backend::forward(gru(identity), separate({&gate, &candidate}), gate, h0, cu_seqlens,
+    return Backend::forward(gated<2>(identity), separate({&gate, &candidate}), gate, h0, cu_seqlens,
                             reverse);
   }
 
   static std::tuple<Tensor, Tensor, Tensor> min_gru_backward(
       OptionalTensor grad_h, OptionalTensor grad_last, const Tensor& gate, const Tensor& candidate,
       const Tensor& h, OptionalTensor h0, OptionalTensor cu_seqlens, bool reverse, bool identity) {
-    return backward2(gru(identity), grad_h, grad_last, gate, candidate, h, h0, cu_seqlens, reverse);
+    return backward2(gated<2>(identity), grad_h, grad_last, gate, candidate, h, h0, cu_seqlens,
+                     reverse);
   }
 
   static std::tuple<Tensor, Tensor> min_lstm(const Tensor& forget, const Tensor& input,
                                              const Tensor& candidate, OptionalTensor h0,
                                              OptionalTensor cu_seqlens, bool reverse,
                                              bool identity) {
-    return Backend::forward(lstm(identity), separate({&forget, &input, &candidate}), forget, h0,
+    return Backend::forward(gated<3>(identity), separate({&forget, &input, &candidate}), forget, h0,
                             cu_seqlens, reverse);
   }
 
@@ -163,41 +165,30 @@ struct ScanOps {
       bool reverse, bool identity) {
     Tensor grad_forget = Backend::new_like(forget), grad_input = Backend::new_like(input);
     Tensor grad_candidate = Backend::new_like(candidate);
-    Tensor grad_h0 = Backend::backward(lstm(identity), separate({&forget, &input, &candidate}),
+    Tensor grad_h0 = Backend::backward(gated<3>(identity), separate({&forget, &input, &candidate}),
                                        separate({&grad_forget, &grad_input, &grad_candidate}), h,
                                        grad_h, grad_last, h0, cu_seqlens, reverse);
     return {grad_forget, grad_input, grad_candidate, grad_h0};
   }
 
-  static std::tuple<Tensor, Tensor> min_gru_joint(const Tensor& projection, OptionalTensor h0,
+  // The inputs as parts of one projection, side by side on the channel axis.
+  template <int parts>
+  static std::tuple<Tensor, Tensor> joint_forward(const Tensor& projection, OptionalTensor h0,
                                                   OptionalTensor cu_seqlens, bool reverse,
                                                   bool identity) {
-    return Backend::forward(gru(identity), joint(projection, 2), projection, h0, cu_seqlens,
-                            reverse);
+    return Backend::forward(gated<parts>(identity), joint(projection, parts), projection, h0,
+                            cu_seqlens, reverse);
   }
 
-  static std::tuple<Tensor, Tensor> min_lstm_joint(const Tensor& projection, OptionalTensor h0,
-                                                   OptionalTensor cu_seqlens, bool reverse,
-                                                   bool identity) {
-    return Backend::forward(lstm(identity), joint(projection, 3), projection, h0, cu_seqlens,
-                            reverse);
-  }
-
-  static std::tuple<Tensor, Tensor> min_gru_joint_backward(
-      OptionalTensor grad_h, OptionalTensor grad_last, const Tensor& projection, const Tensor& h,
-      OptionalTensor h0, OptionalTensor cu_seqlens, bool reverse, bool identity) {
+  template <int parts>
+  static std::tuple<Tensor, Tensor> joint_backward(OptionalTensor grad_h, OptionalTensor grad_last,
+                                                   const Tensor& projection, const Tensor& h,
+                                                   OptionalTensor h0, OptionalTensor cu_seqlens,
+                                                   bool reverse, bool identity) {
     Tensor grad = Backend::new_like(projection);
-    Tensor grad_h0 = Backend::backward(gru(identity), joint(projection, 2), joint(grad, 2), h,
-                                       grad_h, grad_last, h0, cu_seqlens, reverse);
-    return {grad, grad_h0};
-  }
-
-  static std::tuple<Tensor, Tensor> min_lstm_joint_backward(
-      OptionalTensor grad_h, OptionalTensor grad_last, const Tensor& projection, const Tensor& h,
-      OptionalTensor h0, OptionalTensor cu_seqlens, bool reverse, bool identity) {
-    Tensor grad = Backend::new_like(projection);
-    Tensor grad_h0 = Backend::backward(lstm(identity), joint(projection, 3), joint(grad, 3), h,
-                                       grad_h, grad_last, h0, cu_seqlens, reverse);
+    Tensor grad_h0 =
+        Backend::backward(gated<parts>(identity), joint(projection, parts), joint(grad, parts), h,
+                          grad_h, grad_last, h0, cu_seqlens, reverse);
     return {grad, grad_h0};
   }
 };
@@ -213,12 +204,12 @@ void register_scans(torch::stable::detail::StableLibrary& m) {
   m.impl("log_scan_backward", TORCH_BOX(&Ops::log_scan_backward));
   m.impl("min_gru", TORCH_BOX(&Ops::min_gru));
   m.impl("min_gru_backward", TORCH_BOX(&Ops::min_gru_backward));
-  m.impl("min_gru_joint", TORCH_BOX(&Ops::min_gru_joint));
-  m.impl("min_gru_joint_backward", TORCH_BOX(&Ops::min_gru_joint_backward));
+  m.impl("min_gru_joint", TORCH_BOX(&Ops::template joint_forward<2>));
+  m.impl("min_gru_joint_backward", TORCH_BOX(&Ops::template joint_backward<2>));
   m.impl("min_lstm", TORCH_BOX(&Ops::min_lstm));
   m.impl("min_lstm_backward", TORCH_BOX(&Ops::min_lstm_backward));
-  m.impl("min_lstm_joint", TORCH_BOX(&Ops::min_lstm_joint));
-  m.impl("min_lstm_joint_backward", TORCH_BOX(&Ops::min_lstm_joint_backward));
+  m.impl("min_lstm_joint", TORCH_BOX(&Ops::template joint_forward<3>));
+  m.impl("min_lstm_joint_backward", TORCH_BOX(&Ops::template joint_backward<3>));
 }
 
 }  // namespace msrnn

@@ -108,7 +108,7 @@ INSERTIONS = {
     "++turn) «{ note<0>(); »run(turn);« note<1>(); }»": 1,
 }
 
-CUT = "\0"  # between two files
+CUT = "\0"  # between files
 
 # Opcodes by what runs them.
 PIPES = {
@@ -188,16 +188,15 @@ def weighted(lines: Sequence[str], weights: dict[int, float]) -> Counts:
 def hot_source(source: Path, folder: Path) -> None:
     """A copy of the sources whose kernel has only its hot path, with marks."""
     shutil.copytree(source, folder / "csrc")
-    path, other = folder / "csrc/cuda/scan.cuh", folder / "csrc/cuda/sequences.h"
-    text = other.read_text() + CUT + path.read_text()
+    paths = [folder / "csrc/cuda" / name for name in ("sequences.h", "scan_tile.h", "scan.cuh")]
+    text = CUT.join(path.read_text() for path in paths)
     for insertion, count in INSERTIONS.items():
         old, new = re.sub("«[^»]*»", "", insertion), re.sub("[«»]", "", insertion)
         if text.count(old) != count:
             sys.exit(f"{text.count(old)} times in the kernel, expected {count}: {old}")
         text = text.replace(old, new)
-    before, text = text.split(CUT)
-    other.write_text(before)
-    path.write_text(text)
+    for path, part in zip(paths, text.split(CUT), strict=True):
+        path.write_text(part)
 
 
 def compile_kernels(folder: Path, dtype: str, arch: str, ops: Sequence[str]) -> Code:

@@ -121,7 +121,7 @@ def compile_step(source: Path, folder: Path, dtype: str, arch: str, sharing: int
     hot_source(source, folder, sharing, mma)
     cubin = folder / "step.cubin"
     options = ("-std=c++20", "-O3", f"-arch=sm_{arch}", "-cubin", "-o", str(cubin))
-    output_of(tool("nvcc"), *options, str(folder / f"csrc/cuda/multi_state_{dtype}.cu"))
+    output_of(tool("nvcc"), *options, str(folder / f"csrc/cuda/instantiations/step_{dtype}.cu"))
     lines = disassemble(cubin)[f"attend_evict/{dtype}/1"]
     tiles = (16 * HEAD_DIM, 32 * 64) if mma else (6 * HEAD_DIM, 6 * HEAD_DIM)
     if mma and sharing > 4:

@@ -1,28 +1,31 @@
-// Multi-state attention on the CPU: one token for every row, attended and evicted in one launch.
+// Multi-state attention on the CPU: one token of every row is attended for, and one state of every
+// row evicted, in one launch.
 //
 // The slots of a row are cut into blocks of about kBlockSlots, by their number alone, so that every
-// sum has one order whatever the number of threads. Tasks are taken in order from one ticket:
+// sum has one order whatever the number of threads. Threads take tasks in order, by one ticket:
 //
-//   attend   a block of one key-value head, for all query heads that share it: logits of its keys,
-//            exponentials against the block's own maximum, weighted sum of its values. Whoever
-//            finishes the last block of a head rescales the blocks to one softmax, writes the
-//            output, and sums the weights over the query heads.
-//   decide   a block of a row, when all its heads are done: sum of the weights over heads, the
-//            policy's scores, the block's candidate for eviction. Whoever finishes the last one
-//            marks the victim free.
+//   attend   A block of one key-value head, for all query heads that share it: the logits of its
+//            keys, exponentials against the block's own maximum, and the weighted sum of its
+//            values. Whoever finishes the last block of a head rescales the blocks to one softmax,
+//            writes the output, and sums the weights over the query heads.
+//   decide   A block of a row, when all its heads are done: the sum of the weights over the heads,
+//            the policy's scores, and the block's candidate for eviction. Whoever finishes the last
+//            block marks the victim's slot as free.
 //
-// A task waits only for tasks of lower tickets, which running threads hold: nothing can dead-lock.
+// A task waits only for tasks of lower tickets, which running threads hold, so nothing can
+// dead-lock.
 //
-// Traffic: keys and values once, and 4 bytes a slot and key-value head of weights out and in. Where
-// there are many heads, one thread takes a whole one and its weights stay in that thread's cache;
-// a head that threads share costs 4 bytes a slot and query head more (3 % of a bfloat16 state at 4
-// query heads a key-value head of 128). One slot is written. Slots that no token has reached yet
-// are not looked at.
+// Traffic. Keys and values are read once, and 4 bytes of weights for each slot and key-value head
+// are written and read. Where there are many heads, one thread takes a whole one, and the weights
+// stay in that thread's cache. A head that threads share costs 4 bytes more for each slot and query
+// head: 3 % of a bfloat16 state at 4 query heads on each key-value head of 128. One slot is
+// written. Slots that no token has reached yet are not looked at.
 //
-// Measured, TOVA, 4 rows of 8192 slots, 8 key-value heads of 128, two threads: in float32 0.79, in
-// bfloat16 0.72 of the rate at which the same bytes are read. Rejected: weights of all heads
-// written to shared memory (Window was 10 % faster than TOVA in bfloat16, now 3 to 6 %);
-// neighbouring blocks dealt to threads in turn (what one fetches ahead, the other needs).
+// Measured with TOVA, 4 rows of 8192 slots, 8 key-value heads of 128 and two threads, a step runs
+// at 0.79 (float32) and 0.72 (bfloat16) of the rate at which the same bytes are read. We rejected
+// two variants. If the weights of all heads go to shared memory, Window is 10 % faster than TOVA in
+// bfloat16; now it is 3 to 6 %. If neighbouring blocks are dealt to threads in turn, what one
+// thread fetches ahead is what the other needs.
 #include <sched.h>
 
 #include <atomic>
@@ -36,16 +39,17 @@ namespace msrnn {
 namespace {
 
 constexpr int64_t kBlockSlots = 512;
-// A thread is worth waking for this many bytes of keys and values.
+// This many bytes of keys and values are worth waking a thread for.
 constexpr int64_t kBytesPerThread = int64_t{1} << 17;
-// Tickets of attention a thread, at least, where there are as many blocks: they even out the end.
+// A thread has at least this many tickets of attention, if there are as many blocks, to even out
+// the end.
 constexpr int64_t kTickets = 4;
 
 // Slots [begin, end) of a row and group, whose current attention is sums[slot - begin].
 Summary summarize(const State& s, const Policy& policy, int64_t row, int64_t g, int64_t begin,
                   int64_t end, const float* sums) {
   const int64_t offset = s.group(row, g) * s.slots, now = s.seen[row];
-  Summary found;
+  Summary summary;
   for (int64_t slot = begin; slot < end; ++slot) {
     const int64_t position = s.position[offset + slot];
     float score = 0;
@@ -55,9 +59,9 @@ Summary summarize(const State& s, const Policy& policy, int64_t row, int64_t g, 
         score = s.score[offset + slot] += sums[slot - begin];
       }
     }
-    found.look_at(policy, slot, position, score, now);
+    summary.look_at(policy, slot, position, score, now);
   }
-  return found;
+  return summary;
 }
 
 void wait_for(const uint32_t& counter, uint32_t value) {
@@ -78,9 +82,9 @@ class StepRun {
         s_(step.state),
         rows_(rows),
         time_(time),
-        shared_(step.query_heads / s_.kv_heads),
+        sharing_(step.query_heads / s_.kv_heads),
         kernels_(kernels_for(s_.dtype)),
-        keeping_(step.scores || (step.evicting && step.policy.score != ScoreKind::position)),
+        keeps_weights_(step.scores || (step.evicting && step.policy.score != ScoreKind::position)),
         ones_(s_.kv_heads, 1.0f) {
     const int64_t wanted = std::max<int64_t>(1, (s_.slots + kBlockSlots / 2) / kBlockSlots);
     block_ = padded((s_.slots + wanted - 1) / wanted);
@@ -99,21 +103,21 @@ class StepRun {
     const int64_t blocks = count * s_.kv_heads * blocks_;
     const int64_t threads =
         std::clamp<int64_t>(bytes_ / kBytesPerThread, 1, torch::stable::get_num_threads());
-    // Neighbouring blocks go to one thread where there are enough of them: what one fetches beyond
-    // its end, the next one needs.
+    // If there are enough blocks, neighbouring ones go to one thread: what one of them fetches
+    // beyond its end, the next one needs.
     const int64_t row_blocks = s_.kv_heads * blocks_;
     const int64_t together = std::clamp<int64_t>(blocks / (kTickets * threads), 1, blocks_);
     const bool whole_heads = together == blocks_;
     static thread_local Workspace workspace;
-    const int64_t parts = whole_heads ? 0 : blocks * shared_ * kLargestHeadDim;
-    const int64_t sums = keeping_ ? count * s_.kv_heads * stride_ : 0;
-    const int64_t weights = keeping_ && !whole_heads ? shared_ * sums : 0;
-    float* memory = workspace.floats(parts + sums + weights + 2 * blocks * shared_);
+    const int64_t parts = whole_heads ? 0 : blocks * sharing_ * kLargestHeadDim;
+    const int64_t sums = keeps_weights_ ? count * s_.kv_heads * stride_ : 0;
+    const int64_t weights = keeps_weights_ && !whole_heads ? sharing_ * sums : 0;
+    float* memory = workspace.floats(parts + sums + weights + 2 * blocks * sharing_);
     parts_ = whole_heads ? nullptr : memory;
     head_sums_ = memory + parts;
     weights_ = weights ? head_sums_ + sums : nullptr;
     maxima_ = head_sums_ + sums + weights;
-    factors_ = maxima_ + blocks * shared_;
+    factors_ = maxima_ + blocks * sharing_;
     blocks_done_.assign(count * s_.kv_heads, 0);
     heads_done_.assign(count, 0);
     decided_.assign(count, 0);
@@ -133,12 +137,12 @@ class StepRun {
     auto work = [&](int64_t, int64_t) {
       FlushDenormals flush(true);
       static thread_local Workspace own;
-      const int64_t width = keeping_ && whole_heads ? stride_ : block_;
+      const int64_t width = keeps_weights_ && whole_heads ? stride_ : block_;
       const int64_t own_parts = whole_heads ? blocks_ * kLargestHeadDim : 0;
-      float* scratch = own.floats(shared_ * (kLargestHeadDim + width + own_parts) + block_);
+      float* scratch = own.floats(sharing_ * (kLargestHeadDim + width + own_parts) + block_);
       for (int64_t i; (i = ticket.fetch_add(1, std::memory_order_relaxed)) < tickets;) {
-        // Row p is attended before row p-1 is decided: its weights are still in cache then, and
-        // nobody waits for long.
+        // Row p is attended before row p-1 is decided. The weights of row p-1 are still in cache
+        // then, and nobody waits for long.
         const int64_t row = i < attending ? 0 : 1 + (i - attending) / (attending + deciding);
         const int64_t rest = i < attending ? i : (i - attending) % (attending + deciding);
         if (row == count || rest >= attending) {
@@ -158,7 +162,7 @@ class StepRun {
   }
 
  private:
-  // Of the r-th row of this run.
+  // How many blocks the r-th row of this run has.
   int64_t blocks_of(int64_t r) const { return (used_[r] + block_ - 1) / block_; }
 
   void attend(int64_t task, float* scratch) {
@@ -175,16 +179,17 @@ class StepRun {
     }
 
     const int64_t* position = s_.position + i * s_.slots;
-    // Weights of the head: shared between threads, this thread's own, or of this block alone.
-    float* kept =
-        weights_ ? weights_ + index * shared_ * stride_ : scratch + shared_ * kLargestHeadDim;
-    float* weights = keeping_ ? kept + begin : kept;
-    const int64_t stride = keeping_ ? stride_ : block_;
-    kernels_.load_queries(step_.q.at(row, head * shared_, time_), step_.q.head, shared_,
+    // The weights of the head may be shared between threads, belong to this thread, or be those of
+    // this block alone.
+    float* head_weights =
+        weights_ ? weights_ + index * sharing_ * stride_ : scratch + sharing_ * kLargestHeadDim;
+    float* weights = keeps_weights_ ? head_weights + begin : head_weights;
+    const int64_t stride = keeps_weights_ ? stride_ : block_;
+    kernels_.load_queries(step_.q.at(row, head * sharing_, time_), step_.q.head, sharing_,
                           s_.head_dim, scratch);
     int64_t filled = begin;
     auto fill_until = [&](int64_t next) {
-      for (int64_t h = 0; h < shared_ && filled < next; ++h) {
+      for (int64_t h = 0; h < sharing_ && filled < next; ++h) {
         std::fill(weights + h * stride + filled - begin, weights + h * stride + next - begin,
                   kMinusInfinity);
       }
@@ -192,30 +197,31 @@ class StepRun {
     };
     for_runs(position, begin, end, [&](int64_t first, int64_t count) {
       fill_until(first);
-      kernels_.logits(scratch, shared_, rows_of(s_, s_.keys, row, head, first), count, s_.head_dim,
+      kernels_.logits(scratch, sharing_, rows_of(s_, s_.keys, row, head, first), count, s_.head_dim,
                       step_.scale, weights + first - begin, stride);
       filled = first + count;
     });
     fill_until(begin + padded(end - begin));
 
-    float* maxima = maxima_ + task * shared_;
-    float* sums = factors_ + task * shared_;
-    for (int64_t h = 0; h < shared_; ++h) {
+    float* maxima = maxima_ + task * sharing_;
+    float* sums = factors_ + task * sharing_;
+    for (int64_t h = 0; h < sharing_; ++h) {
       kernels_.exponentials(weights + h * stride, padded(end - begin), maxima + h, sums + h);
     }
-    const int64_t part_size = shared_ * kLargestHeadDim;
-    float* parts = parts_ ? parts_ + index * blocks_ * part_size
-                          : scratch + shared_ * (kLargestHeadDim + (keeping_ ? stride_ : block_));
+    const int64_t part_size = sharing_ * kLargestHeadDim;
+    float* parts =
+        parts_ ? parts_ + index * blocks_ * part_size
+               : scratch + sharing_ * (kLargestHeadDim + (keeps_weights_ ? stride_ : block_));
     float* part = parts + j * part_size;
-    for (int64_t h = 0; h < shared_; ++h) {
+    for (int64_t h = 0; h < sharing_; ++h) {
       std::fill_n(part + h * kLargestHeadDim, padded(s_.head_dim, 32), 0.0f);
     }
     for_runs(position, begin, end, [&](int64_t first, int64_t count) {
-      kernels_.accumulate(part, shared_, weights + first - begin, stride,
+      kernels_.accumulate(part, sharing_, weights + first - begin, stride,
                           rows_of(s_, s_.values, row, head, first), count, s_.head_dim);
     });
     if (is_last(blocks_done_[index], static_cast<uint32_t>(blocks_of(r)))) {
-      finish_head(index, row, head, used_[r], parts, kept);
+      finish_head(index, row, head, used_[r], parts, head_weights);
       std::atomic_ref<uint32_t>(heads_done_[r]).fetch_add(1, std::memory_order_acq_rel);
     }
   }
@@ -224,27 +230,28 @@ class StepRun {
   void finish_head(int64_t index, int64_t row, int64_t head, int64_t used, const float* parts,
                    const float* weights) {
     const int64_t blocks = (used + block_ - 1) / block_;
-    const int64_t first = index * blocks_ * shared_;
-    for (int64_t h = 0; h < shared_; ++h) {
+    const int64_t first = index * blocks_ * sharing_;
+    for (int64_t h = 0; h < sharing_; ++h) {
       const float* maxima = maxima_ + first + h;
       float* factors = factors_ + first + h;
       float largest = maxima[0], total = 0;
-      for (int64_t j = 1; j < blocks; ++j) largest = std::max(largest, maxima[j * shared_]);
+      for (int64_t j = 1; j < blocks; ++j) largest = std::max(largest, maxima[j * sharing_]);
       for (int64_t j = 0; j < blocks; ++j) {
-        total += factors[j * shared_] * std::exp(maxima[j * shared_] - largest);
+        total += factors[j * sharing_] * std::exp(maxima[j * sharing_] - largest);
       }
       for (int64_t j = 0; j < blocks; ++j) {
-        factors[j * shared_] = std::exp(maxima[j * shared_] - largest) / total;
+        factors[j * sharing_] = std::exp(maxima[j * sharing_] - largest) / total;
       }
-      kernels_.combine(step_.out.at(row, head * shared_ + h, time_), parts + h * kLargestHeadDim,
-                       shared_ * kLargestHeadDim, factors, shared_, blocks, s_.head_dim);
+      kernels_.combine(step_.out.at(row, head * sharing_ + h, time_), parts + h * kLargestHeadDim,
+                       sharing_ * kLargestHeadDim, factors, sharing_, blocks, s_.head_dim);
     }
-    if (!keeping_) return;
+    if (!keeps_weights_) return;
     float* sums = head_sums_ + index * stride_;
     std::fill_n(sums, blocks * block_, 0.0f);
     for (int64_t j = 0; j < blocks; ++j) {
-      kernels_.add_weighted(sums + j * block_, factors_ + first + j * shared_, weights + j * block_,
-                            stride_, shared_, padded(std::min(block_, used - j * block_)));
+      kernels_.add_weighted(sums + j * block_, factors_ + first + j * sharing_,
+                            weights + j * block_, stride_, sharing_,
+                            padded(std::min(block_, used - j * block_)));
     }
   }
 
@@ -255,7 +262,7 @@ class StepRun {
     const int64_t begin = j * block_, end = std::min(begin + block_, used_[r]);
     const int64_t heads = s_.kv_heads / s_.groups;
     for (int64_t g = 0; g < s_.groups; ++g) {
-      if (keeping_) {
+      if (keeps_weights_) {
         const float* from = head_sums_ + (r * s_.kv_heads + g * heads) * stride_ + begin;
         std::fill_n(sums, padded(end - begin), 0.0f);
         kernels_.add_weighted(sums, ones_.data(), from, stride_, heads, padded(end - begin));
@@ -274,11 +281,11 @@ class StepRun {
     }
     if (!step_.evicting || !is_last(decided_[r], static_cast<uint32_t>(blocks_of(r)))) return;
     for (int64_t g = 0; g < s_.groups; ++g) {
-      Summary found;
+      Summary summary;
       for (int64_t b = 0; b < blocks_of(r); ++b) {
-        found.add(summaries_[(r * s_.groups + g) * blocks_ + b]);
+        summary.add(summaries_[(r * s_.groups + g) * blocks_ + b]);
       }
-      s_.evict(row, g, found);
+      s_.evict(row, g, summary);
     }
     ++s_.seen[row];
   }
@@ -287,9 +294,9 @@ class StepRun {
   const State& s_;
   const std::vector<int64_t>& rows_;
   const int64_t time_;
-  const int64_t shared_;  // query heads of a key-value head
+  const int64_t sharing_;  // query heads of a key-value head
   const AttentionKernels kernels_;
-  const bool keeping_;  // the weights are wanted after their block
+  const bool keeps_weights_;  // whether anybody wants the weights after their block
   int64_t block_, blocks_, stride_, bytes_ = 0;
   float *parts_, *head_sums_, *weights_;
   float *maxima_, *factors_;  // of each block and query head; factors: first its sum
@@ -310,6 +317,34 @@ struct Cpu {
   static void run(const TokenStep& step, const Tensor&) {
     if (step.state.batch > 0) StepRun(step, all_rows(step.state.batch), 0).run();
   }
+  static void run(const TokenStep& step, const TokenSequence& sequence, const Tensor&) {
+    const State& s = step.state;
+    const int64_t time = sequence.time;
+    std::vector<int64_t> rows;
+    for (int64_t t = 0; t < time; ++t) {
+      rows.clear();
+      for (int64_t row = 0; row < s.batch; ++row) {
+        const bool valid = !sequence.valid || sequence.valid[row * time + t];
+        if (valid) {
+          rows.push_back(row);
+          sequence.times[row * time + s.seen[row]] = t;
+        }
+        for (int64_t g = 0; g < s.groups; ++g) {
+          sequence.expiry[s.group(row, g) * time + t] = valid ? time : t;
+        }
+      }
+      if (rows.empty()) continue;
+      StepRun(step, rows, t).run();
+      for (const int64_t row : rows) {
+        for (int64_t g = 0; g < s.groups; ++g) {
+          const int64_t i = s.group(row, g), evicted = s.last_evicted[i];
+          if (evicted >= 0) {
+            sequence.expiry[i * time + sequence.times[row * time + evicted]] = t + 1;
+          }
+        }
+      }
+    }
+  }
   static void evict(const State& s, const Policy& policy, const Tensor& scores) {
     const auto* sums = static_cast<const float*>(scores.data_ptr());
     for (int64_t row = 0; row < s.batch; ++row) {
@@ -325,73 +360,8 @@ struct Cpu {
   }
 };
 
-std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q_in, const Tensor& k_in,
-                                           const Tensor& v_in, OptionalTensor valid, int64_t kept,
-                                           bool per_head, int64_t kind, int64_t sinks,
-                                           int64_t recent, double scale) {
-  check_heads(q_in, k_in, v_in, 4);
-  STD_TORCH_CHECK(kept >= 1, "expected at least one slot");
-  const Policy policy = policy_of(kind, sinks, recent);
-  const Tensor q = packed(q_in), k = packed(k_in), v = packed(v_in);
-  const int64_t batch = q.size(0), time = q.size(2), kv_heads = k.size(1), head_dim = q.size(3);
-  const int64_t groups = per_head ? kv_heads : 1;
-  Tensor out = torch::stable::new_zeros(q, q.sizes());
-  Tensor expiry = torch::stable::new_empty(q, {batch, groups, time}, ScalarType::Long);
-  auto* gone = static_cast<int64_t*>(expiry.data_ptr());
-  std::fill_n(gone, batch * groups * time, time);
-  if (batch == 0 || time == 0) return {out, expiry};
-
-  // A state of its own; never more slots than tokens.
-  const int64_t slots = std::min(kept, time) + 1;
-  Tensor keys = torch::stable::new_empty(k, {batch, kv_heads, slots, head_dim});
-  Tensor values = torch::stable::new_empty(k, {batch, kv_heads, slots, head_dim});
-  std::vector<int64_t> position(batch * groups * slots, -1), free(batch * groups, 0);
-  std::vector<int64_t> last_evicted(batch * groups, -1), seen(batch, 0);
-  std::vector<float> score(batch * groups * slots, 0.0f);
-  const State state{static_cast<char*>(keys.data_ptr()),
-                    static_cast<char*>(values.data_ptr()),
-                    position.data(),
-                    policy.score == ScoreKind::accumulated ? score.data() : nullptr,
-                    free.data(),
-                    last_evicted.data(),
-                    seen.data(),
-                    batch,
-                    kv_heads,
-                    groups,
-                    slots,
-                    head_dim,
-                    dtype_of(k)};
-  const TokenStep step = step_of(state, policy, scale, true, q, k, v, out, nullptr);
-  const bool* mask = mask_of(valid, q);
-  std::vector<std::vector<int64_t>> times(batch);  // of each row's positions
-  std::vector<int64_t> rows;
-  for (int64_t t = 0; t < time; ++t) {
-    rows.clear();
-    for (int64_t b = 0; b < batch; ++b) {
-      if (!mask || mask[b * time + t]) {
-        rows.push_back(b);
-        times[b].push_back(t);
-      } else {
-        for (int64_t g = 0; g < groups; ++g) gone[(b * groups + g) * time + t] = t;
-      }
-    }
-    if (rows.empty()) continue;
-    StepRun(step, rows, t).run();
-    for (const int64_t b : rows) {
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t evicted = last_evicted[b * groups + g];
-        if (evicted >= 0) gone[(b * groups + g) * time + times[b][evicted]] = t + 1;
-      }
-    }
-  }
-  return {out, expiry};
-}
-
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(msrnn_ops, CPU, m) {
-  register_steps<Cpu>(m);
-  m.impl("attend_sequence", TORCH_BOX(&attend_sequence));
-}
+STABLE_TORCH_LIBRARY_IMPL(msrnn_ops, CPU, m) { register_multi_state<Cpu>(m); }
 
 }  // namespace msrnn

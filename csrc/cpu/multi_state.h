@@ -1,4 +1,4 @@
-// What attention over kept states is made of on the CPU: raw pointers and strides, no torch.
+// What multi-state attention is made of on the CPU: raw pointers and strides, and no torch.
 //
 // Each function serves the query heads that share one key-value head, over consecutive rows of that
 // head's keys or values. The order of every sum depends on the arguments alone.

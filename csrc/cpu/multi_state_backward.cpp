@@ -1,8 +1,9 @@
-// Backward pass of attend_sequence on the CPU, one key-value head of one row at a time.
+// The backward pass of attend_sequence on the CPU, one key-value head of one row at a time.
 //
-// It walks the tokens forwards as the op did, recomputes each query's weights over the slots, and
-// adds to the gradients of the keys and values that lie there; a key's gradient is written when it
-// expires. Per query and slot five products of head_dim: two of logits, three of gradients.
+// It walks the tokens forwards as the op did, computes each query's weights over the slots again,
+// and adds to the gradients of the keys and values that lie there. A key's gradient is written when
+// the key expires. Each query and slot take five products of head_dim: two for logits and three for
+// gradients.
 #include <cstring>
 #include <vector>
 
@@ -11,9 +12,9 @@
 namespace msrnn {
 namespace {
 
-// Gradients of causal attention in which key j is visible to queries j <= t < expiry[j], for one
-// key-value head of one row. It walks the tokens as the forward pass did, with the visible keys,
-// their values and the gradients of both in slots: work and memory follow the slots, not T.
+// The gradients of causal attention in which key j is visible to queries j <= t < expiry[j], for
+// one key-value head of one row. The visible keys, their values and the gradients of both lie in
+// slots, so that work and memory follow the number of slots and not T.
 struct SequenceBackward {
   DType dtype;
   float scale;

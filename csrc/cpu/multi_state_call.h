@@ -20,7 +20,8 @@ inline AttentionKernels kernels_for(DType dtype) {
   return attention_kernels_baseline(dtype);
 }
 
-// Memory that a thread keeps from call to call: fresh pages would cost more than a small step.
+// Memory that a thread holds on to from call to call, since fresh pages would cost more than a
+// small step.
 class Workspace {
  public:
   ~Workspace() { ::operator delete(data_, kLine); }

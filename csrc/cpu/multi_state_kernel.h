@@ -1,22 +1,24 @@
-// Attention over kept states, for one instruction set (see simd.h): the inner loops.
+// The inner loops of attention over the states that are kept, for one instruction set (number.h).
 //
 // Level by level:
-//   tile     a few query heads times a few rows, one accumulator each, as many as a vector has
-//            lanes: their dot products end in one vector. 4 heads share every load of a row.
-//   rows     keys: tiles one after the other. Values: pieces of kPieceBytes that stay in L1, over
+//   tile     A few query heads times a few rows, with an accumulator for each pair, as many as a
+//            vector has lanes, so that the dot products end in one vector. 4 heads share every load
+//            of a row.
+//   rows     Keys come tile after tile. Values come in pieces of kPieceBytes that stay in L1, over
 //            heads and then over head_dim, so that 16 accumulators stay in registers.
-//   block    some hundreds of slots of one key-value head, keys and then values
-//            (multi_state.cpp): the weights in between never leave L1.
+//   block    Some hundreds of slots of one key-value head, first the keys and then the values
+//            (multi_state.cpp). The weights in between never leave L1.
 //
-// Traffic: every row of keys and values is read once from memory, for all query heads that share
-// it. Rows are fetched into L2 kAheadBytes or a piece before their use. Measured against that, two
-// threads of a Zen 4, float32: fetched into L1, where pieces and weights already live, 1.4 times as
-// long; with the non-temporal hint, 1.5; every second line, 1.3; keys not at all, 1.5. In bfloat16
-// sums of pairs of rows take 0.6 of the time of widened rows.
+// Traffic. Every row of keys and values is read once from memory, for all query heads that share
+// it. Rows are fetched into L2 kAheadBytes, or a piece, before their use. Other ways took longer,
+// in float32 with two threads of a Zen 4: 1.4 times as long when rows are fetched into L1, where
+// pieces and weights already live, 1.5 with the non-temporal hint, 1.3 with every second line, and
+// 1.5 with no fetch of keys. In bfloat16, sums of pairs of rows take 0.6 of the time of widened
+// rows.
 #pragma once
 
 #include "multi_state.h"
-#include "simd.h"
+#include "number.h"
 
 namespace msrnn {
 namespace MSRNN_ISA {
@@ -148,7 +150,7 @@ MSRNN_FN Float add_lanes(const Float* x) {
 }
 #endif
 
-// Dot products of `heads` queries and lanes / heads rows; lane: head * rows + row.
+// Dot products of `heads` queries and lanes / heads rows, in lane head * rows + row.
 template <class Dot, int heads>
 MSRNN_FN Float dot_tile(const typename Dot::Query* queries, Rows rows, int64_t head_dim,
                         int64_t ahead) {
@@ -200,8 +202,8 @@ MSRNN_FN void logits_tile(const typename Dot::Query* queries, Rows rows, int64_t
   }
 }
 
-// All rows for `heads` queries. A last, partial tile goes back and computes some rows again; fewer
-// rows than a tile has go one by one.
+// All rows for `heads` queries. If the last tile is partial, it goes back and computes some rows
+// again. Fewer rows than a tile has go one by one.
 template <class Dot, int heads>
 MSRNN_FN void logits_rows(const typename Dot::Query* queries, Rows rows, int64_t count,
                           int64_t head_dim, Float scale, float* logits, int64_t stride,
@@ -252,8 +254,8 @@ void logits(const void* queries, int64_t heads, Rows rows, int64_t count, int64_
 }
 
 void exponentials(float* x, int64_t count, float* maximum, float* sum) {
-  // A maximum of -inf would turn every e into NaN: the lowest float gives 0. NaN is passed over
-  // here and returns in its own e.
+  // A maximum of -inf would turn every e into NaN, so we begin with the lowest float, which gives
+  // 0. NaN is passed over here and comes back in its own e.
   constexpr float kLowest = -3.4028235e38f;
   Float m(kLowest);
   for (int64_t i = 0; i < count; i += kWidth) {
@@ -279,8 +281,8 @@ void exponentials(float* x, int64_t count, float* maximum, float* sum) {
 }
 
 // How weighted rows are summed: in float32, or for bfloat16 two rows at a time by the instruction
-// that the dot products use. Weights are then rounded to bfloat16, as FlashAttention does: the
-// output is off by about as much as its own rounding, and the scores are not affected.
+// that the dot products use. Weights are then rounded to bfloat16, as in FlashAttention. The output
+// is off by about as much as its own rounding, and the scores do not change.
 template <class Element>
 struct WidenedSum {
   using E = Element;

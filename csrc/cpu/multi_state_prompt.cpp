@@ -1,10 +1,10 @@
-// A prompt on the CPU: which of the kept states and its own tokens stay. (Its output is computed by
-// PyTorch's attention, msrnn_ops/multi_state.py.)
+// A prompt on the CPU: which of the states so far and of its own tokens stay. (PyTorch's attention
+// computes its output, in msrnn_ops/operators/prompt.py.)
 //
-// The columns of a row are its slots and then the prompt's tokens. They are scored by the last
-// query (one pass over the keys) or by all of them (some queries at a time, T*T products but never
-// T*T weights: each part of the queries adds up columns of its own, in a fixed order), then all but
-// N go, and the survivors among the tokens are copied into empty slots.
+// The columns of a row are its slots and then the prompt's tokens. The last query scores them, in
+// one pass over the keys, or all queries do, some at a time. That takes T*T products but never T*T
+// weights: each part of the queries adds up columns of its own, in a fixed order. Then all but N
+// columns go, and the tokens that survive are copied into empty slots.
 #include <cstring>
 #include <vector>
 
@@ -13,8 +13,8 @@
 namespace msrnn {
 namespace {
 
-// Of a prompt whose attention is accumulated: this many parts, each with sums of its own, and rows
-// of logits that one pass over the keys serves.
+// If attention is accumulated, a prompt's queries come in this many parts, each with sums of its
+// own, and one pass over the keys serves this many rows of logits.
 constexpr int64_t kPromptParts = 8;
 constexpr int64_t kPromptLogits = 16;
 
@@ -34,7 +34,7 @@ class PromptRow {
       : p_(prompt),
         s_(prompt.state),
         row_(row),
-        shared_(prompt.query_heads / s_.kv_heads),
+        sharing_(prompt.query_heads / s_.kv_heads),
         columns_(s_.slots + prompt.time),
         kernels_(kernels_for(s_.dtype)) {
     for (int64_t t = 0; t < p_.time; ++t) {
@@ -84,12 +84,12 @@ class PromptRow {
 
   void score_part(int64_t head, int64_t part, bool every_query, float* sums) const {
     const auto count = static_cast<int64_t>(times_.size());
-    const int64_t together = std::max<int64_t>(1, kPromptLogits / shared_);
+    const int64_t together = std::max<int64_t>(1, kPromptLogits / sharing_);
     const int64_t stride = padded(columns_);
     static thread_local Workspace own;
-    float* queries = own.floats(together * shared_ * (kLargestHeadDim + stride + 1));
-    float* logits = queries + together * shared_ * kLargestHeadDim;
-    float* factors = logits + together * shared_ * stride;
+    float* queries = own.floats(together * sharing_ * (kLargestHeadDim + stride + 1));
+    float* logits = queries + together * sharing_ * kLargestHeadDim;
+    float* factors = logits + together * sharing_ * stride;
     if (!every_query) {
       score_queries(head, count - 1, 1, queries, logits, factors, sums);
       return;
@@ -102,12 +102,12 @@ class PromptRow {
   // `count` valid queries from the first-th on.
   void score_queries(int64_t head, int64_t first, int64_t count, float* queries, float* logits,
                      float* factors, float* sums) const {
-    const int64_t stride = padded(columns_), heads = count * shared_;
+    const int64_t stride = padded(columns_), heads = count * sharing_;
     const int64_t seen = s_.slots + times_[first + count - 1] + 1;  // columns of the last of them
     const int64_t* position = position_.data() + s_.group_of(head) * columns_;
     for (int64_t i = 0; i < count; ++i) {
-      kernels_.load_queries(p_.q.at(row_, head * shared_, times_[first + i]), p_.q.head, shared_,
-                            s_.head_dim, queries + i * shared_ * kLargestHeadDim);
+      kernels_.load_queries(p_.q.at(row_, head * sharing_, times_[first + i]), p_.q.head, sharing_,
+                            s_.head_dim, queries + i * sharing_ * kLargestHeadDim);
     }
     for (int64_t h = 0; h < heads; ++h) {
       std::fill_n(logits + h * stride, padded(seen), kMinusInfinity);
@@ -123,13 +123,13 @@ class PromptRow {
     });
     for (int64_t h = 0; h < heads; ++h) {
       float* row = logits + h * stride;
-      std::fill(row + s_.slots + times_[first + h / shared_] + 1, row + seen, kMinusInfinity);
+      std::fill(row + s_.slots + times_[first + h / sharing_] + 1, row + seen, kMinusInfinity);
       float maximum, sum;
       kernels_.exponentials(row, padded(seen), &maximum, &sum);
       factors[h] = 1 / sum;
       if (sum == sum) continue;
       // NaN goes to the columns that this query sees, and not by way of 0 * NaN to later ones.
-      const int64_t own = s_.slots + times_[first + h / shared_] + 1;
+      const int64_t own = s_.slots + times_[first + h / sharing_] + 1;
       std::fill(sums, sums + own, sum);
       std::fill(row, row + padded(seen), 0.0f);
       factors[h] = 0;
@@ -194,7 +194,7 @@ class PromptRow {
   const Prompt& p_;
   const State& s_;
   const int64_t row_;
-  const int64_t shared_;
+  const int64_t sharing_;
   const int64_t columns_;
   const AttentionKernels kernels_;
   std::vector<int64_t> times_;     // of the valid tokens

@@ -1,7 +1,6 @@
-// The scans on the CPU: checks, the plan (tiles and threads), dispatch to an instruction set.
+// The host side of the scans on the CPU: checks, the plan (tiles and threads), and the choice of an
+// instruction set. scan_kernel.h has the kernels.
 #include "scan.h"
-
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
@@ -15,19 +14,19 @@
 namespace msrnn {
 namespace {
 
-// Fewer channels in flight than this: time is cut into tiles of about kTileElements elements.
-// Both depend on shape alone, so results do not depend on the number of threads.
+// With fewer channels in flight than this, time is cut into tiles of about kTileElements elements.
+// Both depend on shape alone, so that results do not depend on the number of threads.
 constexpr int64_t kEnoughChannels = 1024;
 constexpr int64_t kTileElements = 16384;
-// Widest and narrowest block of channels that one thread walks: carries in L1, two cache lines.
+// The widest block of channels that one thread walks keeps its carries in L1. The narrowest has two
+// cache lines.
 constexpr int64_t kWidestBlock = 1024;
 constexpr int64_t kNarrowestBlock = 32;
 // A thread is worth waking for this many elements.
 constexpr int64_t kElementsPerThread = 16384;
-// Outputs of this size are written past the cache; of that size, asked for in huge pages.
+// From these sizes on, outputs are written past the cache, and we ask for huge pages.
 constexpr int64_t kStreamBytes = int64_t{4} << 20;
 constexpr int64_t kLargeBytes = int64_t{8} << 20;
-constexpr int64_t kHugePage = int64_t{2} << 20;
 
 ScanKernels kernels_for(DType dtype) {
 #if defined(__x86_64__)
@@ -39,24 +38,19 @@ ScanKernels kernels_for(DType dtype) {
   return scan_kernels_baseline(dtype);
 }
 
-// The first touch of 64 MB costs 30 ms in 4 KB pages and 10 ms in huge ones, half of that when all
-// threads share it: the kernel zeroes a page while whoever wants it waits.
+// Touches the pages of a large output before the kernel does. The operating system zeroes a page
+// while the thread that wants it waits: the first touch of 64 MB costs 30 ms in pages of 4 KB, 10
+// ms in huge ones, and half of that when all threads share it.
 void prepare_output(const Tensor& x, int64_t bytes) {
-#if defined(__linux__)
   if (bytes < kLargeBytes) return;
-  const auto begin = reinterpret_cast<uintptr_t>(x.data_ptr());
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
-  if (last <= first) return;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-  const int64_t pages = static_cast<int64_t>(last - first) / kHugePage;
-  torch::stable::parallel_for(0, pages, 1, [&](int64_t i, int64_t end) {
-    for (; i < end; ++i) *reinterpret_cast<volatile char*>(first + i * kHugePage) = 0;
+  const HugePages pages = prefer_huge_pages(x.data_ptr(), bytes);
+  if (pages.count == 0) return;
+  torch::stable::parallel_for(0, pages.count, 1, [&](int64_t i, int64_t end) {
+    for (; i < end; ++i) *reinterpret_cast<volatile char*>(pages.first + i * HugePages::kSize) = 0;
   });
-#endif
 }
 
-// Rows of a batch, or the sequences that cu_seqlens delimits, forced into [0, T].
+// The rows of a batch, or the sequences that cu_seqlens delimits, forced into [0, T].
 std::vector<Segment> segments_of(const Shape& shape, const OptionalTensor& cu_seqlens) {
   std::vector<Segment> segments;
   if (!cu_seqlens) {
@@ -84,7 +78,7 @@ std::vector<Segment> segments_of(const Shape& shape, const OptionalTensor& cu_se
   return segments;
 }
 
-// Carries between tiles, and a flag for each.
+// The tiles of a call, the carries between them, and a flag for each carry.
 struct Plan {
   std::vector<Tile> tiles;
   std::vector<double> carries;  // room for float or double
@@ -119,7 +113,7 @@ Plan make_plan(const std::vector<Segment>& segments, int64_t channels, DType dty
   plan.threads =
       std::clamp<int64_t>(elements / kElementsPerThread, 1, torch::stable::get_num_threads());
 
-  // Channel blocks only share out work: they change no bit.
+  // Blocks of channels only share out the work. They change no bit.
   int64_t blocks = (channels + kWidestBlock - 1) / kWidestBlock;
   while (chained == 0 && pieces * blocks % plan.threads &&
          channels / (blocks + 1) >= kNarrowestBlock) {
@@ -159,8 +153,8 @@ Plan make_plan(const std::vector<Segment>& segments, int64_t channels, DType dty
   return plan;
 }
 
-// Tiles are taken in order, so that whoever waits for a carry waits for a tile that is being
-// worked on: no thread count and no scheduling can dead-lock.
+// Tiles are taken in order, so that whoever waits for a carry waits for a tile that somebody works
+// on. No number of threads and no scheduling can dead-lock.
 void run(const Scan& scan, TileFunction kernel, const Plan& plan) {
   int64_t scratch = 0;
   for (const Tile& t : plan.tiles) scratch = std::max(scratch, scratch_scalars(t));

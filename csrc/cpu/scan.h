@@ -1,10 +1,10 @@
-// What the CPU scan kernels take: raw pointers and strides, no torch.
+// What the CPU scan kernels take: raw pointers and strides, and no torch.
 #pragma once
 
 #include <sched.h>
 
+#include "../dtype.h"
 #include "../scan.h"
-#include "numbers.h"
 
 namespace msrnn {
 
@@ -15,15 +15,15 @@ struct Segment {
   int64_t length;  // time steps
 };
 
-// One call. Initial and final states are (segments, channels), contiguous, float (double for
-// float64); a null pointer means zero (log 0 for log_scan's h0) on the way in and not wanted on
-// the way out.
+// One call. Initial and final states are (segments, channels), contiguous, float or, for float64,
+// double. A null pointer means zero (log 0 for log_scan's h0) on the way in, and not wanted on the
+// way out.
 struct Scan {
   ScanOp op;
   DType dtype;   // of every View
   bool reverse;  // the recurrence runs from the last time step to the first
   bool packed;   // channels of every View are adjacent in memory
-  bool stream;   // write with non-temporal stores: outputs exceed the cache and are aligned
+  bool stream;   // non-temporal stores, since outputs exceed the cache and are aligned
   int64_t channels;
   const Segment* segments;
 

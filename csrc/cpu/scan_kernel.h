@@ -1,32 +1,36 @@
-// The CPU scan kernels, forward and backward, for one instruction set (see simd.h).
+// The CPU scan kernels, forward and backward, for one instruction set (see number.h).
 //
 // Level by level:
-//   vector   16, 8 or 4 neighbouring channels of one time step: gates, carry and state in
-//            registers. Loads widen 16-bit numbers, stores round them.
-//   rows     all channels of a step before the next step, as memory lies; carries in L1. (A vector
-//            over several steps first would keep its carry in registers, but rows of 4 KB share
-//            an L1 set: 2 to 4 times slower.)
-//   block    some rows. One that met an infinity or NaN is redone with the plain recurrence, since
-//            h + (a-1)h is NaN where a*h is infinite.
-//   tile     some blocks of one segment (scan.h). Its carry is known ("walk"), or it scans from
-//            zero, keeps states and decay products in scratch memory, and applies the carry of the
-//            tile before it as soon as that is posted ("deferred"): time in parallel, one pass over
-//            memory, the same bits for any number of threads since tiles depend on shape alone.
+//   vector   16, 8 or 4 neighbouring channels of one time step, with gates, carry and state in
+//            registers. Loads widen 16-bit numbers, and stores round them.
+//   rows     All channels of a step before the next step, as memory lies, with the carries in L1.
+//            (A vector that went over several steps first would keep its carry in registers. But
+//            rows 4 KB apart share a set of L1, which makes that 2 to 4 times slower.)
+//   block    Some rows. A block that met an infinity or NaN is done again with the plain
+//            recurrence, since h + (a-1)h is NaN where a*h is infinite.
+//   tile     Some blocks of one segment (scan.h). If its carry is known, it walks from there
+//            ("walk"). Otherwise it scans from zero, holds states and decay products in scratch
+//            memory, and applies the carry of the tile before it as soon as that is posted
+//            ("deferred"). Time is then parallel in one pass over memory. Tiles depend on shape
+//            alone, so any number of threads gives the same bits.
 //
-// Traffic, in tensors of B*T*D: forward reads the inputs and writes h (3 for minGRU, 4 for
-// minLSTM); backward reads inputs, h and the gradient of h, writes the gradients (6 and 8).
+// Traffic, in tensors of B*T*D. Forward reads the inputs and writes h: 3 for minGRU and 4 for
+// minLSTM. Backward reads the inputs, h and the gradient of h, and writes the gradients: 6 and 8.
 //
-// Input is fetched into L2 kAhead bytes before its use. Measured, minGRU, (1, 16384, 1024), two
-// threads of a Zen 4, share of a streaming copy of the same bytes: 0.74 forward and 0.81 with
-// backward; 0.57 and 0.58 when fetched into L1, where rows 4 KB apart evict each other.
+// Input is fetched into L2 kAhead bytes before its use. We measured minGRU at (1, 16384, 1024) with
+// two threads of a Zen 4. It runs at 0.74 of the speed of a streaming copy of the same bytes, and
+// at 0.81 with backward. If the input is fetched into L1, where rows 4 KB apart evict each other,
+// it is 0.57 and 0.58.
 //
-// Rejected: recomputing gates in a second pass over late tiles (1.5 times the arithmetic with slow
-// gates); stopping once the decay has underflowed (wrong for an infinite carry); a division shared
-// by both gates (a NaN in one poisons the other, and two Newton reciprocals cost the same).
+// Rejected:
+//   - Computing the gates again in a second pass over late tiles takes 1.5 times the arithmetic.
+//   - Stopping once the decay has underflowed is wrong for an infinite carry.
+//   - A division shared by both gates lets a NaN in one poison the other, and two Newton
+//     reciprocals cost the same.
 #pragma once
 
+#include "number.h"
 #include "scan.h"
-#include "simd.h"
 
 namespace msrnn {
 namespace MSRNN_ISA {
@@ -34,8 +38,8 @@ namespace MSRNN_ISA {
 constexpr int64_t kBlockElements = 8192;
 constexpr int64_t kAhead = 8192;  // bytes
 
-// How a vector of channels is read and written; `any` covers partial vectors, channels that are not
-// adjacent in memory and every dtype.
+// How a vector of channels is read and written. `any` covers partial vectors, channels that are not
+// adjacent in memory, and every dtype.
 enum class Access { any, float32, bfloat16, float16 };
 
 template <Access>
@@ -105,7 +109,7 @@ struct Row {
         channel(v.channel) {}
 };
 
-// Channels [c, c + V::lanes) of a row; fewer, `count`, under Access::any.
+// Channels [c, c + V::lanes) of a row, or only `count` of them under Access::any.
 template <class V, Access access>
 MSRNN_FN V load(const Scan& s, const Row& row, int64_t c, int count, int64_t ahead) {
   if constexpr (V::lanes == 1) {
@@ -158,7 +162,7 @@ MSRNN_FN void store_scalars(typename V::Scalar* p, V x) {
   }
 }
 
-// What whole vectors are taken by, as long as there are that many channels.
+// The vectors that a row is taken by, as long as there are that many channels.
 template <class V>
 struct Wide {
   using Type = V;
@@ -173,7 +177,8 @@ MSRNN_FN int64_t fetch_ahead(const Scan& s, int64_t channels) {
   return kAhead / (channels * size) + 1;
 }
 
-// Waits for a flag: spinning at first, then leaving the processor to whoever may have to raise it.
+// Waits for a flag. It spins at first, and then leaves the processor to whoever may have to raise
+// it.
 MSRNN_FN void wait_for(const uint32_t* flag) {
   for (int spins = 0; !__atomic_load_n(flag, __ATOMIC_ACQUIRE); ++spins) {
     if (spins > 1000) {
@@ -186,7 +191,7 @@ MSRNN_FN void wait_for(const uint32_t* flag) {
   }
 }
 
-// Going forward: reads the inputs of a step, writes its state.
+// Going forward: reads the inputs of a step and writes its state.
 template <class Op, class V, Access access>
 struct ForwardPass {
   using Space = typename Op::Space;
@@ -309,7 +314,7 @@ struct BackwardPass {
   }
 };
 
-// Carries of neighbouring channels: values, then `width` scalars on, their rests.
+// Carries of neighbouring channels: their values and, `width` scalars on, their rests.
 template <class V>
 MSRNN_FN Carry<V> load_carry(const typename V::Scalar* p, int64_t width) {
   return {load_scalars<V>(p), load_scalars<V>(p + width)};

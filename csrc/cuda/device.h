@@ -1,9 +1,9 @@
-// What the kernels need of a GPU: real CUDA, or the emulator of tests/emulation when a C++ compiler
-// reads them. Kernels use these names and nothing else of CUDA beyond thread indices, barriers,
-// shuffles, ballots and atomics, so the same source runs on both.
+// What the kernels need of a GPU: CUDA, or the emulator of tests/emulation if a C++ compiler reads
+// them. Kernels use these names and nothing else of CUDA beyond thread indices, barriers, shuffles,
+// ballots and atomics, so that the same source runs on both.
 #pragma once
 
-#include "../cpu/numbers.h"
+#include "../dtype.h"
 
 #if defined(__CUDACC__)
 
@@ -37,7 +37,7 @@ __device__ __forceinline__ T load_coherent(const T* p) {
 }
 __device__ __forceinline__ void spin_pause() { __nanosleep(32); }
 
-// Global to shared memory, 16 bytes, aligned; done when copies_done() returns.
+// Copies 16 aligned bytes from global to shared memory. They are there when copies_done() returns.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #if __CUDA_ARCH__ >= 800
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -52,7 +52,7 @@ __device__ __forceinline__ void copies_done() {
 #endif
 }
 
-// Special functions: 2^x, log2 x and 1/x, each one instruction off by an ulp or two.
+// Special functions: 2^x, log2 x and 1/x. Each is one instruction and off by an ulp or two.
 __device__ __forceinline__ float exp2_approximate(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -68,7 +68,7 @@ __device__ __forceinline__ float reciprocal_approximate(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// The larger of two; NaN if one of them is.
+// The larger of two numbers, or NaN if one of them is NaN.
 __device__ __forceinline__ float larger_propagating(float a, float b) {
 #if __CUDA_ARCH__ >= 800
   float y;
@@ -130,11 +130,11 @@ cudaError_t allow_shared(Kernel kernel, size_t bytes) {
   if (bytes <= 48 * 1024) return cudaSuccess;
   const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           static_cast<int>(bytes));
-  if (error) cudaGetLastError();  // it is told here, not by the next launch
+  if (error) cudaGetLastError();  // we report it here, so the next launch must not
   return error;
 }
 
-// `together`: all blocks become resident at once, or the launch fails.
+// If `together`, all blocks become resident at once or the launch fails.
 template <class Arguments>
 cudaError_t launch(void (*kernel)(Arguments), uint32_t blocks, uint32_t threads, size_t shared,
                    cudaStream_t stream, const Arguments& arguments, bool together = false) {

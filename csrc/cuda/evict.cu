@@ -1,10 +1,10 @@
-// The policy alone: the second half of a step, where ranks or others had a say in the scores.
+// The policy alone: the second half of a step, for when ranks or others have a say in the scores.
 #include "step_block.h"
 
 namespace msrnn {
 namespace gpu {
 
-// What attend_scores leaves for later: the policy alone, a block a row.
+// What attend_scores leaves for later. A block serves a row.
 struct EvictCall {
   State state;
   Policy policy;
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kStepThreads)
     const int64_t offset = s.group(row, g) * s.slots;
     if (s.position[offset + s.free_slot(row, g)] < 0) continue;  // for all threads alike
     waiting = true;
-    Summary found;
+    Summary summary;
     for (int64_t slot = threadIdx.x; slot < used; slot += kStepThreads) {
       const int64_t position = s.position[offset + slot];
       float score = 0;
@@ -30,14 +30,14 @@ __global__ void __launch_bounds__(kStepThreads)
         score = call.scores[offset + slot];
         if (s.score) s.score[offset + slot] = score += s.score[offset + slot];
       }
-      found.look_at(call.policy, slot, position, score, now);
+      summary.look_at(call.policy, slot, position, score, now);
     }
-    found = warp_summary(found);
-    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = found;
+    summary = warp_summary(summary);
+    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = summary;
     __syncthreads();
     if (threadIdx.x == 0) {
-      for (int w = 1; w < kStepWarps; ++w) found.add(of_warps[w]);
-      s.evict(row, g, found);
+      for (int w = 1; w < kStepWarps; ++w) summary.add(of_warps[w]);
+      s.evict(row, g, summary);
     }
     __syncthreads();
   }

@@ -1,18 +1,18 @@
-// Look-back: how the tiles of one chain, at work in different blocks, hand the carry on.
+// Look-back: how the tiles of one chain hand the carry on while different blocks work on them.
 //
 // Tiles form aligned groups. A tile publishes its span, waits for the spans of the tiles before it
-// in its group and for the carry of the group before, and folds these in order; the last tile of a
-// group publishes the group's carry. So the order of every operation is fixed by shape: results are
-// the same bits for any schedule and any run. The price, against folding from whatever
-// carry is already there: a tile reads on average half a group of spans, 8 x 12 bytes a channel and
-// 256 steps (6 % of the bytes of a bfloat16 minGRU, from L2), and a chain advances one group, 4096
-// steps, per exchange.
+// in its group and for the carry of the group before, and folds these in order. The last tile of a
+// group publishes the group's carry. So the shape of a call fixes the order of every operation, and
+// results are the same bits for any schedule and in any run. Folding from whatever carry is already
+// there would be cheaper: here a tile reads on average half a group of spans, which is 8 x 12 bytes
+// for a channel and 256 steps (6 % of the bytes of a bfloat16 minGRU, from L2), and a chain
+// advances by one group, 4096 steps, with each exchange.
 //
-// Tickets make it safe: a block waits for lower tickets only, and whoever holds the lowest
-// unfinished ticket waits for nobody. A block works through its tickets in order, so drawing ahead,
-// to load ahead, is safe too. Flags belong to one call: the host clears 4 bytes a tile in the
-// stream before the launch (a memset, by estimate 2 us, captured with the launch), which buys
-// freedom from any state between calls, streams and replays.
+// Tickets make this safe. A block waits for lower tickets only, and whoever holds the lowest
+// unfinished ticket waits for nobody. A block works through its tickets in order, so it may also
+// draw ahead in order to load ahead. Flags belong to one call. The host clears 4 bytes for each
+// tile in the stream before the launch: a memset of 2 us by estimate, which graphs capture with the
+// launch. In return no state is left between calls, streams and replays.
 #pragma once
 
 #include <cstring>
@@ -24,7 +24,8 @@
 namespace msrnn {
 namespace gpu {
 
-// The exchange of one tile; for the whole first warp of its block, a thread a channel.
+// The exchange of one tile. The whole first warp of its block takes part, a thread for each
+// channel.
 template <class Space, class V>
 struct LookBack {
   using S = typename V::Scalar;
@@ -33,7 +34,7 @@ struct LookBack {
 
   int channels;                      // of a tile
   Span* window;                      // shared, [kScanWindow][channel]: the spans of tiles before
-  uint32_t *tile_flag, *group_flag;  // of this tile and its group; earlier ones lie before
+  uint32_t *tile_flag, *group_flag;  // of this tile and its group; those of earlier ones precede
   S *span, *carry;                   // of this thread's channel, likewise
   int behind;                        // tiles of the group before this one
   bool first_group, mine, passes_span, passes_carry;
@@ -87,7 +88,7 @@ struct LookBack {
       const int count = left < kScanWindow ? left : kScanWindow;
       const uint32_t flag = threadIdx.x < count ? await(tile_flag - left + threadIdx.x) : 0;
       const uint32_t starting = __ballot_sync(~0u, flag == 3);
-      __syncwarp();  // a vote orders no memory: the spans were acquired by other threads
+      __syncwarp();  // a vote orders no memory, and other threads acquired the spans
       if (mine) {
         const S* from = span - left * kWords * channels;
         for (int k = 0; k < count; ++k) {

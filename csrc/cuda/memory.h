@@ -1,4 +1,4 @@
-// How numbers lie in memory: 16 bytes of a dtype, as the numbers that a kernel computes with.
+// How numbers lie in memory, and how 16 bytes of them become numbers that a kernel computes with.
 #pragma once
 
 #include <cstring>
@@ -28,7 +28,13 @@ struct Stored {  // float and double
   }
 };
 
-// 16 bytes from an aligned address, in registers: a reference to them would be copied by bytes.
+// What lies at an offset of shared memory, in bytes.
+template <class X>
+MSRNN_FN X* in_shared(int offset) {
+  return reinterpret_cast<X*>(dynamic_shared() + offset);
+}
+
+// 16 bytes from an aligned address, in registers. A reference to them would be copied by bytes.
 MSRNN_FN Chunk chunk_at(const void* p) { return *static_cast<const Chunk*>(p); }
 // 16 bytes that no cache of this multiprocessor answers.
 MSRNN_FN Chunk load_coherent_chunk(const void* p) {
@@ -42,7 +48,7 @@ MSRNN_FN Chunk load_coherent_chunk(const void* p) {
   memcpy(&chunk, &x, sizeof chunk);
   return chunk;
 }
-// Pairs of two words' low halves, and of their high ones.
+// The low halves of two words as a pair, and their high halves.
 MSRNN_FN uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xFFFF) | b << 16; }
 MSRNN_FN uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xFFFF0000u); }
 

@@ -1,8 +1,8 @@
-// Multi-state attention on CUDA: checks, the plan, memory and the launch. The kernel is
-// multi_state.cuh.
+// The host side of multi-state attention on CUDA: checks, the plan, memory and the launch. step.cuh
+// has the kernel.
 //
-// No call synchronises with the host and every call has its own memory from torch's allocator, in
-// the current stream: any stream, any device, captured in a graph or not.
+// No call waits for the device. Every call takes its own memory from torch's allocator and runs in
+// the current stream, so any stream and device will do, captured in a graph or not.
 #include "multi_state.h"
 
 #include "../multi_state_ops.h"
@@ -11,7 +11,8 @@
 namespace msrnn {
 namespace {
 
-// Rows of head_dim elements that can be read 16 bytes at a time; a copy where they cannot.
+// The tensor itself if its rows of head_dim elements can be read 16 bytes at a time, or else a
+// copy.
 Tensor readable(const Tensor& x) {
   const int64_t size = size_of(dtype_of(x));
   bool aligned = x.stride(-1) == 1 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
@@ -75,6 +76,14 @@ struct Cuda {
     StepCall call = describe(step);
     msrnn::run(call, like);
   }
+  static void run(const TokenStep& step, const TokenSequence& sequence, const Tensor& like) {
+    StepCall call = describe(step);
+    call.last = call.time = sequence.time;
+    call.valid = sequence.valid;
+    call.expiry = sequence.expiry;
+    call.times = sequence.times;
+    msrnn::run(call, like);
+  }
   static void evict(const State& s, const Policy& policy, const Tensor& scores) {
     if (s.batch == 0) return;
     const OnDevice device(scores);
@@ -84,51 +93,8 @@ struct Cuda {
   }
 };
 
-std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q_in, const Tensor& k_in,
-                                           const Tensor& v_in, OptionalTensor valid, int64_t kept,
-                                           bool per_head, int64_t kind, int64_t sinks,
-                                           int64_t recent, double scale) {
-  check_heads(q_in, k_in, v_in, 4);
-  STD_TORCH_CHECK(kept >= 1, "expected at least one slot");
-  const Policy policy = policy_of(kind, sinks, recent);
-  const Tensor q = readable(q_in), k = readable(k_in), v = readable(v_in);
-  const int64_t batch = q.size(0), time = q.size(2), kv_heads = k.size(1), head_dim = q.size(3);
-  const int64_t groups = per_head ? kv_heads : 1;
-  Tensor out = torch::stable::new_zeros(q, q.sizes());
-  Tensor expiry = torch::stable::new_empty(q, {batch, groups, time}, ScalarType::Long);
-  if (batch == 0 || time == 0) return {out, expiry};
-
-  // A state of its own; never more slots than tokens.
-  const int64_t slots = std::min(kept, time) + 1;
-  const auto longs = [&](std::initializer_list<int64_t> sizes, double value) {
-    Tensor x = torch::stable::new_empty(q, sizes, ScalarType::Long);
-    torch::stable::fill_(x, value);
-    return x;
-  };
-  const bool scored = policy.score == ScoreKind::accumulated;
-  Tensor keys = torch::stable::new_empty(k, {batch, kv_heads, slots, head_dim});
-  Tensor values = torch::stable::new_empty(k, {batch, kv_heads, slots, head_dim});
-  Tensor position = longs({batch, groups, slots}, -1), free = longs({batch, groups}, 0);
-  Tensor last_evicted = longs({batch, groups}, -1), seen = longs({batch}, 0);
-  Tensor times = torch::stable::new_empty(q, {batch, time}, ScalarType::Long);
-  Tensor score =
-      torch::stable::new_zeros(q, {batch, groups, scored ? slots : 0}, ScalarType::Float);
-  const State marks = marks_of(position, score, free, seen, last_evicted, policy.score);
-  const State state = state_of(k, keys, values, marks);
-  StepCall call = describe(step_of(state, policy, scale, true, q, k, v, out, nullptr));
-  call.last = call.time = time;
-  call.valid = mask_of(valid, q);
-  call.expiry = static_cast<int64_t*>(expiry.data_ptr());
-  call.times = static_cast<int64_t*>(times.data_ptr());
-  run(call, q);
-  return {out, expiry};
-}
-
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(msrnn_ops, MSRNN_DEVICE_KEY, m) {
-  register_steps<Cuda>(m);
-  m.impl("attend_sequence", TORCH_BOX(&attend_sequence));
-}
+STABLE_TORCH_LIBRARY_IMPL(msrnn_ops, MSRNN_DEVICE_KEY, m) { register_multi_state<Cuda>(m); }
 
 }  // namespace msrnn

@@ -1,6 +1,6 @@
-// The entry from the host: finds the kernels of a dtype, which multi_state_<dtype>.cu compile, a
-// file each.
-#include "multi_state.cuh"
+// The entry from the host. It finds the kernels of a dtype, which instantiations/step_<dtype>.cu
+// compile, a file each.
+#include "step.cuh"
 
 namespace msrnn {
 namespace gpu {

@@ -1,5 +1,6 @@
-// The CUDA step of multi-state attention from the host: the plan of a call, a pure function of its
-// shape, and the call itself, raw pointers and no torch. multi_state.cuh has the kernel.
+// The CUDA step of multi-state attention as the host sees it: the plan of a call, which is a pure
+// function of its shape, and the call itself, with raw pointers and no torch. step.cuh has the
+// kernel.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +12,8 @@ namespace msrnn {
 
 constexpr int kStepThreads = 256;
 constexpr int kStepWarps = kStepThreads / 32;
-// Where a block has so few units of work that its warps share them, it adds up its output in shared
-// memory: at most this many numbers.
+// A block with so few units of work that its warps share them adds up its output in shared memory,
+// which then holds at most this many numbers.
 constexpr int64_t kStepStaged = 4096;
 
 // How a row is cut up: a block takes `block_slots` neighbouring slots of all heads, so that their
@@ -32,8 +33,8 @@ struct StepPlan {
 
 inline StepPlan step_plan(int64_t rows, int64_t query_heads, int64_t kv_heads, int64_t slots,
                           int64_t head_dim, int64_t element_size) {
-  // What a block keeps must fit the 64 KiB of the smallest GPU. Below 32 slots it would spend its
-  // time on the exchange.
+  // What a block keeps must fit the 64 KiB of the smallest GPU. With fewer than 32 slots it would
+  // spend its time on the exchange.
   constexpr int64_t kProcessors = 132, kFewest = 32;  // multiprocessors of a large GPU
   const int64_t room = (int64_t{12} * 1024 - kStepStaged) / query_heads / kFewest * kFewest;
   const int64_t most = room > kFewest ? room : kFewest;
@@ -42,7 +43,7 @@ inline StepPlan step_plan(int64_t rows, int64_t query_heads, int64_t kv_heads, i
   const int64_t row = 2 * kv_heads * head_dim * element_size;  // bytes of a slot
   StepPlan best{};
   double least = 0;
-  // So many blocks that they fill the multiprocessors once, one or two beside each other, or twice.
+  // We try as many blocks as fill the multiprocessors once, twice and so on.
   for (int64_t fill = 1; fill <= 16; ++fill) {
     int64_t splits = fill * kProcessors / (rows > 0 ? rows : 1);
     splits = splits < least_splits ? least_splits : splits > most_splits ? most_splits : splits;
@@ -51,7 +52,8 @@ inline StepPlan step_plan(int64_t rows, int64_t query_heads, int64_t kv_heads, i
     // Bytes that a multiprocessor moves; those of the exchange, from L2, count half. All blocks of
     // a row read the sums of all, and write and read one output.
     const int64_t exchanged = query_heads * (8 * splits + 8 * head_dim);
-    // One block alone is not twice as fast as two beside each other: it waits more for memory.
+    // One block alone is not twice as fast as two beside each other, since it waits more for
+    // memory.
     const int64_t blocks = rows * splits, pairs = blocks / (2 * kProcessors);
     const int64_t rest = blocks % (2 * kProcessors);
     const double last = rest == 0 ? 0 : rest <= kProcessors ? 1.15 : 2;
@@ -97,7 +99,7 @@ struct StepWorkspace {
   int64_t bytes, flags;
 };
 
-// Lays the exchange out at `memory`, which may be null to learn the size.
+// Lays the exchange out at `memory`. To learn the size, `memory` may be null.
 inline StepWorkspace lay_out(const StepPlan& p, const State& s, int64_t query_heads, char* memory,
                              StepExchange* exchange) {
   const int64_t blocks = s.batch * p.splits;
@@ -121,7 +123,7 @@ inline StepWorkspace lay_out(const StepPlan& p, const State& s, int64_t query_he
   return {at, flags};
 }
 
-// Where a block keeps what in shared memory, in bytes; StepBlock says what each is.
+// Where a block keeps what in shared memory, in bytes. step_block.h says what each is.
 struct StepShared {
   int32_t weights, maxima, totals, factors, occupied, staging, ticket;
   int32_t bytes;

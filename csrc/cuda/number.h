@@ -1,8 +1,11 @@
-// The numbers that recurrence.h computes with on a GPU: one float or double a thread.
+// The numbers that recurrence.h computes with on a GPU: one float or double for each thread.
 //
-// float keeps full precision (exact to a rounding or two): exp splits its argument, which would
-// otherwise cost 6e-8 |x| of relative error. Brief, for 16-bit data, leaves that out, since the
-// data are 4e-3 apart: 4 instructions less an exponential.
+// The twin of this file is cpu/number.h. Functions that exist in both have the same names, and a
+// set comes in the same order: arithmetic, comparisons, selection, special functions.
+//
+// Float is exact to a rounding or two: its exp splits the argument, which would otherwise cost
+// 6e-8 |x| of relative error. Brief serves 16-bit data, whose numbers are 4e-3 apart. It leaves the
+// split out and saves 4 instructions for each exponential.
 #pragma once
 
 #include <cmath>
@@ -33,7 +36,7 @@ using Float = Number<float, true>;
 using Brief = Number<float, false>;
 using Double = Number<double, true>;
 
-// Every function below is a template over these two, deduced from its operands.
+// Every function below is a template over T and `exact`, which follow from its operands.
 #define MSRNN_NUMBER template <class T, bool exact>
 #define MSRNN_N Number<T, exact>
 
@@ -88,7 +91,7 @@ MSRNN_NUMBER MSRNN_FN MSRNN_N subtract_where(bool m, MSRNN_N a, MSRNN_N b) {
   return keep(m, a - b);
 }
 
-// A decay's product: neither 0 nor infinite unless a factor is (see recurrence.h).
+// A product of decays is neither 0 nor infinite unless a factor is (see recurrence.h).
 MSRNN_FN float tiny(float) { return 1.4012985e-45f; }
 MSRNN_FN double tiny(double) { return 4.9406564584124654e-324; }
 MSRNN_FN float huge(float) { return 3.4028235e38f; }
@@ -115,19 +118,18 @@ constexpr float kLog2E = 1.44269502f, kLog2ERest = 1.92596303e-8f;  // their sum
 constexpr float kLog2 = 0.693147182f;
 constexpr float kExpLowest = -150.0f, kExpHighest = 150.0f;  // beyond: 0 and infinity
 
-// 1/x for x >= 1. The instruction is biased, and a gate repeats its bias at every step: exact
-// numbers take a Newton step, brief ones only use what cannot accumulate, 1 - small instead of
-// large.
+// 1/x for x >= 1. The instruction is biased, and a gate repeats its bias at every step. So exact
+// numbers take a Newton step. Brief ones use only what cannot accumulate: 1 - small, not large.
 template <bool exact>
 MSRNN_FN Number<float, exact> reciprocal(Number<float, exact> x) {
   const float r = reciprocal_approximate(x.v);
   if constexpr (!exact) return Number<float, exact>(r);
   return Number<float, exact>(fused(fused(-x.v, r, 1.0f), r, r));
 }
+MSRNN_FN Double reciprocal(Double x) { return Double(1 / x.v); }
 MSRNN_NUMBER MSRNN_FN MSRNN_N complement(MSRNN_N small, MSRNN_N computed) {
   return exact ? computed : MSRNN_N(1) - small;
 }
-MSRNN_FN Double reciprocal(Double x) { return Double(1 / x.v); }
 
 // exp(x); NaN or anything where x > 88.
 template <bool exact>
@@ -153,7 +155,7 @@ MSRNN_FN Number<float, exact> exp_any(Number<float, exact> x) {
 }
 MSRNN_FN Double exp_any(Double x) { return Double(exp(x.v)); }
 
-// exp(a - b) for a <= 0, a <= b where b is finite; the subtraction's own rounding is corrected.
+// exp(a - b) for a <= 0, a <= b where b is finite. The rounding of the subtraction is corrected.
 template <bool exact>
 MSRNN_FN Number<float, exact> exp_difference(Number<float, exact> a, Number<float, exact> b) {
   const Number<float, exact> d = a - b;
@@ -164,7 +166,7 @@ MSRNN_FN Number<float, exact> exp_difference(Number<float, exact> a, Number<floa
 }
 MSRNN_FN Double exp_difference(Double a, Double b) { return Double(exp(a.v - b.v)); }
 
-// exp(x) - 1 for a gentle x by its Taylor polynomial: relative error 2e-8, or 5e-8 if brief.
+// exp(x) - 1 for a gentle x by its Taylor polynomial, to 2e-8 of relative error, or 5e-8 if brief.
 template <bool exact>
 MSRNN_FN Number<float, exact> expm1_gentle(Number<float, exact> x) {
   float p = 1.3888889e-3f;
@@ -188,7 +190,7 @@ MSRNN_FN Number<float, exact> logarithm(Number<float, exact> x) {
 }
 MSRNN_FN Double logarithm(Double x) { return Double(log(x.v)); }
 
-// log(1 + x) for x in [0, 1]. Only carries from tile to tile need it.
+// log(1 + x) for x in [0, 1], which only carries from tile to tile need.
 template <bool exact>
 MSRNN_FN Number<float, exact> log1p_unit(Number<float, exact> x) {
   return Number<float, exact>(log1pf(x.v));

@@ -1,5 +1,5 @@
-// The device and stream of a call, for the host side of the CUDA operators; or of the emulator,
-// which takes the place of the CPU's kernels.
+// The device and stream of a call, for the host side of the CUDA operators, or those of the
+// emulator, which takes the place of the CPU's kernels.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -10,7 +10,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #define MSRNN_DEVICE_KEY CUDA
 #if defined(MSRNN_TORCH_WITHOUT_CUDA)
-// Absent from the torch at hand, where the library still loads.
+// The torch at hand lacks this function, and the library still loads.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 #endif
 #endif

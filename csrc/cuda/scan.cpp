@@ -1,7 +1,8 @@
-// The scans on CUDA: checks, the plan, memory and the launch. The kernel is scan.cuh.
+// The host side of the scans on CUDA: checks, the plan, memory and the launch. scan.cuh has the
+// kernel.
 //
-// No call synchronises with the host and every call has its own memory from torch's allocator, in
-// the current stream: any stream, any device, captured in a graph or not.
+// No call waits for the device. Every call takes its own memory from torch's allocator and runs in
+// the current stream, so any stream and device will do, captured in a graph or not.
 #include "scan.h"
 
 #include "../scan_ops.h"

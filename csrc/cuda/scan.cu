@@ -1,5 +1,5 @@
-// The entry from the host: finds the kernels of a dtype, which scan_<dtype>.cu compile, a file
-// each.
+// The entry from the host. It finds the kernels of a dtype, which instantiations/scan_<dtype>.cu
+// compile, a file each.
 #include "scan.cuh"
 
 namespace msrnn {

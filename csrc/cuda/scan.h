@@ -1,10 +1,10 @@
-// The CUDA scans from the host: the plan of a call, a pure function of shape and dtype, and the
-// call itself, raw pointers and no torch. scan.cuh has the kernel.
+// The CUDA scans as the host sees them: the plan of a call, which is a pure function of shape and
+// dtype, and the call itself, with raw pointers and no torch. scan.cuh has the kernel.
 #pragma once
 
 #include <cstddef>
 
-#include "../cpu/numbers.h"
+#include "../dtype.h"
 #include "../scan.h"
 
 namespace msrnn {
@@ -12,9 +12,9 @@ namespace msrnn {
 constexpr int kScanSteps = 4;    // neighbouring time steps of one thread
 constexpr int kScanWindow = 16;  // spans that a block folds at a time
 
-// How a call is cut up. A tile is a block's work at a time: `rows` threads along time, kScanSteps
-// steps each, times `lanes` threads along channels, 16 bytes each. A chain is what must run in
-// order: the tiles of one batch row and one block of channels.
+// How a call is cut up. A tile is what a block works on at a time: `rows` threads along time, with
+// kScanSteps steps each, times `lanes` threads along channels, with 16 bytes each. A chain is what
+// must run in order: the tiles of one batch row and one block of channels.
 //
 // Results depend on the plan, so the plan depends on shape and dtype alone, never on the GPU.
 struct ScanPlan {
@@ -22,10 +22,10 @@ struct ScanPlan {
   int32_t lanes_log2;
   int64_t tile_steps, tile_channels;
   int64_t chains, tiles;  // tiles of each chain
-  // Whether tiles of a chain run side by side, the carry handed on through memory; else a block
-  // walks each chain.
+  // Whether the tiles of a chain run side by side and hand the carry on through memory. Otherwise a
+  // block walks each chain.
   bool look_back;
-  // Look-back: a tile folds the spans of its own group after the carry of the group before.
+  // In look-back a tile folds the spans of its own group after the carry of the group before.
   int64_t group, groups;  // tiles of a group; groups of each chain
 };
 
@@ -33,8 +33,8 @@ inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline ScanPlan scan_plan(bool backward, int64_t element_size, int64_t rows, int64_t time,
                           int64_t channels) {
-  // Chains that keep a large GPU busy without look-back: four blocks for each of its 132
-  // multiprocessors. A few tiles cost less in turn than the exchange of carries.
+  // Enough chains keep a large GPU busy without look-back: four blocks for each of its 132
+  // multiprocessors. A few tiles, one after the other, cost less than the exchange of carries.
   constexpr int64_t kEnoughChains = 528, kFewTiles = 4, kOneGroup = 64, kGroup = 16;
   const int most_threads = backward ? 128 : 256;
   const int64_t vectors = ceil_divide(channels * element_size, 16);
@@ -59,8 +59,8 @@ inline ScanPlan scan_plan(bool backward, int64_t element_size, int64_t rows, int
 // What the blocks of a look-back share, in global memory.
 struct ScanExchange {
   uint32_t* ticket;       // the next tile to be taken; chains take turns
-  uint32_t* tile_flags;   // [chain][tile]: 0, 1 its span is there, 3 and starts a sequence
-  uint32_t* group_flags;  // [chain][group]: 0, 1 its carry is there
+  uint32_t* tile_flags;   // [chain][tile]: 0; 1 if its span is there; 3 if it starts a sequence too
+  uint32_t* group_flags;  // [chain][group]: 0; 1 if its carry is there
   void* spans;            // [chain][tile][word][channel]
   void* carries;          // [chain][group][value, rest][channel]
 };
@@ -70,7 +70,7 @@ struct ScanWorkspace {
   int64_t bytes, cleared;
 };
 
-// Lays the exchange out at `memory`, which may be null to learn the size.
+// Lays the exchange out at `memory`. To learn the size, `memory` may be null.
 inline ScanWorkspace lay_out(const ScanPlan& p, int64_t scalar_size, char* memory,
                              ScanExchange* exchange) {
   const int64_t tiles = p.chains * p.tiles, groups = p.chains * p.groups;
@@ -86,15 +86,15 @@ inline ScanWorkspace lay_out(const ScanPlan& p, int64_t scalar_size, char* memor
   return {carries + 2 * scalar_size * groups * p.tile_channels, cleared};
 }
 
-// Where a block keeps what in shared memory, in bytes; ScanBlock says what each is.
+// Where a block keeps what in shared memory, in bytes. scan_tile.h says what each is.
 struct ScanShared {
   int32_t rows, parts, window, carry, entering_tile, tiles, warp_starts, part_starts, unusable,
       marks;
   int32_t bytes;
 };
 
-// One call. Initial and final states are (sequences, channels), contiguous, float (double for
-// float64); a null pointer means zero (log 0 for log_scan's h0) or not wanted.
+// One call. Initial and final states are (sequences, channels), contiguous, float or, for float64,
+// double. A null pointer means zero (log 0 for log_scan's h0), or not wanted.
 struct ScanCall {
   ScanPlan plan;
   int64_t rows, time, channels;
@@ -119,7 +119,7 @@ struct ScanCall {
   ScanShared shared;      // filled in by the launch
 };
 
-// Launches one kernel; returns what the CUDA runtime says is wrong, or null.
+// Launches one kernel. Returns what the CUDA runtime says is wrong, or null.
 const char* launch_scan(ScanOp op, DType dtype, bool backward, const ScanCall& call, void* stream);
 
 }  // namespace msrnn

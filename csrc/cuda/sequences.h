@@ -7,20 +7,20 @@
 namespace msrnn {
 namespace gpu {
 
-// The sequences as a tile walks over them. Walking position w counts from the start of the walk.
+// The sequences as a tile walks over them. A walking position w counts from the start of the walk.
 struct Walk {
   const ScanCall& call;
   bool descending;  // in time
 
   MSRNN_FN int time(int w) const { return descending ? static_cast<int>(call.time) - 1 - w : w; }
 
-  // Where sequence n starts in time, n <= sequences; in bounds whatever cu_seqlens holds.
+  // Where sequence n, up to `sequences`, starts in time. It is in bounds whatever cu_seqlens holds.
   MSRNN_FN int start(int n) const {
     const int64_t t = call.long_ends ? static_cast<const int64_t*>(call.cu_seqlens)[n]
                                      : static_cast<const int32_t*>(call.cu_seqlens)[n];
     return static_cast<int>(t < 0 ? 0 : t > call.time ? call.time : t);
   }
-  // The packed sequence that holds time t: the last to start at or before it; -1 where none does.
+  // The packed sequence that holds time t: the last one to start at or before it, or -1.
   MSRNN_FN int find(int t) const {
     int low = -1, high = static_cast<int>(call.sequences);
 #pragma unroll 1
@@ -43,7 +43,7 @@ struct Walk {
   }
 };
 
-// Which of a thread's steps (bits) start and end a sequence, and the sequence of the first of them.
+// Which of a thread's steps start and end a sequence, as bits, and the sequence of its first step.
 struct Marks {
   uint32_t starts, ends;
   int sequence;

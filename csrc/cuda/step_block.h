@@ -1,5 +1,5 @@
 // What a block of the step has at hand, whatever its arithmetic: its place in the grid, what it
-// keeps in shared memory, and which of its slots hold a state.
+// keeps in shared memory, and which of its slots hold a state. step.cuh puts the blocks to work.
 #pragma once
 
 #include "memory.h"
@@ -8,7 +8,7 @@
 namespace msrnn {
 namespace gpu {
 
-// 2^x is one instruction; logits are kept in powers of 2.
+// 2^x is one instruction, so logits are in powers of 2.
 constexpr float kPowersOf2 = 1.44269504f;
 
 MSRNN_FN float negative_infinity() { return -kInfinity; }
@@ -52,16 +52,12 @@ struct StepBlock {
 
   MSRNN_FN explicit StepBlock(const StepCall& c) : call(c), s(c.state), row(0), split(0) {}
 
-  template <class X>
-  static MSRNN_FN X* in_shared(int offset) {
-    return reinterpret_cast<X*>(dynamic_shared() + offset);
-  }
-  // [query head][padded slot]: logits, then weights; in the end [group][padded slot]: scores.
+  // [query head][padded slot]: logits, then weights, and in the end [group][padded slot]: scores.
   MSRNN_FN float* weights(int head) const {
     return in_shared<float>(call.shared.weights) + head * padded_slots();
   }
-  // [query head]: the maximum of this block's logits, then the factor of its weights in the softmax
-  // of the row; the maximum of the row's logits; 1 / the row's sum.
+  // [query head], each: the maximum of this block's logits, and later the factor of its weights in
+  // the softmax of the row; the maximum of the row's logits; and 1 / the row's sum.
   MSRNN_FN float* maxima() const { return in_shared<float>(call.shared.maxima); }
   MSRNN_FN float* totals() const { return in_shared<float>(call.shared.totals); }
   MSRNN_FN float* factors() const { return in_shared<float>(call.shared.factors); }
@@ -69,7 +65,7 @@ struct StepBlock {
   MSRNN_FN uint32_t* occupied(int group) const {
     return in_shared<uint32_t>(call.shared.occupied) + group * (padded_slots() / 32);
   }
-  // [query head][head_dim], while warps add up what they have of one output; or [warp][lane]
+  // [query head][head_dim], while warps add up what they have of one output, or [warp][lane].
   MSRNN_FN float* staging() const { return in_shared<float>(call.shared.staging); }
 
   static MSRNN_FN int warp() { return threadIdx.x / 32; }
@@ -86,14 +82,12 @@ struct StepBlock {
   MSRNN_FN int row_bytes() const { return static_cast<int>(s.row_bytes()); }
   MSRNN_FN int row_chunks() const { return row_bytes() / 16; }
 
-  // Neighbouring lanes that have a row, a power of 2, and this lane's place among them.
-
   // Where this block's share of something of [row][split][count] starts.
   MSRNN_FN int64_t share(int other, int64_t count) const {
     return (static_cast<int64_t>(row) * splits() + other) * count;
   }
 
-  // 16 bytes of a row; zeros where there are none.
+  // 16 bytes of a row, or zeros where there are none.
   MSRNN_FN Chunk load_chunk(const char* row, int chunk, bool present) const {
     if (!present || chunk >= row_chunks()) return {};
     return reinterpret_cast<const Chunk*>(row)[chunk];
@@ -137,7 +131,7 @@ struct StepBlock {
       if (lane() == 0) occupied(g)[i % words] = bits;
     }
   }
-  // Of slots of this block, up to the next multiple of 32: bit i for slot + i.
+  // Which slots of this block hold a state, up to the next multiple of 32: bit i for slot + i.
   MSRNN_FN uint32_t occupied_from(int group, int slot) const {
     return occupied(group)[slot / 32] >> slot % 32;
   }

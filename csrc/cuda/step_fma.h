@@ -1,13 +1,14 @@
-// The products of the step by fused multiply-adds: float32, and any dtype where there are no tensor
-// cores for it.
+// The products of the step by fused multiply-adds. They serve float32, and any dtype where there
+// are no tensor cores for it; step_mma.h is for the others.
 //
-// `lanes` neighbours of a warp have a row, 16 bytes or twice as many each; 4 or 6 rows are in
-// flight of a lane. A warp works for 4 query heads at once on the keys and values that it holds.
-// Keys: products with the queries, summed over the lanes. Values: sums weighted by the attention,
-// summed over the rows that a warp holds and then over the warps that share the slots.
+// `lanes` neighbours of a warp share a row, with 16 or 32 bytes each, and a lane has 4 or 6 rows in
+// flight. A warp works for 4 query heads at once on the keys and values that it holds. It
+// multiplies keys with the queries and sums over the lanes. It weights values by the attention and
+// sums over the rows that it holds, and then over the warps that share the slots.
 //
-// Cost in float32 (python -m bench.step_roofline, sm_90): 69 instructions of a warp per KB at one
-// query head, 103 at 4; 28 and 41 % of what the schedulers issue while an H200 reads it.
+// Cost in float32 on sm_90 (`python -m bench estimates`): a warp takes 69 instructions for a KB at
+// one query head and 103 at 4, which is 28 and 41 % of what the schedulers issue while an H200
+// reads it.
 #pragma once
 
 #include <cstring>
@@ -17,12 +18,12 @@
 namespace msrnn {
 namespace gpu {
 
-// T is what tensors hold; `chunks`: 16-byte chunks of a row that a lane has.
+// T is what tensors hold. A lane has `chunks` pieces of a row, of 16 bytes each.
 template <class T, int chunks>
 struct FmaProducts : StepBlock {
   static constexpr int kElements = 16 / sizeof(T);
-  // In flight of a lane; with more, registers spill. 16 KB of a block, 32 KB of a multiprocessor:
-  // what 4.3 TB/s take in 1 us.
+  // Rows that a lane has in flight. With more, registers would spill. A block has 16 KB and a
+  // multiprocessor 32 KB in flight, which is what 4.3 TB/s take in 1 us.
   static constexpr int kRows = (sizeof(T) == 2 ? 4 : 6) / chunks;
   static constexpr int kQueries = 4;  // query heads that a warp works for at once
 
@@ -58,7 +59,7 @@ struct FmaProducts : StepBlock {
     for (int i = 0; i < chunks; ++i) raw[i] = load_chunk(from, i * lanes + place, present);
   }
 
-  // Sums four numbers over `lanes` lanes; lane i * lanes / 4 of them has the i-th sum.
+  // Sums four numbers over `lanes` lanes. Lane i * lanes / 4 of them has the i-th sum.
   static MSRNN_FN float sum_each(const float (&x)[kQueries], int place, int lanes) {
     const bool high = place & (lanes / 2), odd = place & (lanes / 4);
     const float a = (high ? x[2] : x[0]) + __shfl_xor_sync(~0u, high ? x[0] : x[2], lanes / 2);

@@ -1,25 +1,27 @@
-// The products of the step by tensor cores: 16-bit states.
+// The products of the step by tensor cores, for 16-bit states.
 //
-// m16n8k16: 16 x 16 numbers times 16 x 8, added up in float32. Lane 4 g + c holds of the left
-// factor rows g and g + 8, of the right one column g, of the sum columns 2 c and 2 c + 1; and of k
-// the pairs 2 c and 2 c + 8. Which element of a row or which slot a `k` is, is ours to choose, as
-// long as both factors agree: so that every lane reads 16 bytes at a time, and what it read is what
-// it multiplies. Nothing passes through shared memory but the logits and weights.
+// The instruction m16n8k16 multiplies 16 x 16 numbers with 16 x 8 and adds up in float32. Lane
+// 4 g + c holds rows g and g + 8 of the left factor, column g of the right one, and columns 2 c and
+// 2 c + 1 of the sum; along k it holds the pairs 2 c and 2 c + 8. Which element of a row or which
+// slot a `k` stands for is ours to choose, as long as both factors agree. We choose it so that
+// every lane reads 16 bytes at a time and multiplies what it has read. Nothing but the logits and
+// weights passes through shared memory.
 //
-//   keys    rows: 16 slots; k: elements of head_dim; columns: 8 query heads. Lane (g, c) reads 16
-//           bytes, 8 elements, of rows g and g + 8: pairs 0 and 1 are of one product, 2 and 3 of
-//           the next, and it reads its query likewise.
-//   values  rows: 16 elements of head_dim; k: 16 slots; columns: 4 query heads. Lane (g, c) reads 8
-//           elements, from 8 g on, of slots 4 c .. 4 c + 3, and pairs them up by slots with a byte
-//           permutation each.
+//   keys    Rows are 16 slots, k elements of head_dim, and columns 8 query heads. Lane (g, c) reads
+//           16 bytes, 8 elements, of rows g and g + 8. Pairs 0 and 1 belong to one product, 2 and 3
+//           to the next. It reads its query likewise.
+//   values  Rows are 16 elements of head_dim, k 16 slots, and columns 4 query heads. Lane (g, c)
+//           reads 8 elements, from 8 g on, of slots 4 c to 4 c + 3, and pairs them up by slots with
+//           a byte permutation each.
 //
-// A weight is the sum of two 16-bit numbers, in column g and in g + 4: the 8 columns that 4 heads
-// leave half empty make it exact to 2^-17 (bfloat16) where one rounding would cost 2^-9.
+// A weight is the sum of two 16-bit numbers, in columns g and g + 4. Four heads leave half of the 8
+// columns empty, and the second number there makes a weight exact to 2^-17 in bfloat16, where one
+// rounding would cost 2^-9.
 //
-// Cost (python -m bench.step_roofline, sm_90): 41 instructions of a warp per KB at up to 4 query
-// heads, 47 at 8; 17 and 19 % of what the schedulers issue while an H200 reads it. Fused
-// multiply-adds take 42 % at 4 heads and 75 % at 8, by an estimate. Rejected, since registers
-// spill: 16 query heads at once, and 128 instead of 64 bytes of values in flight at 8.
+// Cost on sm_90 (`python -m bench estimates`): a warp takes 41 instructions for a KB at up to 4
+// query heads and 47 at 8, which is 17 and 19 % of what the schedulers issue while an H200 reads
+// it. Fused multiply-adds would take 42 % at 4 heads and 75 % at 8, by an estimate. We rejected 16
+// query heads at once, and 128 instead of 64 bytes of values in flight at 8: both spill registers.
 #pragma once
 
 #include "step_block.h"
@@ -34,7 +36,7 @@ struct MmaProducts : StepBlock {
   static MSRNN_FN int g() { return lane() / 4; }
   static MSRNN_FN int c() { return lane() % 4; }
 
-  // From the keys to logits. 128 bytes of a lane are in flight: narrow rows of twice the slots.
+  // From the keys to logits. A lane has 128 bytes in flight, so of narrow rows twice the slots.
   MSRNN_FN void multiply_keys(int t, int count) const {
     if (head_dim() <= 64) {
       multiply_keys<2>(t, count);
@@ -96,7 +98,7 @@ struct MmaProducts : StepBlock {
     }
   }
 
-  // Weighted sums of the values, for 4 or 8 query heads at once; 16 need too many registers.
+  // Weighted sums of the values, for 4 or 8 query heads at once.
   MSRNN_FN void add_values(int count) const {
     if (sharing() <= 4) {
       add_values<1>(count);
@@ -123,7 +125,7 @@ struct MmaProducts : StepBlock {
   // other take the query heads that share values: one reads memory, the other its cache.
   template <int quads>
   MSRNN_FN void add_values(int count) const {
-    constexpr int kTiles = 3 - quads;  // of 16 slots, in flight; with more, registers spill
+    constexpr int kTiles = 3 - quads;  // of 16 slots, in flight
     const int blocks = (row_chunks() + 7) / 8;
     const int passes = (sharing() + 4 * quads - 1) / (4 * quads);
     const int units = kv_heads() * passes * blocks;

@@ -91,7 +91,7 @@ def nvcc_version() -> str:
 def source_of(kernel: str) -> str:
     """The file that compiles a kernel, without its suffix."""
     op, dtype, _ = kernel.split("/")
-    return f"multi_state_{dtype}" if op == "attend_evict" else f"scan_{dtype}"
+    return f"step_{dtype}" if op == "attend_evict" else f"scan_{dtype}"
 
 
 def compile_file(folder: Path, source: str, ptx: str, archs: list[str]) -> Path:
@@ -104,7 +104,7 @@ def compile_file(folder: Path, source: str, ptx: str, archs: list[str]) -> Path:
     started = time.time()
     codes = f"-gencode=arch=compute_{ptx},code=[{','.join(f'sm_{a}' for a in archs)}]"
     command = ["-std=c++20", "-O3", codes, "-fatbin", "-Xptxas", "-v"]
-    path = f"csrc/cuda/{source}.cu"
+    path = f"csrc/cuda/instantiations/{source}.cu"
     log.write_text(output_of(tool("nvcc"), *command, path, "-o", str(fatbin)))
     os.utime(log, (started, started))  # what is edited meanwhile is newer
     return fatbin

@@ -51,7 +51,7 @@ FLAVOURS = {
 }
 PARTS = {
     "driver": ("driver", "scan"),
-    "step_driver": ("step_driver", "multi_state", "evict"),
+    "step_driver": ("step_", "multi_state", "evict"),
 }  # objects
 DRIVERS = tuple(PARTS)
 STRICT = {"EMULATION_STRICT_WARPS": "1"}
@@ -118,15 +118,15 @@ def build_drivers(flavour: str) -> list[Path]:
     def add(source: Path, flavour: str) -> None:
         target = BUILD / flavour / f"{source.name}.o"
         flags = FLAVOURS[flavour]
-        if source.stem == "multi_state_float16":  # as GPUs before sm_80 run it
+        if source.stem == "step_float16":  # as GPUs before sm_80 run it
             flags = [*flags, "-DEMULATED_WITHOUT_TENSOR_CORES"]
         jobs[target] = lambda: compile_one(source, target, flags, csrc)
 
     for dtype in DTYPES:  # a sanitizer makes a kernel slow to compile: two of them will do
         own = flavour if dtype in SANITIZED else "plain"
-        add(csrc / f"cuda/scan_{dtype}.cu", own)
+        add(csrc / f"cuda/instantiations/scan_{dtype}.cu", own)
         if dtype != "float64":
-            add(csrc / f"cuda/multi_state_{dtype}.cu", own)
+            add(csrc / f"cuda/instantiations/step_{dtype}.cu", own)
     add(csrc / "cuda/multi_state.cu", flavour)
     add(csrc / "cuda/evict.cu", flavour)
     add(csrc / "cuda/scan.cu", flavour)
@@ -253,7 +253,7 @@ class Mutation:
 
     @property
     def driver(self) -> str:
-        return "step_driver" if "multi_state" in self.settings["file"] else "driver"
+        return "step_driver" if "step" in self.settings["file"] else "driver"
 
     @property
     def flavour(self) -> str:
@@ -298,8 +298,8 @@ def build_mutant(mutation: Mutation, folder: Path) -> Path:
         driver = folder / "driver.o"
         compile_driver_of_mutants(mutation.driver, driver, flags, folder / "csrc")
     kernel = folder / "kernel.o"
-    source = "scan_float32" if mutation.driver == "driver" else "multi_state_float32"
-    compile_one(folder / f"csrc/cuda/{source}.cu", kernel, flags, folder / "csrc")
+    source = "scan_float32" if mutation.driver == "driver" else "step_float32"
+    compile_one(folder / f"csrc/cuda/instantiations/{source}.cu", kernel, flags, folder / "csrc")
     objects = [driver, kernel, BUILD / "runtime.o"]
     if mutation.driver == "step_driver":
         compile_one(folder / "csrc/cuda/evict.cu", folder / "evict.o", flags, folder / "csrc")

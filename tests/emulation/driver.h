@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/numbers.h"
+#include "dtype.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>

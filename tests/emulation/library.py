@@ -17,12 +17,13 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "emulation" / "torch"
+INSTANTIATIONS = "csrc/cuda/instantiations"
 SOURCES = [
     "tests/emulation/runtime.cpp",
     *("csrc/cuda/multi_state.cpp", "csrc/cuda/multi_state.cu", "csrc/cuda/evict.cu"),
-    *(f"csrc/cuda/multi_state_{name}.cu" for name in ("float32", "bfloat16", "float16")),
+    *(f"{INSTANTIATIONS}/step_{name}.cu" for name in ("float32", "bfloat16", "float16")),
     *("csrc/cuda/scan.cpp", "csrc/cuda/scan.cu"),
-    *(f"csrc/cuda/scan_{name}.cu" for name in ("float32", "float64", "bfloat16", "float16")),
+    *(f"{INSTANTIATIONS}/scan_{name}.cu" for name in ("float32", "float64", "bfloat16", "float16")),
 ]
 FLAGS = [
     *("-std=c++20", "-O2", "-fPIC", "-ffp-contract=off", "-Itests/emulation"),

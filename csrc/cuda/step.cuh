@@ -1,42 +1,45 @@
-// The step kernel: a token of every row stored, attended for, scored, and one state evicted.
+// The step kernel: a token of every row is stored and attended for, states are scored, and one is
+// evicted.
 //
-// Level by level:
-// - A warp multiplies some rows of one key-value head with several of its query heads, on the units
-//   that the GPU has for the dtype: step_mma.h (tensor cores), step_fma.h.
-// - A block has a range of slots of one row, all heads. Its logits, and then its weights, stay in
-//   shared memory: they are what a slot's score is made of once the sums of all blocks are known.
-// - The blocks of a row publish maximum, sum and partial output of every query head and wait for
-//   each other. Each then combines its own slice of the output, in the order of the blocks,
-//   finishes the scores of its own slots, and publishes its candidate. The last one picks the
-//   victim, for which nobody waits: the launch ends.
-// - Rows come in any order. A sequence repeats all this for every token in the same launch; there a
-//   row's blocks do wait for the victim.
+// Level 0, warp. A warp multiplies some rows of one key-value head with several of its query heads,
+//   on the units that the GPU has for the dtype: tensor cores (step_mma.h) or multiply-adds
+//   (step_fma.h).
+// Level 1, block. A block has a range of slots of one row, for all heads. Its logits, and then its
+//   weights, stay in shared memory: the score of a slot is made of them once the sums of all blocks
+//   are known.
+// Level 2, row. The blocks of a row publish maximum, sum and partial output of every query head and
+//   wait for each other. Each then combines its own slice of the output, in the order of the
+//   blocks, finishes the scores of its own slots, and publishes its candidate for eviction. The
+//   last one picks the victim, for which nobody waits, since the launch ends.
+// Level 3, batch. Rows come in any order. A sequence repeats all this for every token in the same
+//   launch, and there the blocks of a row do wait for the victim.
 //
-// Why it cannot dead-lock. A grid that fits the device as a whole is launched as a cooperative one:
-// all of its blocks become resident, or none. Of a larger grid a row may take a quarter of the
-// device, and blocks take tickets in the order in which they start, those of a row one after the
-// other. Take the first row that is not done: blocks of later rows hold later tickets, so while one
-// of its blocks has not started, only blocks of that row are there, fewer than can be even beside
-// three other such grids, and one more starts. A row that is larger takes two launches, which do
-// the same work: between them the weights lie in memory, 4 bytes a query head and slot, and no
-// block waits for a later ticket. The bits are the same. All this takes the multiprocessors that
-// the device reports to be there for the stream, which they are not in a green context.
+// Why it cannot dead-lock. A grid that fits the device as a whole is launched as a cooperative one,
+// so that all of its blocks become resident, or none. In a larger grid, a row may take a quarter of
+// the device, and blocks take tickets in the order in which they start, those of a row one after
+// the other. Consider the first row that is not done. Blocks of later rows hold later tickets. So
+// while one of its blocks has not started, only blocks of that row are resident, which are fewer
+// than fit even beside three other such grids, and one more starts. A row that is larger takes two
+// launches, which do the same work with the same bits: between them the weights lie in memory, 4
+// bytes for each query head and slot, and no block waits for a later ticket. All this relies on the
+// stream having the multiprocessors that the device reports, which it has not in a green context.
 //
 // Order. Sums over head_dim, slots, blocks and heads run in an order that the plan fixes, and a
-// minimum over unique positions has none: the same bits in every run. (How tensor cores round the
-// sum of 16 products is up to the architecture.)
+// minimum over unique positions needs none. So every run gives the same bits. (How tensor cores
+// round the sum of 16 products is up to the architecture.)
 //
-// Memory. Keys and values once, 16 bytes at a time; more than 8 query heads of a head find them in
-// cache again (4 in float32). The exchange, from L2: a partial output a block, written and read
-// once (at 32 query heads over 8 of 128 in bfloat16 6 % of the bytes of 129 slots, 13 % of 63), and
-// the sums of a row by each of its blocks.
+// Memory. Keys and values are read once, 16 bytes at a time. If a key-value head has more than 8
+// query heads (4 in float32), the others find them in cache. The exchange goes through L2. Each
+// block writes a partial output, which is read once: with 32 query heads over 8 of 128 in bfloat16
+// that is 6 % of the bytes of 129 slots and 13 % of those of 63. Each block of a row also reads the
+// sums of all of them.
 //
-// Latency. Between the reading of values and the end a token passes two exchanges through L2. So
+// Latency. Between the reading of values and the end, a token passes two exchanges through L2. So
 // what follows an exchange is spread over all threads, with loads that do not depend on each other:
-// eight lanes a head for the softmax, warps times blocks for its totals, four elements a thread for
-// the output. With a warp a head and an element a thread these had 4, 8 and up to 32 such round
-// trips one after the other. One token needs no memset, which would be a node of its own in a
-// graph.
+// eight lanes for each head of the softmax, warps times blocks for its totals, and four elements of
+// the output for each thread. With a warp for each head and an element for each thread, these took
+// 4, 8 and up to 32 such round trips, one after the other. One token needs no memset, which would
+// be a node of its own in a graph.
 #pragma once
 
 #include <atomic>
@@ -59,8 +62,8 @@ template <class T, class Products>
 struct Step : StepBlock {
   MSRNN_FN explicit Step(const StepCall& c) : StepBlock(c) {}
 
-  // From logits to weights against the block's own maximum, and their sum to the row. Eight lanes
-  // have a head.
+  // From logits to weights against the block's own maximum. Their sum goes to the row. Eight lanes
+  // share a head.
   MSRNN_FN void exponentiate(int slots) const {
     const int place = lane() % 8;
 #pragma unroll 1
@@ -107,8 +110,8 @@ struct Step : StepBlock {
     if (threadIdx.x == 0) store_release(flag, token);
   }
 
-  // The softmax over the row: for every query head its maximum and 1 / its sum. Warps share the
-  // blocks, lanes the heads.
+  // The softmax over the row: for every query head its maximum and 1 / its sum. Warps share out the
+  // blocks, and lanes the heads.
   MSRNN_FN void find_totals(int active) const {
     auto* const of_warps = reinterpret_cast<LogitSum*>(staging());
 #pragma unroll 1
@@ -147,8 +150,8 @@ struct Step : StepBlock {
     total.largest = largest;
   }
 
-  // This block's slice of the output: the partial ones of all blocks in order, 4 elements a thread.
-  // Where the slice is short, threads share the blocks.
+  // This block's slice of the output, from the partial outputs of all blocks in order, 4 elements
+  // for each thread. Where the slice is short, threads share out the blocks.
   MSRNN_FN void combine_outputs(int t, int active) const {
     const int size = heads() * head_dim() / 4, slice = (size + active - 1) / active;
     const int from = split * slice, to = from + slice < size ? from + slice : size;
@@ -190,8 +193,8 @@ struct Step : StepBlock {
     for (int j = 0; j < 4; ++j) sum[j].v = fmaf(x[j].v, factor, sum[j].v);
   }
 
-  // The attention that each slot of this block got, summed over the query heads of its group; in
-  // place of the group's first weights.
+  // The attention that each slot of this block got, summed over the query heads of its group. It
+  // takes the place of the group's first weights.
   MSRNN_FN void add_heads(int count) const {
     const int groups = static_cast<int>(s.groups), each = heads() / groups;
 #pragma unroll 1
@@ -206,14 +209,14 @@ struct Step : StepBlock {
     }
   }
 
-  // Scores of this block's slots, and what goes of them: to the row.
+  // Scores this block's slots and publishes to the row what it would evict of them.
   MSRNN_FN void summarize(int count) const {
     const int groups = static_cast<int>(s.groups), each = heads() / groups;
     const int64_t now = s.seen[row];
 #pragma unroll 1
     for (int g = warp(); g < groups; g += kStepWarps) {
       const int64_t offset = s.group(row, g) * s.slots + begin();
-      Summary found;
+      Summary summary;
 #pragma unroll 1
       for (int i = lane(); i < count; i += 32) {
         const bool there = is_occupied(g, i);
@@ -226,28 +229,28 @@ struct Step : StepBlock {
           score = s.score[offset + i] + sum;
           s.score[offset + i] = score;
         }
-        found.look_at(call.policy, begin() + i, there ? s.position[offset + i] : -1, score, now);
+        summary.look_at(call.policy, begin() + i, there ? s.position[offset + i] : -1, score, now);
       }
       if (!call.evicting) continue;
-      found = warp_summary(found);
-      if (lane() == 0) call.exchange.summaries[share(split, groups) + g] = found;
+      summary = warp_summary(summary);
+      if (lane() == 0) call.exchange.summaries[share(split, groups) + g] = summary;
     }
   }
 
-  // The last block of a row: what goes of the row.
+  // In the last block of a row: what the row evicts.
   MSRNN_FN void evict(int t) const {
     const int active = blocks_of(static_cast<int>(s.used(row)));
     const int groups = static_cast<int>(s.groups);
 #pragma unroll 1
     for (int g = warp(); g < groups; g += kStepWarps) {
-      Summary found;
+      Summary summary;
 #pragma unroll 1
       for (int i = lane(); i < active; i += 32) {
-        found.add(call.exchange.summaries[share(i, groups) + g]);
+        summary.add(call.exchange.summaries[share(i, groups) + g]);
       }
-      found = warp_summary(found);
+      summary = warp_summary(summary);
       if (lane() > 0) continue;
-      s.evict(row, g, found);
+      s.evict(row, g, summary);
       const int64_t evicted = s.last_evicted[s.group(row, g)];
       if (!call.expiry) continue;
       int64_t* const expiry = call.expiry + s.group(row, g) * call.time;
@@ -289,7 +292,7 @@ struct Step : StepBlock {
     const bool last = t == call.last - 1, alone = call.last - call.first == 1;
     if (split < splits() - 1) {
       tell(exchange.decided + share(split, 1), token);
-    } else {  // nobody reads the row's marks and flags any more
+    } else {  // once nobody reads the row's marks and flags any more
       __syncthreads();
       await(exchange.decided + share(0, 1), splits() - 1, token);
       if (call.evicting) evict(t);
@@ -320,7 +323,7 @@ struct Step : StepBlock {
     if (call.scores || call.evicting) summarize(count);
   }
 
-  // Between two launches, the weights and their maxima.
+  // Writes the weights to memory, or reads them and their maxima, between two launches.
   MSRNN_FN void pass_weights(bool out) const {
     float* const memory = call.exchange.weights + share(split, heads()) * padded_slots();
 #pragma unroll 1
@@ -386,8 +389,8 @@ cudaError_t with_step_kernel(StepCall& call, const With& with) {
   return of(std::integral_constant<int, 1>{});
 }
 
-// Whether the blocks of a row can all be resident; and the launch. Defined once for each dtype, in
-// multi_state_<dtype>.cu.
+// Whether the blocks of a row can all be resident. This and the launch are compiled once for each
+// dtype, in instantiations/step_<dtype>.cu.
 template <class T>
 cudaError_t step_fits_of(StepCall call, Fits* fits) {
   return with_step_kernel<T>(call, [&](auto kernel, size_t shared) {
@@ -400,7 +403,7 @@ cudaError_t step_fits_of(StepCall call, Fits* fits) {
   });
 }
 
-// As many numbers in a row that no launch has had: the first of them.
+// The first of `count` neighbouring numbers that no launch has had.
 inline Flag new_tokens(int64_t count) {
   static std::atomic<Flag> next{0x9E3779B97F4A7C15};
   return next.fetch_add(static_cast<Flag>(count));

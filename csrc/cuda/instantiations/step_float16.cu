@@ -1,5 +1,5 @@
-// The step of float16 states; multi_state.cuh has the kernel.
-#include "multi_state.cuh"
+// The step of float16 states; step.cuh has the kernel.
+#include "../step.cuh"
 
 namespace msrnn {
 namespace gpu {

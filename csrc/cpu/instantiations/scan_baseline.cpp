@@ -1,7 +1,6 @@
-#include "scan.h"
-
+// The scans for any processor, and those of float64; scan_kernel.h has the kernels.
 #define MSRNN_ISA baseline
-#include "scan_kernel.h"
+#include "../scan_kernel.h"
 
 namespace msrnn {
 

@@ -1,5 +1,6 @@
+// Multi-state attention for any processor; multi_state_kernel.h has the kernels.
 #define MSRNN_ISA baseline
-#include "multi_state_kernel.h"
+#include "../multi_state_kernel.h"
 
 namespace msrnn {
 

@@ -1,5 +1,5 @@
-// The step of bfloat16 states; multi_state.cuh has the kernel.
-#include "multi_state.cuh"
+// The step of bfloat16 states; step.cuh has the kernel.
+#include "../step.cuh"
 
 namespace msrnn {
 namespace gpu {

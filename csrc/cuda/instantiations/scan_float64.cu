@@ -1,5 +1,5 @@
 // All scans of float64, forward and backward; scan.cuh has the kernel.
-#include "scan.cuh"
+#include "../scan.cuh"
 
 namespace msrnn {
 namespace gpu {

@@ -1,0 +1,19 @@
+// Multi-state attention for AVX-512; multi_state_kernel.h has the kernels.
+#include "../multi_state.h"
+
+#if defined(__x86_64__)
+
+#define MSRNN_AVX512
+#include "begin_target.h"
+#define MSRNN_ISA avx512
+#include "../multi_state_kernel.h"
+
+namespace msrnn {
+
+AttentionKernels attention_kernels_avx512(DType dtype) { return avx512::attention_kernels(dtype); }
+
+}  // namespace msrnn
+
+#include "end_target.h"
+
+#endif

@@ -1,0 +1,22 @@
+// The scans for AVX-512; scan_kernel.h has the kernels.
+#include "../scan.h"
+
+#if defined(__x86_64__)
+
+#define MSRNN_AVX512
+#include "begin_target.h"
+#define MSRNN_ISA avx512
+#include "../scan_kernel.h"
+
+namespace msrnn {
+
+ScanKernels scan_kernels_avx512(DType) {
+  using namespace avx512;
+  return {run_tile<ForwardPass, Float>, run_tile<BackwardPass, Float>};
+}
+
+}  // namespace msrnn
+
+#include "end_target.h"
+
+#endif
