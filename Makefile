@@ -21,7 +21,7 @@ SANITIZED = MSRNN_TEST_EXAMPLES=10 PYTHONPATH=. \
 	$(abspath $(BIN))/pytest -q -p no:cacheprovider
 
 .PHONY: test pytest emulate triton budget bench bench-full bench-cuda gpu-check lint sanitize portable cuda wheel
-.PHONY: papers distributed clean
+.PHONY: papers distributed docs clean
 
 # Two at a time; idle threads sleep, for others need the cores.
 test: $(VENV)/ready
@@ -94,10 +94,18 @@ distributed: $(VENV)/ready
 	$(BIN)/python -m bench distributed --load build/checkpoint $(RESULTS)
 
 $(VENV)/ready: $(SOURCES)
+	@echo "== $(VENV): an environment with $(TORCH), a few minutes the first time"
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q "$(TORCH)" numpy setuptools pybind11 ninja
-	$(BIN)/pip install -q --no-build-isolation -e ".[test,bench,papers,transformers]"
+	$(BIN)/pip install "$(TORCH)" numpy "setuptools>=77" pybind11 ninja
+	@echo "== $(VENV): building msrnn_ops, about two minutes on two cores, with nvcc and a torch with CUDA ten"
+	$(BIN)/pip install --no-build-isolation -e ".[test,bench,papers,transformers]"
 	touch $@
+
+# The pages of docs/ and the docstrings, as a site in build/docs. A reference that leads nowhere fails.
+docs: $(VENV)/ready
+	@echo "== docs: Sphinx writes build/docs/index.html, half a minute"
+	$(BIN)/pip install -q sphinx myst-parser
+	$(BIN)/python -m sphinx -n -W --keep-going -q docs build/docs
 
 lint: $(VENV)/ready
 	$(BIN)/pip install -q ruff mypy clang-format

@@ -4,7 +4,8 @@ The operators use LibTorch's stable ABI at target 2.11, so one build runs on tor
 
 The CUDA operators are built where torch has CUDA and nvcc is found; FORCE_CUDA=1 builds them with
 any torch and fails without nvcc, MSRNN_SKIP_CUDA=1 leaves them out. TORCH_CUDA_ARCH_LIST names the
-GPUs ("8.0;9.0+PTX"); by default every one from 7.5 to 12.0 that nvcc knows. No GPU is needed.
+GPUs ("8.0;9.0+PTX" or "Ampere"); by default every one from 7.5 to 12.0 that nvcc knows. No GPU is
+needed. What is missing or wrong ends the build with one line.
 """
 
 import os
@@ -14,14 +15,49 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).parent
+
+
+def stop(message: str) -> NoReturn:
+    sys.exit(f"msrnn_ops: {message}")
+
+
+def check_requirements() -> None:
+    """Stops where a package that pyproject.toml asks for is missing or too old.
+
+    This comes before the imports, and before an old setuptools reads a pyproject.toml that it does
+    not understand.
+    """
+    requires = re.search(r"^requires = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    wrong, wanted = [], re.findall(r'"(\w+)>=([\d.]+)"', requires)
+    for name, least in wanted:
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            wrong.append(f"{name} is missing")
+            continue
+        if release(found) < release(least):
+            wrong.append(f"{name} {found} is too old")
+    if wrong:
+        packages = " ".join(f"'{name}>={least}'" for name, least in wanted)
+        stop(f"{', '.join(wrong)}; run: pip install {packages}")
+
+
+def release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
+
+
+check_requirements()
 
 import torch
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "msrnn_ops/version.py").read_text(), re.M)[1]
 TORCH_TARGET = "2.11"
 FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
@@ -40,14 +76,48 @@ KERNELS = [*SCANS, *STEPS, "multi_state", "evict", "scan"]  # the longest to com
 SANITIZE = os.environ.get("MSRNN_SANITIZE")  # e.g. address,undefined
 
 
-def wants_cuda() -> bool:
-    if os.environ.get("MSRNN_SKIP_CUDA") == "1":
-        return False
-    if os.environ.get("FORCE_CUDA") == "1":
-        if nvcc() is None:
-            sys.exit("msrnn_ops: FORCE_CUDA=1 but nvcc was not found; set CUDA_HOME or PATH")
+# What torch means by these names.
+NAMED_ARCHS = {
+    "Turing": "7.5+PTX",
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+}
+
+
+def flag(name: str) -> bool:
+    value = os.environ.get(name, "").strip().lower()
+    if value in ("1", "true", "yes", "on"):
         return True
-    return torch.version.cuda is not None and nvcc() is not None
+    if value in ("", "0", "false", "no", "off"):
+        return False
+    stop(f"expected {name} to be 1 or 0, got {value!r}")
+
+
+def max_jobs() -> int:
+    """How many compilers may run at once."""
+    value = os.environ.get("MAX_JOBS", "").strip()
+    if not value:
+        return os.cpu_count() or 1
+    if not value.isdecimal() or int(value) < 1:
+        stop(f"expected MAX_JOBS to be a number from 1 on, got {value!r}")
+    return int(value)
+
+
+def wants_cuda() -> bool:
+    if flag("MSRNN_SKIP_CUDA"):
+        return False
+    forced = flag("FORCE_CUDA")
+    if forced and nvcc() is None:
+        stop("FORCE_CUDA=1 but nvcc was not found; set CUDA_HOME or PATH")
+    wanted = forced or (torch.version.cuda is not None and nvcc() is not None)
+    if wanted and release(cuda_version()) < (12, 0):
+        stop(
+            f"expected nvcc 12.0 or newer, got {cuda_version()} at {nvcc()}; set CUDA_HOME to a "
+            "newer one, or MSRNN_SKIP_CUDA=1 to build without CUDA"
+        )
+    return wanted
 
 
 def nvcc() -> str | None:
@@ -68,19 +138,35 @@ def cuda_version() -> str:
 
 def cuda_archs() -> list[str]:
     """Compute capabilities as "90", those that also keep PTX as "90+PTX"."""
-    known = set(re.findall(r"compute_(\d+)", output_of(nvcc(), "--list-gpu-arch")))
-    wanted = re.split(r"[ ;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    known = re.findall(r"compute_(\d+)", output_of(nvcc(), "--list-gpu-arch"))
+    wanted = re.split(r"[ ;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,"))
     if wanted != [""]:
-        return [name.replace(".", "") for name in wanted]
+        return parse_archs(wanted, known)
     archs = [name for name in ("75", "80", "86", "89", "90", "100", "120") if name in known]
     return [*archs[:-1], f"{archs[-1]}+PTX"]
+
+
+def parse_archs(wanted: list[str], known: list[str]) -> list[str]:
+    """Of names such as 9.0, 90, 9.0a, 8.0+PTX and Hopper; known has those of nvcc, such as 90."""
+    archs = []
+    for name in wanted:
+        for arch in NAMED_ARCHS.get(name, name).split(";"):
+            found = re.fullmatch(r"(\d+)\.?(\d)([af]?)(\+PTX)?", arch)
+            if found is None or found[1] + found[2] not in known:
+                numbers = ", ".join(f"{x[:-1]}.{x[-1]}" for x in sorted(known, key=int))
+                stop(
+                    f"expected TORCH_CUDA_ARCH_LIST to name GPUs that nvcc {cuda_version()} knows "
+                    f"({numbers}; {', '.join(NAMED_ARCHS)}), got {name!r}"
+                )
+            archs.append(arch.replace(".", ""))
+    return archs
 
 
 class Build(BuildExtension):
     def build_extensions(self) -> None:
         compiler = self.compiler.compiler_cxx[0]
         if shutil.which(compiler) is None:
-            sys.exit(f"msrnn_ops: no C++ compiler ({compiler!r} not found); install g++ or set CXX")
+            stop(f"no C++ compiler ({compiler!r} not found); install g++ or set CXX")
         for extension in self.extensions:
             if extension.name == "msrnn_ops._cuda":
                 extension.extra_objects = self.compile_kernels()
@@ -94,14 +180,13 @@ class Build(BuildExtension):
         stamp = folder / "archs"
         if not stamp.exists() or stamp.read_text() != str(cuda_archs()):
             newest = float("inf")
-        jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
-        with ThreadPoolExecutor(jobs) as pool:
-            objects = list(pool.map(partial(compile_kernel, folder, newest, jobs), KERNELS))
+        with ThreadPoolExecutor(JOBS) as pool:
+            objects = list(pool.map(partial(compile_kernel, folder, newest), KERNELS))
         stamp.write_text(str(cuda_archs()))
         return objects
 
 
-def compile_kernel(folder: Path, newest: float, jobs: int, name: str) -> str:
+def compile_kernel(folder: Path, newest: float, name: str) -> str:
     target = folder / f"{Path(name).name}.o"
     if target.exists() and target.stat().st_mtime > newest:
         return str(target)
@@ -109,9 +194,9 @@ def compile_kernel(folder: Path, newest: float, jobs: int, name: str) -> str:
     for arch in cuda_archs():
         number, ptx = arch.removesuffix("+PTX"), arch.endswith("+PTX")
         code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
-        codes.append(f"-gencode=arch=compute_{number.rstrip('af')},code={code}")
+        codes.append(f"-gencode=arch=compute_{number},code={code}")
     command = [nvcc(), "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *codes]
-    threads = max(1, jobs // len(KERNELS))
+    threads = max(1, JOBS // len(KERNELS))
     command += ["--threads", str(threads), "-c", f"csrc/cuda/{name}.cu", "-o", str(target)]
     print(" ".join(command), flush=True)
     subprocess.run(command, check=True, cwd=ROOT)
@@ -149,6 +234,7 @@ sanitize = [
     "-O1",
 ]
 sanitize = sanitize if SANITIZE else []
+JOBS = max_jobs()
 cuda = wants_cuda()
 setup(
     version=VERSION,

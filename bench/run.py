@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from bench.table import console, say, show
 
 CPU_PARTS = ("ops", "layers", "steps", "decoding", "memory", "limits", "accuracy")
 CUDA_PARTS = ("limits", "steps", "ops", "decoding", "layers", "small")
+LIMIT = 200.0  # seconds of the usual run, on a slow or busy machine too
 _SECONDS = 0.2  # of timing for each competitor and shape
 
 Parts = dict[str, Callable[[], Entries]]
@@ -76,18 +78,32 @@ def write(path: Path, results: dict[str, Any]) -> None:
     unfinished.replace(path)
 
 
-def run(device: str, parts: Sequence[str], full: bool, path: Path, words: Sequence[str]) -> None:
+def run(
+    device: str,
+    parts: Sequence[str],
+    full: bool,
+    path: Path,
+    words: Sequence[str],
+    limit: float = math.inf,
+) -> None:
+    """After `limit` seconds no row of a table is begun any more."""
     from bench import report
 
+    end = time.perf_counter() + limit
     results = _head(device, full, words)
     found = _cuda_parts(full) if device == "cuda" else _cpu_parts(full)
     for part in parts:
-        say(f"{part}:")
         start = time.perf_counter()
-        for entries in found[part]():
-            results |= entries
-            results["seconds_taken"][part] = time.perf_counter() - start
-            write(path, results)
+        if start < end:
+            say(f"{part}:")
+            for entries in found[part]():
+                results |= entries
+                results["seconds_taken"][part] = time.perf_counter() - start
+                write(path, results)
+                if time.perf_counter() > end:
+                    break
+        if time.perf_counter() > end:
+            say(f"the time is up for {part}, which --only {part} runs to its end")
     console().print(f"\n{report.heading(results)}", highlight=False, markup=False)
     show(*report.tables(results))
     if "accuracy" in results:

@@ -83,6 +83,20 @@ def test_the_usual_run_has_the_headline_and_starts_without_compiling() -> None:
     assert peers.HEINSEN_COMPILED not in rows[0]["competitors"]
 
 
+def test_the_usual_run_ends_when_its_time_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "LIMIT", 1e-9)
+    command.main(["--output", str(tmp_path)], standalone_mode=False)
+    assert "the time is up for ops" in capsys.readouterr().out
+    assert not (tmp_path / "cpu.json").exists()
+    monkeypatch.setattr(run, "LIMIT", 600.0)
+    command.main(["--output", str(tmp_path)], standalone_mode=False)
+    assert "the time is up" not in capsys.readouterr().out
+    found = json.loads((tmp_path / "cpu.json").read_text("utf-8"))
+    assert list(found["seconds_taken"]) == [part for part in run.CPU_PARTS if part != "accuracy"]
+
+
 def test_what_was_measured_before_stays_until_there_is_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

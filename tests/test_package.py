@@ -119,35 +119,6 @@ def test_documentation_examples() -> None:
         assert result.attempted > 0 and result.failed == 0
 
 
-README = Path(__file__).parents[1] / "README.md"
-
-
-@pytest.mark.skipif(not README.exists(), reason="needs the source tree")
-def test_readme() -> None:
-    """The first examples run in order; the written-out step is what the op computes."""
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.S)
-    scope: dict[str, object] = {}
-    for block in blocks[:3]:
-        exec(block, scope)
-    step = next(block for block in blocks if "protected =" in block)
-    for policy in (ms.Policy.tova(6, sinks=1), ms.Policy.h2o(6), ms.Policy.window_sinks(6, 2)):
-        state = ms.MultiState(policy, batch=1, kv_heads=2, head_dim=8)
-        for _ in range(9):
-            ms.attend_evict(torch.randn(1, 4, 8), *torch.randn(2, 1, 2, 8), state)
-        q, k, v = torch.randn(4, 8), *torch.randn(2, 2, 8)
-        scope = {name: getattr(state, name)[0].clone() for name in ("keys", "values", "seen")}
-        scope |= {"position": state.position[0, 0].clone(), "free": state.free[0, 0].clone()}
-        scope |= {"q": q, "k": k, "v": v, "torch": torch, "policy": policy, "scale": 8**-0.5}
-        scope |= {"Hq": 4, "Hkv": 2, "r": 2, "Dh": 8, "recent": policy.recent}
-        scope |= {"sinks": policy.sinks, "total": state.score[0, 0].clone()}
-        if not state.score.numel():
-            scope["total"] = torch.zeros(7)
-        exec(step, scope)
-        out = ms.attend_evict(q[None], k[None], v[None], state)
-        torch.testing.assert_close(scope["out"], out[0])
-        assert scope["free"] == state.free[0, 0]
-
-
 def test_importing_loads_neither_triton_nor_optional_packages() -> None:
     code = (
         "import torch, sys; before = set(sys.modules); import msrnn_ops;"

@@ -366,7 +366,7 @@ def _errors_and_compile(rank: int) -> None:
         distribute_state(head, mesh, [Shard(2)])
     with pytest.raises(ValueError, match="expected 1 placements"):
         distribute_state(head, mesh, [Shard(0), Shard(1)])
-    with pytest.raises(TypeError, match="expected a MultiState"):
+    with pytest.raises(TypeError, match="expected state to be a MultiState"):
         distribute_state(x, mesh, [Shard(0)])
     for rows, heads, words in ((1, 4, "a row or more for each of 2"), (4, 3, "as many key-value")):
         small = ms.MultiState(head.policy, batch=rows, kv_heads=heads, head_dim=8)

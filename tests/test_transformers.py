@@ -457,7 +457,7 @@ def test_layers_that_are_not_known_are_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_arguments_that_are_refused() -> None:
     config = make().config
-    with pytest.raises(TypeError, match="expected a Policy, got int"):
+    with pytest.raises(TypeError, match="expected policy to be a Policy, got int"):
         MultiStateCache(512, config)
     with pytest.raises(TypeError, match="configuration of a model, got NoneType"):
         MultiStateCache(POLICIES["tova"], None)

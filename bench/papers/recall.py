@@ -18,13 +18,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import msrnn_ops as ms
-from bench.papers.decoder import (
-    AttendSequence,
-    AttendStates,
-    Decoder,
-    Training,
-    train,
-)
+from bench.papers.decoder import AttendSequence, AttendStates, Decoder, Training, train
 from bench.papers.part import Store
 
 
