@@ -6,60 +6,143 @@ BIN = $(VENV)/bin
 CSRC = $(filter-out %.md,$(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*))
 SOURCES = $(CSRC) setup.py pyproject.toml msrnn_ops/version.py
 MUTATIONS ?= mutations=[b-e]* mutations=no* mutations=relaxed* mutations=step_[b-t]*
-DTYPES ?= bfloat16,float32,float16,float64
 ARCHS ?= 75,80,86,89,90,100,120
+DTYPES ?= bfloat16,float32,float16,float64
 PARTS ?= build,test,triton,sanitizer,stress,bench
 TRITON ?= 3.6.0 3.9.0
 OUT ?= bench/results
 
-INTERPRETED = TRITON_INTERPRET=1 MSRNN_TEST_EXAMPLES=3 OMP_NUM_THREADS=1
-SMALL = not thread and not long and not reference and not one_over_t and not far_beyond and not counts
-
+PYTEST = OMP_WAIT_POLICY=passive MSRNN_TEST_LABEL=$@ $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider
+INTERPRETED = MSRNN_BACKEND=triton TRITON_INTERPRET=1 MSRNN_TEST_EXAMPLES=3 OMP_NUM_THREADS=1
 SANITIZED = MSRNN_TEST_EXAMPLES=10 PYTHONPATH=. \
 	ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 \
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	$(abspath $(BIN))/pytest -q -p no:cacheprovider
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" $(PYTEST)
+# Cases that the emulator and the interpreter leave to the CPU's kernels.
+FEW_OPS = not reference and not min_gru_identity and not min_lstm_joint
+SHORT = not reference and not threads and not long and not many_steps
+QUICK = $(SHORT) and $(FEW_OPS) and not large and not min_lstm_identity and not min_gru_joint \
+	and not float64 and not float16 and not bfloat16
 
-.PHONY: test pytest emulate triton budget bench bench-full bench-cuda gpu-check lint sanitize portable cuda wheel
-.PHONY: papers distributed docs clean
+.PHONY: test test-cpu test-cuda test-triton verify slow emulate schedules triton budget builds sanitize cuda
+.PHONY: wheel portable lint docs gpu-check bench bench-full bench-cuda papers distributed clean
 
-# Two at a time; idle threads sleep, for others need the cores.
+# What to run after a change: every op, backend and layer against float64, under five minutes on two
+# cores. Two run at a time, and each says what it has done, file by file.
 test: $(VENV)/ready
-	$(MAKE) -j2 -Otarget pytest emulate triton budget DTYPES=bfloat16 ARCHS=80,90
+	@$(MAKE) --no-print-directory -j2 test-cpu test-cuda test-triton
 
-test sanitize: export OMP_WAIT_POLICY = passive
+test-cpu: $(VENV)/ready
+	@echo "== $@: the CPU's kernels, layers, transformers and ranks"
+	@MSRNN_TEST_EXAMPLES=15 $(PYTEST) tests -m "not slow and not long and not float16"
 
-pytest: $(VENV)/ready
-	MSRNN_TEST_EXAMPLES=30 $(BIN)/pytest tests
+test-cuda: $(VENV)/ready
+	@echo "== $@: the CUDA kernels on the emulator, in float32; they are compiled first where they changed"
+	@MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/library.py) MSRNN_TEST_EXAMPLES=5 \
+		$(PYTEST) tests/test_scan.py tests/test_multi_state.py -m "$(QUICK)"
 
-# The CUDA kernels without a GPU: most of the same tests on the emulator; schedules, sanitizers and
-# most planted bugs (MUTATIONS=mutations: all of them).
+test-triton: $(VENV)/triton-$(lastword $(TRITON))
+	@echo "== $@: Triton's kernels on its interpreter, in float32"
+	@$(INTERPRETED) $(subst $(BIN),$</bin,$(PYTEST)) tests/test_triton.py tests/test_scan.py \
+		tests/test_multi_state.py -m "$(QUICK)"
+
+# The whole ladder (csrc/README.md), in about twenty minutes: what the quick tests leave out, the
+# emulator, schedules, sanitizers and planted bugs, Triton's versions, budgets, and every build.
+verify: $(VENV)/ready
+	@$(MAKE) --no-print-directory -j2 emulate schedules slow triton budget builds portable \
+		DTYPES=bfloat16 ARCHS=80,90
+
+slow: $(VENV)/ready
+	@echo "== $@: the tests that make test leaves out"
+	@MSRNN_TEST_EXAMPLES=30 $(PYTEST) tests -m "slow or long or float16"
+
 emulate: $(VENV)/ready
-	MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/library.py) MSRNN_TEST_EXAMPLES=20 \
-		$(BIN)/pytest -q tests/test_scan.py tests/test_torch.py tests/test_multi_state.py \
-		-k "(test_scan or test_torch or not threads and not large and not bfloat16) and not reference \
-		and not gru_identity and not lstm_joint"
-	$(BIN)/python tests/emulation/check.py selftest schedules address thread $(foreach m,$(MUTATIONS),'$(m)')
+	@echo "== $@: most tests of the CPU's kernels, on the emulated CUDA kernels"
+	@MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/library.py) MSRNN_TEST_EXAMPLES=20 \
+		$(PYTEST) tests/test_scan.py tests/test_torch.py -m "not large and $(FEW_OPS)"
+	@MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/library.py) MSRNN_TEST_EXAMPLES=20 \
+		$(PYTEST) tests/test_multi_state.py -m "not large and not threads and not bfloat16 and not reference"
 
-# Triton's kernels without a GPU: the tests on its interpreter, and what it compiles to against the
-# stored table. Each version has an environment that sees the packages of $(VENV) too.
-triton: $(addprefix triton-,$(TRITON))
+# MUTATIONS=mutations plants all of the bugs.
+schedules: $(VENV)/ready
+	@echo "== $@: the emulated kernels under many schedules and sanitizers, and with planted bugs"
+	@$(BIN)/python tests/emulation/check.py selftest schedules address thread $(foreach m,$(MUTATIONS),'$(m)')
 
-triton-%: $(VENV)/ready
-	test -d $(VENV)/$@ || $(PYTHON) -m venv $(VENV)/$@
+# Each version of Triton has an environment that sees the packages of $(VENV) too.
+$(VENV)/triton-%: $(VENV)/ready
+	@echo "== $@: an environment with Triton $*"
+	test -d $@ || $(PYTHON) -m venv $@
 	echo "import site; site.addsitedir('$$($(abspath $(BIN))/python -c \
 		"import sysconfig; print(sysconfig.get_path('purelib'))")')" \
-		>$$($(VENV)/$@/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/more.pth
-	$(VENV)/$@/bin/pip install -q triton==$*
-	MSRNN_BACKEND=triton $(INTERPRETED) $(VENV)/$@/bin/python -m pytest -q -p no:cacheprovider \
-		tests/test_triton.py tests/test_scan.py tests/test_multi_state.py -k "$(SMALL)"
-	test $* != $(lastword $(TRITON)) || $(VENV)/$@/bin/python tests/budgets/triton.py --check --quick
+		>$$($@/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/more.pth
+	$@/bin/pip install -q triton==$*
+	touch $@
 
-# What nvcc makes of them for seven architectures, against the stored table.
+triton: $(addprefix triton-,$(TRITON))
+
+# The last version also compiles what every call would launch, against a stored table.
+triton-%: $(VENV)/triton-%
+	@echo "== $@: the tests on the interpreter of Triton $*"
+	@$(INTERPRETED) $(subst $(BIN),$</bin,$(PYTEST)) tests/test_triton.py tests/test_scan.py \
+		tests/test_multi_state.py -m "$(SHORT)"
+	@test $* != $(lastword $(TRITON)) || $</bin/python tests/budgets/triton.py --check --quick
+
+# What nvcc makes of the CUDA kernels, against a stored table: of all architectures and dtypes, in half
+# an hour; make verify takes two and one.
 budget: $(VENV)/ready
-	@command -v nvcc >/dev/null || { echo "budget: skipped, there is no nvcc"; exit 0; } && \
+	@command -v nvcc >/dev/null || { echo "$@: skipped, there is no nvcc"; exit 0; } && \
+		echo "== $@: nvcc compiles for $(ARCHS), $(DTYPES)" && \
 		$(BIN)/pip install -q nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump && \
 		$(BIN)/python tests/budgets/cuda.py --check --dtypes $(DTYPES) --archs $(ARCHS)
+
+# One after the other, for they share a folder: instrumented, with CUDA, as a wheel.
+builds:
+	@$(MAKE) --no-print-directory -j1 sanitize cuda wheel
+
+# The suite with every kernel under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(VENV)/ready
+	@echo "== $@: the CPU's kernels, instrumented"
+	MSRNN_SANITIZE=address,undefined $(BIN)/pip install -q --no-build-isolation --no-deps \
+		--upgrade --target build/sanitized .
+	@cd build/sanitized && $(SANITIZED) ../../tests/test_scan.py ../../tests/test_errors.py \
+		-m "not long and not bfloat16 and not float64"
+	@cd build/sanitized && $(SANITIZED) ../../tests/test_multi_state.py \
+		-m "not flex and not float32 and not float16 and not bfloat16"
+
+# The CUDA library with a torch that has no CUDA: it compiles, links, loads and registers.
+cuda: $(VENV)/ready
+	@command -v nvcc >/dev/null || { echo "$@: skipped, there is no nvcc"; exit 0; } && \
+		echo "== $@: the CUDA library for compute capability 9.0" && \
+		FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 $(BIN)/pip install -q --no-build-isolation --no-deps \
+			--upgrade --target build/with-cuda . && cd build/with-cuda && \
+		PYTHONPATH=. $(PYTEST) ../../tests/test_cuda.py ../../tests/test_errors.py
+
+# A wheel, installed into an environment of its own and tested from an empty directory.
+wheel: $(VENV)/ready
+	@echo "== $@: a wheel in an empty environment"
+	$(BIN)/pip install -q build
+	$(BIN)/python -m build --no-isolation --outdir build/wheel >build/wheel.log
+	rm -rf build/wheel-venv build/empty && mkdir -p build/empty
+	$(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/pip install -q "$(TORCH)" pytest hypothesis build/wheel/*.whl
+	cp -r tests build/empty/tests
+	@cd build/empty && $(subst $(abspath $(BIN)),../wheel-venv/bin,$(PYTEST)) tests/test_package.py \
+		tests/test_errors.py -m "not slow"
+
+# The torch-free kernels for 64-bit Arm, compiled, not run.
+portable: $(VENV)/ready
+	@echo "== $@: the CPU's kernels compile for 64-bit Arm"
+	$(BIN)/pip install -q ziglang && mkdir -p build
+	for file in $(wildcard csrc/cpu/instantiations/*.cpp); do \
+		$(BIN)/python -m ziglang c++ -target aarch64-linux-gnu -std=c++20 -O1 -ffp-contract=off \
+			-c $$file -o build/portable.o || exit 1; \
+	done
+
+lint: $(VENV)/ready
+	@echo "== $@: ruff, mypy, clang-format"
+	$(BIN)/pip install -q ruff mypy clang-format
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CSRC) $(wildcard tests/emulation/*.cpp tests/emulation/*.h)
 
 # On a machine with a GPU, with the packages of $(PYTHON) alone and no network: build, test, sanitize,
 # stress and measure; results go to the folder OUT.
@@ -106,46 +189,6 @@ docs: $(VENV)/ready
 	@echo "== docs: Sphinx writes build/docs/index.html, half a minute"
 	$(BIN)/pip install -q sphinx myst-parser
 	$(BIN)/python -m sphinx -n -W --keep-going -q docs build/docs
-
-lint: $(VENV)/ready
-	$(BIN)/pip install -q ruff mypy clang-format
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(CSRC) $(wildcard tests/emulation/*.cpp tests/emulation/*.h)
-
-# The suite with every kernel under AddressSanitizer and UndefinedBehaviorSanitizer.
-sanitize: $(VENV)/ready
-	MSRNN_SANITIZE=address,undefined $(BIN)/pip install -q --no-build-isolation --no-deps \
-		--upgrade --target build/sanitized .
-	cd build/sanitized && $(SANITIZED) -k "not long and not bfloat16 and not float64-" \
-		../../tests/test_scan.py ../../tests/test_errors.py
-	cd build/sanitized && $(SANITIZED) -k "not flex and not float32 and not float16" ../../tests/test_multi_state.py
-
-# The torch-free kernels for 64-bit Arm, compiled, not run.
-portable: $(VENV)/ready
-	$(BIN)/pip install -q ziglang && mkdir -p build
-	for file in $(wildcard csrc/cpu/instantiations/*.cpp); do \
-		$(BIN)/python -m ziglang c++ -target aarch64-linux-gnu -std=c++20 -O1 -ffp-contract=off \
-			-c $$file -o build/portable.o || exit 1; \
-	done
-
-# The CUDA library with a torch that has no CUDA: it compiles, links, loads and registers.
-cuda: $(VENV)/ready
-	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 $(BIN)/pip install -q --no-build-isolation --no-deps \
-		--upgrade --target build/with-cuda .
-	cd build/with-cuda && PYTHONPATH=. $(abspath $(BIN))/pytest -q -p no:cacheprovider \
-		../../tests/test_cuda.py ../../tests/test_errors.py
-
-# A wheel, installed into an environment of its own and tested from an empty directory.
-wheel: $(VENV)/ready
-	$(BIN)/pip install -q build
-	$(BIN)/python -m build --no-isolation --outdir build/wheel
-	rm -rf build/wheel-venv build/empty && mkdir -p build/empty
-	$(PYTHON) -m venv build/wheel-venv
-	build/wheel-venv/bin/pip install -q "$(TORCH)" pytest hypothesis build/wheel/*.whl
-	cp -r tests build/empty/tests
-	cd build/empty && ../wheel-venv/bin/pytest -q tests/test_package.py tests/test_errors.py \
-		-k "not instruction_set"
 
 clean:
 	rm -rf build dist *.egg-info msrnn_ops/*.so $(VENV)

@@ -97,8 +97,8 @@ def attend_scores(
         q, k, v, state, scale: as in :func:`attend_evict`.
 
     Returns:
-        The output, (B, Hq, Dh), and the scores, (B, G, N+1) float32: the attention to each slot,
-        summed over the query heads (0 for empty slots).
+        The output, (B, Hq, Dh), and the scores, (B, G, N+1) float32. A score is the attention to a
+        slot, summed over the query heads, and 0 for empty slots.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`attend_evict`.
@@ -219,8 +219,9 @@ def attend_sequence(
         scale: of the logits. None: 1 / sqrt(Dh).
 
     Returns:
-        out, (B, Hq, T, Dh), 0 at padding; and expiry, (B, G, T) int64: the first query that no
-        longer sees key j, T if it stays; j itself at padding, which nothing sees.
+        out, (B, Hq, T, Dh), 0 at padding; and expiry, (B, G, T) int64. ``expiry[b, g, j]`` is the
+        first query that can no longer see key j, T if the key stays, and j itself at padding,
+        which nothing sees.
 
     Differentiable in q, k and v for the given expiry: which states are kept is a choice and has no
     gradient. Work is O(T N), memory O(T) besides the state.

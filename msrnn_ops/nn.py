@@ -345,8 +345,8 @@ class MinLSTM(_Layers):
     reads the first, and no gradient flows to the second.
 
     Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
-            device, dtype, activation: as :class:`MinGRU`.
+        input_size, hidden_size, num_layers, bias, batch_first: as :class:`MinGRU`.
+        dropout, bidirectional, proj_size, device, dtype, activation: as :class:`MinGRU`.
         forget_bias: how much larger b_f starts, so that states are kept longer.
 
     Parameters: ``weight_ih_l{k}`` (3 H, features), ``bias_ih_l{k}`` (3 H,): W_f, W_i, W_c.

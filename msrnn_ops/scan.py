@@ -89,7 +89,7 @@ def linear_scan(
 
     Args:
         a: decay, (B, T, D), any strides; float32, float64, bfloat16 or float16. Any value; where
-            |a| > 1 long products may leave the range of floats.
+            abs(a) > 1 long products may leave the range of floats.
         b: input, in the shape and dtype of ``a``.
         h0: initial state, (B, D), or (N, D) with ``cu_seqlens``; in the dtype of ``a`` or the
             accumulation dtype (float32; float64 for float64). None: 0.

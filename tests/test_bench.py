@@ -25,6 +25,8 @@ from bench.cuda import small as gpu_small  # noqa: E402
 from bench.cuda import steps as gpu_steps  # noqa: E402
 from bench.measure import interleaved  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SMALL = step_peers.Heads(4, 2, 16)
 
 

@@ -166,6 +166,7 @@ def _many_channels(rank: int, seed: int) -> None:
             compare(scan, 50, 3, torch.bfloat16, 2e-2, **options)
 
 
+@pytest.mark.slow
 def test_more_channels_than_go_at_once_and_other_dtypes(run: Any) -> None:
     run(partial(_many_channels, seed=random.randrange(2**31)), ranks=2)
 
@@ -227,6 +228,7 @@ def _compiled_and_by_the_reference(rank: int) -> None:
         assert distributed.min_gru(gate.bfloat16(), candidate).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_compile_reference_and_errors(run: Any) -> None:
     run(_compiled_and_by_the_reference, ranks=2)
 
@@ -237,6 +239,7 @@ def _one_leaves(rank: int) -> None:
             distributed.min_gru(*torch.randn(2, 1, 3, 4))
 
 
+@pytest.mark.slow
 def test_a_rank_that_leaves_is_an_error_on_the_others(run: Any) -> None:
     run(_one_leaves, ranks=2)
 
@@ -253,6 +256,7 @@ def _one_hangs(rank: int) -> None:
         time.sleep(6)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_an_error_on_the_others(run: Any) -> None:
     run(_one_hangs, ranks=2)
 
@@ -363,10 +367,12 @@ def _heads_otherwise(rank: int) -> None:
         assert int((state.position != before).sum()) == 3  # the token waits
 
 
+@pytest.mark.slow
 def test_heads_over_ranks_drop_what_one_device_drops(run: Any) -> None:
     run(partial(_sharded_heads, seed=random.randrange(2**31)), ranks=4)
     run(partial(_sharded_heads, seed=random.randrange(2**31)), ranks=2)
 
 
+@pytest.mark.slow
 def test_heads_over_ranks_compiled_by_the_reference_and_errors(run: Any) -> None:
     run(_heads_otherwise, ranks=2)

@@ -233,6 +233,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 1 and "a divisor of 1 ranks" in result.output
 
 
+@pytest.mark.slow
 def test_four_ranks_and_two_that_go_on(run: Any, tmp_path: Path) -> None:
     """Values, gradients, training; compile, copies, errors. In few processes: torch takes long to
     start."""

@@ -109,7 +109,7 @@ def test_only_dtensors_are_imported_within_a_function() -> None:
 
 @pytest.mark.skipif(not CSRC.exists(), reason="needs the source tree")
 def test_includes_go_down() -> None:
-    """csrc/ itself knows neither cpu/ nor cuda/, which do not know each other."""
+    """Headers of csrc/ know neither cpu/ nor cuda/, which do not know each other."""
     arrows: dict[str, set[str]] = {}
     for path in [*CSRC.glob("*.*"), *CSRC.glob("*/*.*"), *CSRC.glob("*/*/*.*")]:
         if path.suffix == ".md":
@@ -121,6 +121,8 @@ def test_includes_go_down() -> None:
     list(graphlib.TopologicalSorter(arrows).static_order())
     for path, included in arrows.items():
         mine = Path(path).relative_to(CSRC).parts[:-1]
+        if path == str(CSRC / "module.cpp"):  # the top: it shows Python some of both
+            continue
         for other in included:
             theirs = Path(other).relative_to(CSRC).parts[:-1]
             assert theirs == mine[: len(theirs)] or theirs[:1] == mine[:1], f"{path}: {other}"

@@ -92,6 +92,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set(capability: str) -> None:
     has = torch.backends.cpu.get_cpu_capability().lower()

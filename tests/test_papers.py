@@ -23,6 +23,8 @@ from bench.papers import characters, control, copying, cost  # noqa: E402
 from bench.papers.models import MIXERS, SequenceModel, fit, parameters  # noqa: E402
 from bench.papers.part import Options, Store  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 PARTS: tuple[ModuleType, ...] = (cost, copying, characters, control)
 COSTS = {"batch": 1, "lengths": (16, 32), "seconds": 1e-3}
 STEPS = {"steps": 2, "every": 1}

@@ -31,6 +31,8 @@ from bench.papers.decoder import (
 )
 from bench.papers.part import Options, Store
 
+pytestmark = pytest.mark.slow
+
 TRAINING = Training(steps=10, rate=3e-3, warmup=2)
 TINY = states.Scale(
     vocabulary=200,

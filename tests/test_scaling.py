@@ -17,6 +17,8 @@ from bench.estimates import scaling
 from bench.estimates.scaling import Cluster, Link, Problem
 from bench.table import markdown
 
+pytestmark = pytest.mark.slow
+
 BENCH = Path(scaling.__file__).parents[1]
 CLUSTER = Cluster()
 ALIKE = replace(CLUSTER, outer=CLUSTER.inner, node=1)

@@ -711,6 +711,7 @@ def _sharded_heads(rank: int, file: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 def test_heads_sharded_over_ranks(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_sharded_heads, (str(tmp_path / "store"),), 2)

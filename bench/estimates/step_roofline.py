@@ -24,9 +24,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from msrnn_ops._C import step_plan
-
 from bench.table import Table
+from msrnn_ops._C import step_plan
 
 from .machine_code import DTYPES, ROOT, disassemble, opcode, output_of, tool
 from .roofline import MACHINES, PIPES, Machine, blocks_of, wavefronts
