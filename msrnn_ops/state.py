@@ -107,7 +107,7 @@ class Policy:
 
     @property
     def numbers(self) -> tuple[int, int, int]:
-        """The policy as the operators take it: kind of score, sinks, recent."""
+        """Kind of score, sinks and recent, as the operators take a policy."""
         return _SCORES.index(self.score), self.sinks, self.recent
 
 
