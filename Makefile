@@ -12,7 +12,8 @@ PARTS ?= build,test,triton,sanitizer,stress,bench
 TRITON ?= 3.6.0 3.9.0
 OUT ?= bench/results
 
-PYTEST = OMP_WAIT_POLICY=passive MSRNN_TEST_LABEL=$@ $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider
+PYTEST = OMP_WAIT_POLICY=passive MSRNN_TEST_LABEL=$@ $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
+	--disable-warnings
 INTERPRETED = MSRNN_BACKEND=triton TRITON_INTERPRET=1 MSRNN_TEST_EXAMPLES=3 OMP_NUM_THREADS=1
 SANITIZED = MSRNN_TEST_EXAMPLES=10 PYTHONPATH=. \
 	ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 \
