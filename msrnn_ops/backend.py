@@ -13,17 +13,15 @@ from typing import Any
 
 import torch
 
-try:
-    from msrnn_ops import _C
-except ImportError as error:
-    if any(Path(__file__).parent.glob("_C*.so")):
-        raise
+_FOLDER = Path(__file__).parent
+if not any(_FOLDER.glob("_C*.so")) or not any(_FOLDER.glob("_cpu*.so")):
     raise ImportError(
         "msrnn_ops has not been built here: run `pip install -e . --no-build-isolation` in the "
         "source tree, or start Python outside of it to use an installed package"
-    ) from error
+    )
 
-_FOLDER = Path(__file__).parent
+from msrnn_ops import _C  # noqa: E402
+
 _NAMES = ("cuda", "triton", "cpu", "reference")
 _TRITON_INSTALLED = find_spec("triton") is not None
 
@@ -122,10 +120,10 @@ def _imported_at_first(module: str, name: str) -> Callable[..., Any]:
 
 @cache
 def _cuda() -> str:
-    if _C.build_info()["cuda"] is None:
-        return "not built: install where torch has CUDA and nvcc is found, or with FORCE_CUDA=1"
     if _cuda_failure is not None:
         return _cuda_failure
+    if _C.build_info()["cuda"] is None:
+        return "not built: install where torch has CUDA and nvcc is found, or with FORCE_CUDA=1"
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     if not torch.cuda.is_available():

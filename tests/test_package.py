@@ -129,3 +129,40 @@ def test_importing_loads_neither_triton_nor_optional_packages() -> None:
     assert "msrnn_ops.backend" in loaded
     slow = r"(triton|transformers|matplotlib|rich|pytest|sympy|torch\._dynamo|torch\._inductor)\b"
     assert not [name for name in loaded if re.match(slow, name)]
+
+
+def with_package(folder: Path, code: str, leave_out: str, **files: str) -> list[str]:
+    """What code prints where the package has other files: but for some, and these besides."""
+    copy = folder / "msrnn_ops"
+    copy.mkdir()
+    for path in PACKAGE.iterdir():
+        if not path.match(leave_out):
+            (copy / path.name).symlink_to(path)
+    for name, text in files.items():
+        (copy / f"{name}.so").write_text(text)
+    first = f"import sys; sys.path.insert(0, {str(folder)!r})\n"
+    return output_of(sys.executable, "-c", first + code).splitlines()
+
+
+def test_a_cuda_library_that_cannot_be_loaded_leaves_the_rest_alone(tmp_path: Path) -> None:
+    code = """
+import torch, msrnn_ops as ms
+x = torch.ones(1, 2, 3)
+print(ms.linear_scan(x, x).sum())
+print(ms.backends()["cuda"])
+"""
+    total, reason = with_package(tmp_path, code, "_cuda*.so", _cuda="not a library")
+    assert total == "tensor(9.)"
+    assert reason.startswith(f"its library cannot be loaded with torch {torch.__version__} (")
+    assert str(tmp_path) not in reason
+
+
+def test_a_package_that_was_not_built_says_so(tmp_path: Path) -> None:
+    code = """
+try:
+    import msrnn_ops
+except ImportError as error:
+    print(error)
+"""
+    (said,) = with_package(tmp_path, code, "*.so")
+    assert said.startswith("msrnn_ops has not been built here: run `pip install -e .")
