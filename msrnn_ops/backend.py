@@ -67,7 +67,7 @@ def _load_cuda() -> str | None:
         try:
             torch.ops.load_library(path)
         except OSError as error:
-            reason = str(error).replace(f"{path}: ", "").strip().splitlines()[0]
+            reason = str(error.__cause__ or error).removeprefix(f"{path}: ")
             return f"its library cannot be loaded with torch {torch.__version__} ({reason})"
     return None
 
