@@ -1,6 +1,6 @@
-"""How the kernels cut up their work: `python -m bench.triton_tuning` rewrites this.
+"""How the kernels cut up their work: `python -m bench tune` rewrites this.
 
-Never run on one yet: these come from instruction and register counts (bench/triton_budget.json).
+Never run on one yet: these come from instruction and register counts (tests/budgets/triton.json).
 """
 
 # (pass, form, bytes of an element, inputs of the op): segments, rows of a segment, channels of a

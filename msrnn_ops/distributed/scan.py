@@ -15,7 +15,7 @@ B·D more backward where a last state is returned. With cu_seqlens B is 1, 8 byt
 shard starts, and last states are N·D numbers that are added up over ranks, forward and backward.
 
 Local passes read and write 20 tensors of the shard's size for forward and backward of min_gru,
-where one device has 9 (bench/scaling.md): the ops write all of h where the last state is wanted.
+where one device has 9 (bench/README.md): the ops write all of h where the last state is wanted.
 
 Tried and rejected: summaries in blocks of 512 channels, which pay the latency of the exchange once
 each; in that model they hide at most 1.5 % of the time.
