@@ -8,7 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
+try:
+    import click
+except ImportError as error:
+    raise SystemExit(
+        "python -m bench: expected the packages of the benchmarks, got no click: "
+        'pip install -e ".[bench,papers]" --no-build-isolation'
+    ) from error
 
 from bench import papers as the_papers
 from bench import run as benchmark

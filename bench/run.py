@@ -13,7 +13,7 @@ from typing import Any
 from bench.measure import Entries
 from bench.table import console, say, show
 
-CPU_PARTS = ("ops", "layers", "steps", "decoding", "memory", "limits", "accuracy")
+CPU_PARTS = ("steps", "ops", "layers", "decoding", "memory", "limits", "accuracy")
 CUDA_PARTS = ("limits", "steps", "ops", "decoding", "layers", "small")
 LIMIT = 200.0  # seconds of the usual run, on a slow or busy machine too
 _SECONDS = 0.2  # of timing for each competitor and shape
@@ -25,9 +25,9 @@ def _cpu_parts(full: bool) -> Parts:
     from bench.cpu import accuracy, layers, limits, memory, ops, steps
 
     return {
+        "steps": partial(steps.run, _SECONDS, full),
         "ops": partial(ops.run, _SECONDS, full),
         "layers": partial(layers.run, _SECONDS, full),
-        "steps": partial(steps.run, _SECONDS, full),
         "decoding": partial(steps.run_decoding, _SECONDS),
         "memory": memory.run,
         "limits": partial(limits.run, _SECONDS),
@@ -71,11 +71,8 @@ def _head(device: str, full: bool, words: Sequence[str]) -> dict[str, Any]:
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    """At once or not at all: what stood there before stays until then."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".partial")
-    unfinished.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    unfinished.replace(path)
+    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def run(
@@ -86,8 +83,13 @@ def run(
     words: Sequence[str],
     limit: float = math.inf,
 ) -> None:
-    """After `limit` seconds no row of a table is begun any more."""
+    """After `limit` seconds no row of a table is begun any more.
+
+    What stood at the path stays there to the end; what is there so far has the ending .partial.
+    """
     from bench import report
+
+    partial_path = path.with_suffix(".partial")
 
     end = time.perf_counter() + limit
     results = _head(device, full, words)
@@ -99,11 +101,14 @@ def run(
             for entries in found[part]():
                 results |= entries
                 results["seconds_taken"][part] = time.perf_counter() - start
-                write(path, results)
+                write(partial_path, results)
                 if time.perf_counter() > end:
                     break
         if time.perf_counter() > end:
-            say(f"the time is up for {part}, which --only {part} runs to its end")
+            say(f"the time is up: python -m bench {device} --only {part} runs all of it")
+    if results["seconds_taken"]:
+        write(path, results)
+    partial_path.unlink(missing_ok=True)
     console().print(f"\n{report.heading(results)}", highlight=False, markup=False)
     show(*report.tables(results))
     if "accuracy" in results:

@@ -1,5 +1,6 @@
 """Sequence models with a bounded state: minGRU, minLSTM, their scans, attention with eviction."""
 
+from msrnn_ops import backend as backend  # first: it says so where nothing has been built
 from msrnn_ops import nn
 from msrnn_ops.backend import backends, build_info, use_backend
 from msrnn_ops.multi_state import (

@@ -248,12 +248,12 @@ def _check_tokens(
         expected = f"v in the shape of k, {tuple(k.shape)}"
         raise errors.value(caller, expected, tuple(v.shape))
     if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
-        expected = f"k like q but for its heads, {tuple(q.shape)}"
+        expected = f"k {layout} like q but for its heads, {tuple(q.shape)}"
         raise errors.value(caller, expected, tuple(k.shape))
     if k.shape[1] < 1 or q.shape[1] < 1 or q.shape[1] % k.shape[1]:
         raise errors.value(
             caller,
-            "as many query heads as key-value heads or a multiple",
+            "as many query heads, those of q, as key-value heads, those of k, or a multiple",
             f"{q.shape[1]} and {k.shape[1]}",
         )
     check_head_dim(caller, q.shape[-1])

@@ -535,7 +535,7 @@ class MinRNNBlock(nn.Module):
 
     def _check_state(self, state: BlockState, batch: int, steps: int) -> None:
         if not isinstance(state, BlockState):
-            raise TypeError(f"MinRNNBlock: expected a BlockState, got {type(state).__name__}")
+            raise errors.kind("MinRNNBlock", "state", "a BlockState", state)
         expected = ((batch, self.rnn.hidden_size), (batch, steps, self.width))
         got = tuple(tuple(x.shape) for x in state)
         if got != expected:

@@ -233,7 +233,7 @@ class MultiState:
         rows = self.seen.shape[0]
         if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
             got = index.dtype if isinstance(index, Tensor) else type(index).__name__
-            raise TypeError(f"reorder: expected an int32 or int64 tensor, got {got}")
+            raise TypeError(f"reorder: expected index to be an int32 or int64 tensor, got {got}")
         if index.shape != (rows,):
             raise errors.shape("reorder", "index", (rows,), index)
         if index.device != self.device:
@@ -273,7 +273,8 @@ class MultiState:
 
 def _check_kept_dtype(dtype: torch.dtype) -> None:
     if dtype not in DTYPES:
-        raise TypeError(f"MultiState: expected float32, bfloat16, float16 or float64, got {dtype}")
+        expected = "torch.float32, bfloat16, float16 or float64"
+        raise TypeError(f"MultiState: expected dtype to be {expected}, got {dtype!r}")
 
 
 def restore(tensors: Iterable[Tensor], policy: Policy) -> MultiState:

@@ -90,7 +90,7 @@ def test_the_usual_run_ends_when_its_time_is_up(
 ) -> None:
     monkeypatch.setattr(run, "LIMIT", 1e-9)
     command.main(["--output", str(tmp_path)], standalone_mode=False)
-    assert "the time is up for ops" in capsys.readouterr().out
+    assert "the time is up: python -m bench cpu --only ops" in capsys.readouterr().out
     assert not (tmp_path / "cpu.json").exists()
     monkeypatch.setattr(run, "LIMIT", 600.0)
     command.main(["--output", str(tmp_path)], standalone_mode=False)

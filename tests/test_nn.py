@@ -404,7 +404,7 @@ def test_block_states_are_small_and_checked() -> None:
     other = ms.nn.MinRNNBlock(8, conv=2)
     with pytest.raises(ValueError, match=r"shapes \(1, 8\) and \(1, 1, 8\), got .* \(1, 3, 8\)"):
         other(torch.randn(1, 4, 8), carried)
-    with pytest.raises(TypeError, match="expected a BlockState, got tuple"):
+    with pytest.raises(TypeError, match="expected state to be a BlockState, got tuple"):
         block(torch.randn(1, 4, 8), tuple(carried))
     with pytest.raises(ValueError, match=r"x of shape \(B, 8\), got \(8,\)"):
         block.step(torch.randn(8))

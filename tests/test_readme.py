@@ -238,6 +238,8 @@ def test_differences_from_torch() -> None:
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         ours(x)[0].relu_().sum().backward()
     ours(x)[0].relu().sum().backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        nn.LSTM(10, 20, batch_first=True)(x)[0].relu_().sum().backward()
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -256,6 +258,7 @@ def test_differences_from_torch() -> None:
 
     with torch.autocast("cpu", torch.bfloat16):
         assert theirs(x)[0].dtype == torch.float32 and ours(x)[0].dtype == torch.bfloat16
+        assert nn.LSTM(10, 20)(x)[0].dtype == torch.bfloat16
     theirs_16, ours_16 = (copy.deepcopy(module).bfloat16() for module in (theirs, ours))
     state = torch.zeros(1, 3, 20)
     with pytest.raises(RuntimeError):
