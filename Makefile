@@ -96,7 +96,9 @@ budget: $(VENV)/ready
 
 # One after the other, for they share a folder: instrumented, with CUDA, as a wheel.
 builds:
-	@$(MAKE) --no-print-directory -j1 sanitize cuda wheel
+	@$(MAKE) --no-print-directory sanitize
+	@$(MAKE) --no-print-directory cuda
+	@$(MAKE) --no-print-directory wheel
 
 # The suite with every kernel under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/ready
