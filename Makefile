@@ -50,7 +50,7 @@ test-triton: $(VENV)/triton-$(lastword $(TRITON))
 # schedules, sanitizers and planted bugs, Triton's versions, budgets, and every build. .ci/run takes
 # half of the planted bugs, one dtype and two architectures.
 verify: $(VENV)/ready
-	@$(MAKE) --no-print-directory -j2 emulate schedules slow triton budget builds portable
+	@$(MAKE) --no-print-directory -j2 emulate schedules triton slow builds budget portable
 
 slow: $(VENV)/ready
 	@echo "== $@: the tests that make test leaves out"
