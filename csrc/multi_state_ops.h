@@ -165,29 +165,37 @@ struct SequenceOps {
                  v = Backend::readable(v_in);
     const int64_t batch = q.size(0), time = q.size(2), kv_heads = k.size(1), head_dim = q.size(3);
     const int64_t groups = per_head ? kv_heads : 1;
-    const auto longs = [&](std::initializer_list<int64_t> sizes, double value) {
-      Tensor x = torch::stable::new_empty(q, sizes, ScalarType::Long);
-      torch::stable::fill_(x, value);
-      return x;
-    };
     Tensor out = torch::stable::new_zeros(q, q.sizes());
     Tensor expiry = torch::stable::new_empty(q, {batch, groups, time}, ScalarType::Long);
     if (batch == 0 || time == 0) return {out, expiry};
 
-    // The state starts empty, and never needs more slots than there are tokens.
+    // The state starts empty, and never needs more slots than there are tokens. Keys and
+    // values share a tensor, and its marks share two, one of -1 and one of zeros: each tensor takes
+    // a small call a microsecond.
     const int64_t slots = std::min(capacity, time) + 1;
-    const bool scored = policy.score == ScoreKind::accumulated;
-    Tensor keys = torch::stable::new_empty(k, {batch, kv_heads, slots, head_dim});
-    Tensor values = torch::stable::new_empty(k, {batch, kv_heads, slots, head_dim});
-    Tensor position = longs({batch, groups, slots}, -1), free = longs({batch, groups}, 0);
-    Tensor last_evicted = longs({batch, groups}, -1), seen = longs({batch}, 0);
-    Tensor score =
-        torch::stable::new_zeros(q, {batch, groups, scored ? slots : 0}, ScalarType::Float);
-    Tensor times = torch::stable::new_empty(q, {batch, time}, ScalarType::Long);
-    const State marks = marks_of(position, score, free, seen, last_evicted, policy.score);
-    const State state = state_of(k, keys, values, marks);
+    const int64_t rows = batch * groups, marks = rows * slots;
+    Tensor kept = torch::stable::new_empty(k, {2, batch, kv_heads, slots, head_dim});
+    Tensor nothing = torch::stable::new_empty(q, {marks + rows + batch * time}, ScalarType::Long);
+    torch::stable::fill_(nothing, -1);
+    Tensor zeros = torch::stable::new_zeros(q, {marks + rows + batch}, ScalarType::Long);
+    auto* position = static_cast<int64_t*>(nothing.data_ptr());
+    auto* score = static_cast<int64_t*>(zeros.data_ptr());
+    const State state{
+        .keys = static_cast<char*>(kept.data_ptr()),
+        .values = static_cast<char*>(kept.data_ptr()) + kept.numel() / 2 * kept.element_size(),
+        .position = position,
+        .score = policy.score == ScoreKind::accumulated ? reinterpret_cast<float*>(score) : nullptr,
+        .free = score + marks,
+        .last_evicted = position + marks,
+        .seen = score + marks + rows,
+        .batch = batch,
+        .kv_heads = kv_heads,
+        .groups = groups,
+        .slots = slots,
+        .head_dim = head_dim,
+        .dtype = dtype_of(k)};
     const TokenSequence sequence{time, mask_of(valid, q), static_cast<int64_t*>(expiry.data_ptr()),
-                                 static_cast<int64_t*>(times.data_ptr())};
+                                 position + marks + rows};
     Backend::run(step_of(state, policy, scale, true, q, k, v, out, nullptr), sequence, q);
     return {out, expiry};
   }

@@ -155,7 +155,7 @@ def _checked_state(
         raise errors.dtype(op.name, name, either, h0.dtype)
     if h0.device != x.device:
         raise errors.device(op.name, name, op.inputs[0], x.device, h0.device)
-    return h0 if h0.dtype == wide else h0.to(wide)
+    return h0.to(wide)
 
 
 # Multi-state attention.

@@ -55,7 +55,7 @@ class WholeTime:
 
 
 def _check_whole(module: _Layers | MinRNNBlock) -> None:
-    if not module.time.whole:
+    if not module.time_axis.whole:
         raise ValueError(
             f"{type(module).__name__}: expected time not to be sharded for step, call "
             "shard_time(module, None) first"
@@ -69,7 +69,7 @@ class _Layers(nn.Module):
     _keeps: int  # +1: a large gate keeps the state; -1: it replaces it
     _joint: Callable[..., Any]
     _one_step: Callable[..., Tensor]
-    time = WholeTime()
+    time_axis = WholeTime()
 
     def __init__(
         self,
@@ -174,7 +174,7 @@ class _Layers(nn.Module):
         self, x: Tensor, h0: Tensor | None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """All layers over x (B, T, features): their output and last states."""
-        joint = self.time.joint(self._joint)
+        joint = self.time_axis.joint(self._joint)
         suffixes, last = self._suffixes(), []
         directions = 1 + self.bidirectional
         for i in range(self.num_layers):
@@ -199,7 +199,7 @@ class _Layers(nn.Module):
         self, x: Tensor | PackedSequence, h0: Tensor | None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         if isinstance(x, PackedSequence):
-            if not self.time.whole:
+            if not self.time_axis.whole:
                 raise TypeError(
                     f"{type(self).__name__}: expected a tensor, as its time is sharded, got a "
                     "PackedSequence"
@@ -443,7 +443,7 @@ class MinRNNBlock(nn.Module):
     True
     """
 
-    time = WholeTime()
+    time_axis = WholeTime()
 
     def __init__(
         self,
@@ -487,12 +487,16 @@ class MinRNNBlock(nn.Module):
 
     @overload
     def forward(
+        self, x: Tensor, state: BlockState | None = None, return_state: Literal[False] = False
+    ) -> Tensor: ...
+    @overload
+    def forward(
         self, x: Tensor, state: BlockState | None = None, *, return_state: Literal[True]
     ) -> tuple[Tensor, BlockState]: ...
     @overload
     def forward(
-        self, x: Tensor, state: BlockState | None = None, return_state: Literal[False] = False
-    ) -> Tensor: ...
+        self, x: Tensor, state: BlockState | None, return_state: Literal[True]
+    ) -> tuple[Tensor, BlockState]: ...
     @overload
     def forward(
         self, x: Tensor, state: BlockState | None = None, return_state: bool = False
@@ -517,7 +521,7 @@ class MinRNNBlock(nn.Module):
         inputs = y[:, :0]
         if self.conv is not None:
             before = y.new_zeros(x.shape[0], steps, self.width) if state is None else state.inputs
-            y, inputs = self.time.inputs(before, y)
+            y, inputs = self.time_axis.inputs(before, y)
             # Without steps over one that is dropped: DDP and FSDP wait for gradients on all ranks.
             y = self.conv(y.mT if x.shape[1] else F.pad(y.mT, (0, 1))).mT[:, : x.shape[1]]
         h0 = None if state is None else state.h.unsqueeze(0)

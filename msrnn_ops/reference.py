@@ -119,8 +119,9 @@ def _without_autocast(function: Callable[_Arguments, _Result]) -> Callable[_Argu
 
     @wraps(function)
     def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        assert isinstance(args[0], Tensor)
-        with torch.autocast(args[0].device.type, enabled=False):
+        q = args[0] if args else kwargs["q"]
+        assert isinstance(q, Tensor)
+        with torch.autocast(q.device.type, enabled=False):
             return function(*args, **kwargs)
 
     return run

@@ -7,9 +7,10 @@ A call goes through its door in checks.py, then to the reference (reference.py) 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
+from typing import Any, Literal, TypeAlias, TypedDict, overload
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from msrnn_ops import backend, checks, reference
 from msrnn_ops.dtensor import is_distributed
@@ -24,9 +25,6 @@ from msrnn_ops.operators.scan import (
     OPERATORS,
     Recurrence,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 WithState: TypeAlias = tuple[Tensor, Tensor]  # h and the last states
 
@@ -52,11 +50,11 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """h and the last states: checks the arguments, chooses the backend, and calls the operator."""
     inputs, h0, flags = checks.scan(op, inputs, h0, cu_seqlens, activation)
+    args: tuple[Any, ...] = (*inputs, h0, cu_seqlens, reverse, *flags)
+    if is_distributed(inputs[0]):
+        args = checks.placed(op.name, args)
     namespace = backend.namespace(op.name, inputs[0].device)
     if namespace is not None:
-        args: tuple[Any, ...] = (*inputs, h0, cu_seqlens, reverse, *flags)
-        if is_distributed(inputs[0]):
-            args = checks.placed(op.name, args)
         return OPERATORS[namespace, op.name](*args)
     step = op.step if activation is None else partial(op.step, activation=activation)
     parts = inputs if op.parts == 1 else inputs[0].chunk(op.parts, -1)
@@ -66,10 +64,10 @@ def run(
 # fmt: off
 @overload
 def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = ..., *,
-        return_state: Literal[True], **options: Unpack[ScanOptions]) -> WithState: ...
+        return_state: Literal[False] = ..., **options: Unpack[ScanOptions]) -> Tensor: ...
 @overload
 def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = ..., *,
-        return_state: Literal[False] = ..., **options: Unpack[ScanOptions]) -> Tensor: ...
+        return_state: Literal[True], **options: Unpack[ScanOptions]) -> WithState: ...
 @overload
 def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = ..., *,
         return_state: bool, **options: Unpack[ScanOptions]) -> Tensor | WithState: ...
@@ -121,10 +119,10 @@ def linear_scan(
 # fmt: off
 @overload
 def decay_scan(log_a: Tensor, b: Tensor, h0: Tensor | None = ..., *,
-        return_state: Literal[True], **options: Unpack[ScanOptions]) -> WithState: ...
+        return_state: Literal[False] = ..., **options: Unpack[ScanOptions]) -> Tensor: ...
 @overload
 def decay_scan(log_a: Tensor, b: Tensor, h0: Tensor | None = ..., *,
-        return_state: Literal[False] = ..., **options: Unpack[ScanOptions]) -> Tensor: ...
+        return_state: Literal[True], **options: Unpack[ScanOptions]) -> WithState: ...
 @overload
 def decay_scan(log_a: Tensor, b: Tensor, h0: Tensor | None = ..., *,
         return_state: bool, **options: Unpack[ScanOptions]) -> Tensor | WithState: ...
@@ -170,10 +168,10 @@ def decay_scan(
 # fmt: off
 @overload
 def log_scan(log_a: Tensor, log_b: Tensor, log_h0: Tensor | None = ..., *,
-        return_state: Literal[True], **options: Unpack[ScanOptions]) -> WithState: ...
+        return_state: Literal[False] = ..., **options: Unpack[ScanOptions]) -> Tensor: ...
 @overload
 def log_scan(log_a: Tensor, log_b: Tensor, log_h0: Tensor | None = ..., *,
-        return_state: Literal[False] = ..., **options: Unpack[ScanOptions]) -> Tensor: ...
+        return_state: Literal[True], **options: Unpack[ScanOptions]) -> WithState: ...
 @overload
 def log_scan(log_a: Tensor, log_b: Tensor, log_h0: Tensor | None = ..., *,
         return_state: bool, **options: Unpack[ScanOptions]) -> Tensor | WithState: ...
@@ -221,10 +219,10 @@ def log_scan(
 # fmt: off
 @overload
 def min_gru(gate: Tensor, candidate: Tensor, h0: Tensor | None = ..., *,
-        return_state: Literal[True], **options: Unpack[GateOptions]) -> WithState: ...
+        return_state: Literal[False] = ..., **options: Unpack[GateOptions]) -> Tensor: ...
 @overload
 def min_gru(gate: Tensor, candidate: Tensor, h0: Tensor | None = ..., *,
-        return_state: Literal[False] = ..., **options: Unpack[GateOptions]) -> Tensor: ...
+        return_state: Literal[True], **options: Unpack[GateOptions]) -> WithState: ...
 @overload
 def min_gru(gate: Tensor, candidate: Tensor, h0: Tensor | None = ..., *,
         return_state: bool, **options: Unpack[GateOptions]) -> Tensor | WithState: ...
@@ -277,10 +275,10 @@ def min_gru(
 # fmt: off
 @overload
 def min_gru_joint(projection: Tensor, h0: Tensor | None = ..., *,
-        return_state: Literal[True], **options: Unpack[GateOptions]) -> WithState: ...
+        return_state: Literal[False] = ..., **options: Unpack[GateOptions]) -> Tensor: ...
 @overload
 def min_gru_joint(projection: Tensor, h0: Tensor | None = ..., *,
-        return_state: Literal[False] = ..., **options: Unpack[GateOptions]) -> Tensor: ...
+        return_state: Literal[True], **options: Unpack[GateOptions]) -> WithState: ...
 @overload
 def min_gru_joint(projection: Tensor, h0: Tensor | None = ..., *,
         return_state: bool, **options: Unpack[GateOptions]) -> Tensor | WithState: ...
@@ -316,10 +314,10 @@ def min_gru_joint(
 # fmt: off
 @overload
 def min_lstm(forget: Tensor, input: Tensor, candidate: Tensor, h0: Tensor | None = ..., *,
-        return_state: Literal[True], **options: Unpack[GateOptions]) -> WithState: ...
+        return_state: Literal[False] = ..., **options: Unpack[GateOptions]) -> Tensor: ...
 @overload
 def min_lstm(forget: Tensor, input: Tensor, candidate: Tensor, h0: Tensor | None = ..., *,
-        return_state: Literal[False] = ..., **options: Unpack[GateOptions]) -> Tensor: ...
+        return_state: Literal[True], **options: Unpack[GateOptions]) -> WithState: ...
 @overload
 def min_lstm(forget: Tensor, input: Tensor, candidate: Tensor, h0: Tensor | None = ..., *,
         return_state: bool, **options: Unpack[GateOptions]) -> Tensor | WithState: ...
@@ -369,10 +367,10 @@ def min_lstm(
 # fmt: off
 @overload
 def min_lstm_joint(projection: Tensor, h0: Tensor | None = ..., *,
-        return_state: Literal[True], **options: Unpack[GateOptions]) -> WithState: ...
+        return_state: Literal[False] = ..., **options: Unpack[GateOptions]) -> Tensor: ...
 @overload
 def min_lstm_joint(projection: Tensor, h0: Tensor | None = ..., *,
-        return_state: Literal[False] = ..., **options: Unpack[GateOptions]) -> Tensor: ...
+        return_state: Literal[True], **options: Unpack[GateOptions]) -> WithState: ...
 @overload
 def min_lstm_joint(projection: Tensor, h0: Tensor | None = ..., *,
         return_state: bool, **options: Unpack[GateOptions]) -> Tensor | WithState: ...
@@ -407,7 +405,7 @@ def min_lstm_joint(
 def _step(op: Recurrence, inputs: tuple[Tensor, ...], h: Tensor, activation: str) -> Tensor:
     checks.scan_step(op, inputs, h)
     _, last = run(op, tuple(x.unsqueeze(1) for x in inputs), h, None, False, activation)
-    return last if last.dtype == h.dtype else last.to(h.dtype)
+    return last.to(h.dtype)
 
 
 def min_gru_step(gate: Tensor, candidate: Tensor, h: Tensor, *, activation: str = "g") -> Tensor:

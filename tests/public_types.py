@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import assert_type
@@ -21,6 +23,7 @@ def scans(x: Tensor, h: Tensor, either: bool) -> None:
     assert_type(ms.min_gru_joint(x, return_state=True), Pair)
     assert_type(ms.min_lstm(x, x, x, return_state=True), Pair)
     assert_type(ms.min_lstm_joint(x), Tensor)
+    assert_type(partial(ms.min_gru, reverse=True)(x, x), Tensor)
     assert_type(ms.min_gru_step(x, x, h), Tensor)
     assert_type(distributed.min_gru(x, x, group=None, return_state=True), Pair)
     assert_type(distributed.log_scan(x, x, group="context"), Tensor)
@@ -42,3 +45,4 @@ def layers(x: Tensor, packed: PackedSequence) -> None:
     assert_type(lstm.step(x), tuple[Tensor, Pair])
     assert_type(block.forward(x), Tensor)
     assert_type(block.forward(x, return_state=True), tuple[Tensor, ms.nn.BlockState])
+    assert_type(block.forward(x, None, True), tuple[Tensor, ms.nn.BlockState])

@@ -474,3 +474,22 @@ def test_a_padded_batch_is_what_packing_is_for() -> None:
     padded, _ = nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)
     torch.testing.assert_close(padded[0, :3], output[0, :3])
     torch.testing.assert_close(last[0, 0], output[0, 2])
+
+
+def test_a_trace_takes_a_state_of_another_dtype() -> None:
+    x, h0 = torch.randn(1, 4, 3), torch.randn(1, 3)
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda a, h: ms.linear_scan(a, a, h), (x, h0), check_trace=False)
+        assert torch.equal(traced(x, h0.bfloat16()), ms.linear_scan(x, x, h0.bfloat16().float()))
+        step = torch.jit.trace(ms.min_gru_step, (x[:, 0], x[:, 0], h0), check_trace=False)
+        assert step(x[:, 0], x[:, 0], h0.double()).dtype == torch.float32
+
+
+def test_a_subclass_may_have_a_time() -> None:
+    class Timed(ms.nn.MinGRU):
+        def __init__(self) -> None:
+            super().__init__(4, 3)
+            self.time = 0.5
+
+    output, _ = Timed()(torch.randn(5, 2, 4))
+    assert output.shape == (5, 2, 3)

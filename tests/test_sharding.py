@@ -315,6 +315,8 @@ def _errors_and_compile(rank: int) -> None:
         ValueError, match=f"^min_gru: {whole}".replace("(", r"\(").replace(")", r"\)")
     ):
         ms.min_gru(in_time, in_time)
+    with ms.use_backend("reference"), pytest.raises(ValueError, match="whole in time"):
+        ms.min_gru(in_time, in_time)
     with pytest.raises(ValueError, match=r"linear_scan: expected b .*whole in time"):
         ms.linear_scan(put(x, mesh, [Shard(0)]), in_time)
     with pytest.raises(RuntimeError, match=r"linear_scan: expected a .*whole in time"):

@@ -126,13 +126,13 @@ def shard_time(module: _Module, group: dist.ProcessGroup | DeviceMesh | None) ->
             "shard_time: expected a module with layers of msrnn_ops.nn, got "
             f"{type(module).__name__}"
         )
-    time = WholeTime()
+    time_axis = WholeTime()
     if group is not None:
         if not isinstance(group, dist.ProcessGroup | DeviceMesh):
             raise errors.kind("shard_time", "group", "a process group, a mesh or None", group)
         if Exchange.among("shard_time", group).ranks > 1:
             group = group.get_group() if isinstance(group, DeviceMesh) else group
-            time = TimeShards(group)
+            time_axis = TimeShards(group)
     for layer in layers:
-        layer.time = time
+        layer.time_axis = time_axis
     return module

@@ -59,7 +59,7 @@ class InPlace:
             return self.kernel(*args)
 
 
-class AttendSequenceFunction(torch.autograd.Function):
+class AttendSequence(torch.autograd.Function):
     """attend_sequence, differentiable for the choices that it made."""
 
     @staticmethod
@@ -82,10 +82,10 @@ class AttendSequenceFunction(torch.autograd.Function):
         return None, *grads, *(None,) * 7
 
 
-class AttendSequence:
+class SequenceOperator:
     """attend_sequence in one namespace."""
 
-    _function: Any = AttendSequenceFunction  # whose `apply` has no types
+    _function: Any = AttendSequence  # whose `apply` has no types
 
     def __init__(self, namespace: str) -> None:
         self.kernel = getattr(torch.ops, namespace).attend_sequence.default
@@ -93,15 +93,18 @@ class AttendSequence:
         backend.LIBRARIES[namespace].impl("attend_sequence", self._autograd, "Autograd")
 
     def __call__(self, *args: Any) -> tuple[Tensor, Tensor]:
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        """In eager mode there is no way through the dispatcher."""
+        if torch.compiler.is_compiling():
+            return self.kernel(*args)
+        if torch._C._are_functorch_transforms_active():
             return self._function.apply(self, *args)
-        return self.kernel(*args)
+        return self._autograd(*args)
 
     def _autograd(self, *args: Any) -> tuple[Tensor, Tensor]:
         needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         if needed or forward_ad._current_level >= 0:  # forward mode: a clear error, no silent 0
             return self._function.apply(self, *args)
-        return AttendSequenceFunction.forward(self, *args)
+        return AttendSequence.forward(self, *args)
 
 
 def _fake_sequence(
@@ -177,4 +180,4 @@ IN_PLACE = {
     for namespace in backend.LIBRARIES
     for name in ("attend_evict", "attend_scores", "evict", "attend_prompt", "store_prompt")
 }
-SEQUENCES = {namespace: AttendSequence(namespace) for namespace in backend.LIBRARIES}
+SEQUENCES = {namespace: SequenceOperator(namespace) for namespace in backend.LIBRARIES}
