@@ -1,4 +1,4 @@
-"""Runs the parts of a benchmark and keeps what they find, part by part."""
+"""Runs the parts of a benchmark, shows what they find, and writes it at the end."""
 
 from __future__ import annotations
 
