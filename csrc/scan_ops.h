@@ -1,8 +1,8 @@
 // The scan operators as every backend registers them. We check their tensors, view them, and unpack
 // each schema of ops.cpp into the three functions that a backend provides:
 //
-//   forward(op, inputs, like, h0, cu_seqlens, reverse) returns (h, last);
-//   backward(op, inputs, gradients, h, grad_h, grad_last, h0, cu_seqlens, reverse) fills
+//   forward(op, inputs, like, h0, cu_seqlens, resets, reverse) returns (h, last);
+//   backward(op, inputs, gradients, h, grad_h, grad_last, h0, cu_seqlens, resets, reverse) fills
 //     `gradients` and returns grad_h0;
 //   new_like(tensor) makes an output.
 #pragma once
@@ -97,18 +97,19 @@ template <class Backend>
 struct ScanOps {
   template <ScanOp op>
   static std::tuple<Tensor, Tensor> forward2(const Tensor& x0, const Tensor& x1, OptionalTensor h0,
-                                             OptionalTensor cu_seqlens, bool reverse) {
-    return Backend::forward(op, separate({&x0, &x1}), x0, h0, cu_seqlens, reverse);
+                                             OptionalTensor cu_seqlens, OptionalTensor resets,
+                                             bool reverse) {
+    return Backend::forward(op, separate({&x0, &x1}), x0, h0, cu_seqlens, resets, reverse);
   }
 
   // linear_scan and decay_scan need only their first input again.
   template <ScanOp op>
   static std::tuple<Tensor, Tensor, Tensor> backward_of_decay(
       OptionalTensor grad_h, OptionalTensor grad_last, const Tensor& a, const Tensor& h,
-      OptionalTensor h0, OptionalTensor cu_seqlens, bool reverse) {
+      OptionalTensor h0, OptionalTensor cu_seqlens, OptionalTensor resets, bool reverse) {
     Tensor grad_a = Backend::new_like(a), grad_b = Backend::new_like(a);
     Tensor grad_h0 = Backend::backward(op, separate({&a}), separate({&grad_a, &grad_b}), h, grad_h,
-                                       grad_last, h0, cu_seqlens, reverse);
+                                       grad_last, h0, cu_seqlens, resets, reverse);
     return {grad_a, grad_b, grad_h0};
   }
 
@@ -116,18 +117,19 @@ struct ScanOps {
                                                       OptionalTensor grad_last, const Tensor& x0,
                                                       const Tensor& x1, const Tensor& h,
                                                       OptionalTensor h0, OptionalTensor cu_seqlens,
-                                                      bool reverse) {
+                                                      OptionalTensor resets, bool reverse) {
     Tensor grad0 = Backend::new_like(x0), grad1 = Backend::new_like(x1);
     Tensor grad_h0 = Backend::backward(op, separate({&x0, &x1}), separate({&grad0, &grad1}), h,
-                                       grad_h, grad_last, h0, cu_seqlens, reverse);
+                                       grad_h, grad_last, h0, cu_seqlens, resets, reverse);
     return {grad0, grad1, grad_h0};
   }
 
   static std::tuple<Tensor, Tensor, Tensor> log_scan_backward(
       OptionalTensor grad_h, OptionalTensor grad_last, const Tensor& log_a, const Tensor& log_b,
-      const Tensor& log_h, OptionalTensor log_h0, OptionalTensor cu_seqlens, bool reverse) {
+      const Tensor& log_h, OptionalTensor log_h0, OptionalTensor cu_seqlens, OptionalTensor resets,
+      bool reverse) {
     return backward2(ScanOp::log_scan, grad_h, grad_last, log_a, log_b, log_h, log_h0, cu_seqlens,
-                     reverse);
+                     resets, reverse);
   }
 
   // minGRU has two inputs and minLSTM three.
@@ -139,56 +141,58 @@ struct ScanOps {
 
   static std::tuple<Tensor, Tensor> min_gru(const Tensor& gate, const Tensor& candidate,
                                             OptionalTensor h0, OptionalTensor cu_seqlens,
-                                            bool reverse, bool identity) {
+                                            OptionalTensor resets, bool reverse, bool identity) {
     return Backend::forward(gated<2>(identity), separate({&gate, &candidate}), gate, h0, cu_seqlens,
-                            reverse);
+                            resets, reverse);
   }
 
   static std::tuple<Tensor, Tensor, Tensor> min_gru_backward(
       OptionalTensor grad_h, OptionalTensor grad_last, const Tensor& gate, const Tensor& candidate,
-      const Tensor& h, OptionalTensor h0, OptionalTensor cu_seqlens, bool reverse, bool identity) {
+      const Tensor& h, OptionalTensor h0, OptionalTensor cu_seqlens, OptionalTensor resets,
+      bool reverse, bool identity) {
     return backward2(gated<2>(identity), grad_h, grad_last, gate, candidate, h, h0, cu_seqlens,
-                     reverse);
+                     resets, reverse);
   }
 
   static std::tuple<Tensor, Tensor> min_lstm(const Tensor& forget, const Tensor& input,
                                              const Tensor& candidate, OptionalTensor h0,
-                                             OptionalTensor cu_seqlens, bool reverse,
-                                             bool identity) {
+                                             OptionalTensor cu_seqlens, OptionalTensor resets,
+                                             bool reverse, bool identity) {
     return Backend::forward(gated<3>(identity), separate({&forget, &input, &candidate}), forget, h0,
-                            cu_seqlens, reverse);
+                            cu_seqlens, resets, reverse);
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> min_lstm_backward(
       OptionalTensor grad_h, OptionalTensor grad_last, const Tensor& forget, const Tensor& input,
       const Tensor& candidate, const Tensor& h, OptionalTensor h0, OptionalTensor cu_seqlens,
-      bool reverse, bool identity) {
+      OptionalTensor resets, bool reverse, bool identity) {
     Tensor grad_forget = Backend::new_like(forget), grad_input = Backend::new_like(input);
     Tensor grad_candidate = Backend::new_like(candidate);
     Tensor grad_h0 = Backend::backward(gated<3>(identity), separate({&forget, &input, &candidate}),
                                        separate({&grad_forget, &grad_input, &grad_candidate}), h,
-                                       grad_h, grad_last, h0, cu_seqlens, reverse);
+                                       grad_h, grad_last, h0, cu_seqlens, resets, reverse);
     return {grad_forget, grad_input, grad_candidate, grad_h0};
   }
 
   // The inputs as parts of one projection, side by side on the channel axis.
   template <int parts>
   static std::tuple<Tensor, Tensor> joint_forward(const Tensor& projection, OptionalTensor h0,
-                                                  OptionalTensor cu_seqlens, bool reverse,
-                                                  bool identity) {
+                                                  OptionalTensor cu_seqlens, OptionalTensor resets,
+                                                  bool reverse, bool identity) {
     return Backend::forward(gated<parts>(identity), joint(projection, parts), projection, h0,
-                            cu_seqlens, reverse);
+                            cu_seqlens, resets, reverse);
   }
 
   template <int parts>
   static std::tuple<Tensor, Tensor> joint_backward(OptionalTensor grad_h, OptionalTensor grad_last,
                                                    const Tensor& projection, const Tensor& h,
                                                    OptionalTensor h0, OptionalTensor cu_seqlens,
-                                                   bool reverse, bool identity) {
+                                                   OptionalTensor resets, bool reverse,
+                                                   bool identity) {
     Tensor grad = Backend::new_like(projection);
     Tensor grad_h0 =
         Backend::backward(gated<parts>(identity), joint(projection, parts), joint(grad, parts), h,
-                          grad_h, grad_last, h0, cu_seqlens, reverse);
+                          grad_h, grad_last, h0, cu_seqlens, resets, reverse);
     return {grad, grad_h0};
   }
 };

@@ -36,6 +36,7 @@ def scan(
     inputs: tuple[Tensor, ...],
     h0: Tensor | None,
     cu_seqlens: Tensor | None,
+    resets: Tensor | None,
     activation: str | None,
     *,
     whole: bool = True,
@@ -54,6 +55,8 @@ def scan(
         _check_cu_seqlens(op, first, cu_seqlens)
         if whole:
             borders(op, cu_seqlens, first.shape[1])
+    if resets is not None:
+        _check_resets(op, first, resets)
     if h0 is not None:
         h0 = _checked_state(op, first, h0, cu_seqlens, autocast)
     if activation is None:
@@ -78,14 +81,12 @@ def borders(op: Recurrence, cu_seqlens: Tensor, time: int) -> None:
     if torch.compiler.is_compiling() or type(cu_seqlens) is not Tensor or not cu_seqlens.is_cpu:
         return
     ends = cu_seqlens.tolist()
-    if ends[0] != 0:
-        raise errors.value(op.name, "cu_seqlens to start at 0", ends[0])
-    for i, (start, end) in enumerate(itertools.pairwise(ends)):
+    for i, (start, end) in enumerate(itertools.pairwise([0, *ends])):
         if end < start:
-            got = f"{start} and then {end} at index {i + 1}"
-            raise errors.value(op.name, "cu_seqlens not to decrease", got)
-    if ends[-1] != time:
-        raise errors.value(op.name, f"cu_seqlens to end at T = {time}", ends[-1])
+            got = f"{start} and then {end} at index {i}" if i else end
+            raise errors.value(op.name, "cu_seqlens not to decrease, from 0 on", got)
+    if ends[-1] > time:
+        raise errors.value(op.name, f"cu_seqlens up to T = {time}", ends[-1])
 
 
 def _autocast_enabled(device: str) -> bool:
@@ -137,6 +138,17 @@ def _check_cu_seqlens(op: Recurrence, x: Tensor, cu_seqlens: Tensor) -> None:
     if x.shape[0] != 1:
         expected = "B = 1 with cu_seqlens (sequences packed along time)"
         raise errors.value(op.name, expected, f"B = {x.shape[0]}")
+
+
+def _check_resets(op: Recurrence, x: Tensor, resets: Tensor) -> None:
+    if not isinstance(resets, Tensor):
+        raise errors.kind(op.name, "resets", "a tensor", resets)
+    if resets.dtype != torch.bool:
+        raise errors.dtype(op.name, "resets", "torch.bool", resets.dtype)
+    if resets.shape != x.shape[:2]:
+        raise errors.shape(op.name, "resets", f"(B, T) = {tuple(x.shape[:2])}", resets)
+    if resets.device != x.device:
+        raise errors.device(op.name, "resets", op.inputs[0], x.device, resets.device)
 
 
 def _checked_state(

@@ -75,36 +75,36 @@ def scan(
     start: float = 0.0,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """All states (B, T, D) and the last one of each sequence, in the accumulation dtype."""
+    """All states (B, T, D), and the last one of each sequence in the accumulation dtype."""
     dtype = inputs[0].dtype
     wide = accumulation_dtype(dtype)
     inputs = tuple(x.to(wide) for x in inputs)
     batch, time, channels = inputs[0].shape
-    if cu_seqlens is None:
-        rows = [tuple(x[b] for x in inputs) for b in range(batch)]
-    else:
+    rows = [(b, 0, time) for b in range(batch)]
+    before = after = 0  # steps that no sequence covers
+    if cu_seqlens is not None:
         ends = cu_seqlens.tolist()
-        rows = [tuple(x[0, s:e] for x in inputs) for s, e in itertools.pairwise(ends)]
-    outputs, lasts = [], []
-    for n, row in enumerate(rows):
-        h = (
-            torch.full_like(inputs[0][0, 0], start)
-            if time
-            else inputs[0].new_full((channels,), start)
-        )
-        if h0 is not None:
-            h = h0[n].to(wide)
+        rows = [(0, begin, end) for begin, end in itertools.pairwise(ends)]
+        before, after = ends[0], time - ends[-1]
+    nothing = inputs[0].new_full((channels,), start)
+    if batch and time:
+        nothing = torch.full_like(inputs[0][0, 0], start)  # batched where torch.vmap batches
+    outputs, lasts = [inputs[0].new_zeros(before, channels)], []
+    for n, (b, begin, end) in enumerate(rows):
+        h = nothing if h0 is None else h0[n].to(wide)
         states: list[Tensor] = [h.new_empty(0, channels)]
-        length = row[0].shape[0]
-        for t in reversed(range(length)) if reverse else range(length):
-            h = step(h, tuple(x[t] for x in row))
+        for t in reversed(range(begin, end)) if reverse else range(begin, end):
+            border = t + 1 if reverse else t
+            if resets is not None and border < end:
+                h = torch.where(resets[b, border], nothing, h)
+            h = step(h, tuple(x[b, t] for x in inputs))
             states.append(h[None])
         outputs.append(torch.cat(states[:1] + states[:0:-1] if reverse else states))
         lasts.append(h)
-    empty = inputs[0].new_empty
-    h_all = torch.cat(outputs) if outputs else empty(0, channels)
-    last = torch.stack(lasts) if lasts else empty(0, channels)
+    h_all = torch.cat([*outputs, inputs[0].new_zeros(after, channels)])
+    last = torch.stack(lasts) if lasts else inputs[0].new_empty(0, channels)
     return h_all.reshape(batch, time, channels).to(dtype), last
 
 

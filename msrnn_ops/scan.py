@@ -6,7 +6,6 @@ A call goes through its door in checks.py, then to the reference (reference.py) 
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal, TypeAlias, TypedDict, overload
 
 from torch import Tensor
@@ -34,6 +33,7 @@ class ScanOptions(TypedDict, total=False):
 
     reverse: bool
     cu_seqlens: Tensor | None
+    resets: Tensor | None
 
 
 class GateOptions(ScanOptions, total=False):
@@ -45,20 +45,19 @@ def run(
     inputs: tuple[Tensor, ...],
     h0: Tensor | None,
     cu_seqlens: Tensor | None,
+    resets: Tensor | None,
     reverse: bool,
     activation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """h and the last states: checks the arguments, chooses the backend, and calls the operator."""
-    inputs, h0, flags = checks.scan(op, inputs, h0, cu_seqlens, activation)
-    args: tuple[Any, ...] = (*inputs, h0, cu_seqlens, reverse, *flags)
+    inputs, h0, flags = checks.scan(op, inputs, h0, cu_seqlens, resets, activation)
+    args: tuple[Any, ...] = (*inputs, h0, cu_seqlens, resets, reverse, *flags)
     if is_distributed(inputs[0]):
         args = checks.placed(op.name, args)
     namespace = backend.namespace(op.name, inputs[0].device)
     if namespace is not None:
         return OPERATORS[namespace, op.name](*args)
-    step = op.step if activation is None else partial(op.step, activation=activation)
-    parts = inputs if op.parts == 1 else inputs[0].chunk(op.parts, -1)
-    return reference.scan(step, parts, h0, start=op.start, reverse=reverse, cu_seqlens=cu_seqlens)
+    return op.plain(*args)
 
 
 # fmt: off
@@ -79,6 +78,7 @@ def linear_scan(
     *,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
     return_state: bool = False,
 ) -> Tensor | WithState:
     """First-order linear recurrence over time, elementwise over channels.
@@ -92,8 +92,11 @@ def linear_scan(
         h0: initial state, (B, D), or (N, D) with ``cu_seqlens``; in the dtype of ``a`` or the
             accumulation dtype (float32; float64 for float64). None: 0.
         reverse: run from t = T-1 to 0; ``h0`` enters at T-1 and the last state is that at 0.
-        cu_seqlens: (N+1,) int32 or int64, from 0 to T, not decreasing; B = 1. Sequence n is
-            ``[cu_seqlens[n], cu_seqlens[n+1])``; sequences may be empty.
+        cu_seqlens: (N+1,) int32 or int64, within 0 to T, not decreasing; B = 1. Sequence n is
+            ``[cu_seqlens[n], cu_seqlens[n+1])``; sequences may be empty. Steps before the first and
+            behind the last one are padding: zeros in h and in every gradient.
+        resets: (B, T) bool. Where it is set, no state crosses the border before that step, in
+            either direction: the step starts from 0 (:func:`log_scan`: log 0), not from ``h0``.
         return_state: also return the last state.
 
     Returns:
@@ -112,7 +115,7 @@ def linear_scan(
     >>> ms.linear_scan(torch.full((1, 4, 1), 0.5), torch.ones(1, 4, 1)).flatten()
     tensor([1.0000, 1.5000, 1.7500, 1.8750])
     """
-    h, last = run(LINEAR, (a, b), h0, cu_seqlens, reverse)
+    h, last = run(LINEAR, (a, b), h0, cu_seqlens, resets, reverse)
     return (h, last) if return_state else h
 
 
@@ -134,6 +137,7 @@ def decay_scan(
     *,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
     return_state: bool = False,
 ) -> Tensor | WithState:
     r"""Linear recurrence with its decay given as a logarithm, its input signed.
@@ -145,7 +149,7 @@ def decay_scan(
     Args:
         log_a: natural logarithm of the decay, (B, T, D), usually <= 0; -inf forgets everything.
         b: input, in the shape and dtype of ``log_a``.
-        h0, reverse, cu_seqlens, return_state: as in :func:`linear_scan`.
+        h0, reverse, cu_seqlens, resets, return_state: as in :func:`linear_scan`.
 
     Returns:
         As :func:`linear_scan`.
@@ -161,7 +165,7 @@ def decay_scan(
     >>> ms.decay_scan(log_a, torch.tensor([1.0, -1.0, 0.0]).view(1, 3, 1)).flatten()
     tensor([ 1.0000, -0.5000, -0.2500])
     """
-    h, last = run(DECAY, (log_a, b), h0, cu_seqlens, reverse)
+    h, last = run(DECAY, (log_a, b), h0, cu_seqlens, resets, reverse)
     return (h, last) if return_state else h
 
 
@@ -183,6 +187,7 @@ def log_scan(
     *,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
     return_state: bool = False,
 ) -> Tensor | WithState:
     r"""The linear recurrence of positive numbers, entirely in log-space.
@@ -196,7 +201,7 @@ def log_scan(
         log_a: logarithm of the decay, (B, T, D); -inf is a decay of 0.
         log_b: logarithm of the input, in the shape and dtype of ``log_a``; -inf is 0.
         log_h0: logarithm of the initial state, (B, D) or (N, D). None: log 0 = -inf.
-        reverse, cu_seqlens, return_state: as in :func:`linear_scan`.
+        reverse, cu_seqlens, resets, return_state: as in :func:`linear_scan`.
 
     Returns:
         log h, and with ``return_state`` the logarithm of the last state, as :func:`linear_scan`.
@@ -212,7 +217,7 @@ def log_scan(
     >>> log_h[0, -1].exp()
     tensor([1.])
     """
-    h, last = run(LOG, (log_a, log_b), log_h0, cu_seqlens, reverse)
+    h, last = run(LOG, (log_a, log_b), log_h0, cu_seqlens, resets, reverse)
     return (h, last) if return_state else h
 
 
@@ -235,6 +240,7 @@ def min_gru(
     activation: str = "g",
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
     return_state: bool = False,
 ) -> Tensor | WithState:
     r"""minGRU, its gates fused with the scan over time.
@@ -249,7 +255,7 @@ def min_gru(
             (N, D) with ``cu_seqlens``. None: 0.
         activation: ``"g"``, the log-space form's phi(x) = x + 1/2 for x >= 0 and sigma(x)
             otherwise; or ``"identity"``, the vanilla form.
-        reverse, cu_seqlens, return_state: as in :func:`linear_scan`.
+        reverse, cu_seqlens, resets, return_state: as in :func:`linear_scan`.
 
     Returns:
         h, and with ``return_state`` the last state, as :func:`linear_scan`.
@@ -268,7 +274,7 @@ def min_gru(
     >>> h.flatten(), last
     (tensor([0.7500, 1.1250, 1.3125]), tensor([[1.3125]]))
     """
-    h, last = run(MIN_GRU, (gate, candidate), h0, cu_seqlens, reverse, activation)
+    h, last = run(MIN_GRU, (gate, candidate), h0, cu_seqlens, resets, reverse, activation)
     return (h, last) if return_state else h
 
 
@@ -290,6 +296,7 @@ def min_gru_joint(
     activation: str = "g",
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
     return_state: bool = False,
 ) -> Tensor | WithState:
     """:func:`min_gru` of one projection that holds gate and candidate side by side.
@@ -299,7 +306,7 @@ def min_gru_joint(
 
     Args:
         projection: (B, T, 2 D), gate first.
-        h0, activation, reverse, cu_seqlens, return_state: as in :func:`min_gru`.
+        h0, activation, reverse, cu_seqlens, resets, return_state: as in :func:`min_gru`.
 
     Returns, raises, source: as :func:`min_gru`.
 
@@ -307,7 +314,7 @@ def min_gru_joint(
     >>> ms.min_gru_joint(torch.zeros(1, 2, 6)).shape
     torch.Size([1, 2, 3])
     """
-    h, last = run(MIN_GRU_JOINT, (projection,), h0, cu_seqlens, reverse, activation)
+    h, last = run(MIN_GRU_JOINT, (projection,), h0, cu_seqlens, resets, reverse, activation)
     return (h, last) if return_state else h
 
 
@@ -331,6 +338,7 @@ def min_lstm(
     activation: str = "g",
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
     return_state: bool = False,
 ) -> Tensor | WithState:
     r"""minLSTM with its two gates normalised to sum to 1, fused with the scan over time.
@@ -343,7 +351,7 @@ def min_lstm(
         forget: pre-activation of the forget gate, (B, T, D), as ``gate`` of :func:`min_gru`.
         input: pre-activation of the input gate, in the shape and dtype of ``forget``.
         candidate: pre-activation c, likewise.
-        h0, activation, reverse, cu_seqlens, return_state: as in :func:`min_gru`.
+        h0, activation, reverse, cu_seqlens, resets, return_state: as in :func:`min_gru`.
 
     Returns:
         h, and with ``return_state`` the last state, as :func:`linear_scan`.
@@ -360,7 +368,7 @@ def min_lstm(
     tensor([0.7500, 1.1250])
     """
     inputs = (forget, input, candidate)
-    h, last = run(MIN_LSTM, inputs, h0, cu_seqlens, reverse, activation)
+    h, last = run(MIN_LSTM, inputs, h0, cu_seqlens, resets, reverse, activation)
     return (h, last) if return_state else h
 
 
@@ -382,6 +390,7 @@ def min_lstm_joint(
     activation: str = "g",
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
     return_state: bool = False,
 ) -> Tensor | WithState:
     """:func:`min_lstm` of one projection that holds forget, input and candidate side by side.
@@ -390,7 +399,7 @@ def min_lstm_joint(
 
     Args:
         projection: (B, T, 3 D), in that order.
-        h0, activation, reverse, cu_seqlens, return_state: as in :func:`min_gru`.
+        h0, activation, reverse, cu_seqlens, resets, return_state: as in :func:`min_gru`.
 
     Returns, raises, source: as :func:`min_lstm`.
 
@@ -398,13 +407,13 @@ def min_lstm_joint(
     >>> ms.min_lstm_joint(torch.zeros(1, 2, 6)).shape
     torch.Size([1, 2, 2])
     """
-    h, last = run(MIN_LSTM_JOINT, (projection,), h0, cu_seqlens, reverse, activation)
+    h, last = run(MIN_LSTM_JOINT, (projection,), h0, cu_seqlens, resets, reverse, activation)
     return (h, last) if return_state else h
 
 
 def _step(op: Recurrence, inputs: tuple[Tensor, ...], h: Tensor, activation: str) -> Tensor:
     checks.scan_step(op, inputs, h)
-    _, last = run(op, tuple(x.unsqueeze(1) for x in inputs), h, None, False, activation)
+    _, last = run(op, tuple(x.unsqueeze(1) for x in inputs), h, None, None, False, activation)
     return last.to(h.dtype)
 
 

@@ -164,7 +164,7 @@ def _named(name: str, tensors: Sequence[Tensor | None]) -> dict[str, Any]:
 
 def forward(
     op: Op, inputs: Sequence[Tensor], h0: Tensor | None, cu_seqlens: Tensor | None,
-    reverse: bool, identity: bool = False,
+    resets: Tensor | None, reverse: bool, identity: bool = False,
 ) -> Outputs:  # fmt: skip
     packed = cu_seqlens is not None
     count = inputs[0].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -194,7 +194,7 @@ def forward(
 def backward(
     op: Op, gradients: Sequence[Tensor], grad_h: Tensor | None, grad_last: Tensor | None,
     saved: Sequence[Tensor], h: Tensor, h0: Tensor | None, cu_seqlens: Tensor | None,
-    reverse: bool, identity: bool = False,
+    resets: Tensor | None, reverse: bool, identity: bool = False,
 ) -> Tensor:  # fmt: skip
     """Fills the gradients of the inputs; returns that of h0."""
     packed = cu_seqlens is not None

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <vector>
@@ -50,13 +51,48 @@ void prepare_output(const Tensor& x, int64_t bytes) {
   });
 }
 
-// The rows of a batch, or the sequences that cu_seqlens delimits, forced into [0, T].
-std::vector<Segment> segments_of(const Shape& shape, const OptionalTensor& cu_seqlens) {
-  std::vector<Segment> segments;
+// The sequences of a call, cut where resets are set, and the steps that they cover.
+struct Segments {
+  std::vector<Segment> pieces;
+  int64_t sequences;
+  int64_t begin, end;  // of packed sequences; otherwise all of time
+};
+
+// One sequence as pieces. A reset of its first step cuts a piece without steps off, which takes the
+// initial state and leads nowhere.
+void cut(Segments& all, const OptionalTensor& resets, Segment whole, bool reverse) {
+  const auto first = static_cast<std::ptrdiff_t>(all.pieces.size());
+  if (resets && whole.length > 0) {
+    const auto* at = static_cast<const bool*>(resets->data_ptr()) + whole.row * resets->stride(0);
+    const int64_t end = whole.start + whole.length;
+    int64_t begin = whole.start;
+    for (int64_t t = begin + (reverse ? 1 : 0); t < end; ++t) {
+      if (!at[t * resets->stride(1)]) continue;
+      all.pieces.push_back({whole.row, begin, t - begin, whole.sequence, false, false});
+      begin = t;
+    }
+    whole.start = begin;
+    whole.length = end - begin;
+  }
+  all.pieces.push_back(whole);
+  (reverse ? all.pieces.back() : all.pieces[first]).enters = true;
+  (reverse ? all.pieces[first] : all.pieces.back()).leaves = true;
+}
+
+Segments segments_of(const Shape& shape, const OptionalTensor& cu_seqlens,
+                     const OptionalTensor& resets, bool reverse) {
+  if (resets) {
+    STD_TORCH_CHECK(resets->dim() == 2 && resets->size(0) == shape.rows &&
+                        resets->size(1) == shape.time && resets->scalar_type() == ScalarType::Bool,
+                    "expected resets (B, T) of bool");
+  }
+  Segments all{{}, shape.rows, 0, shape.time};
   if (!cu_seqlens) {
-    segments.reserve(shape.rows);
-    for (int64_t b = 0; b < shape.rows; ++b) segments.push_back({b, 0, shape.time});
-    return segments;
+    all.pieces.reserve(shape.rows);
+    for (int64_t b = 0; b < shape.rows; ++b) {
+      cut(all, resets, {b, 0, shape.time, b, false, false}, reverse);
+    }
+    return all;
   }
   const Tensor& cu = *cu_seqlens;
   STD_TORCH_CHECK(shape.rows == 1, "cu_seqlens needs B = 1");
@@ -65,17 +101,27 @@ std::vector<Segment> segments_of(const Shape& shape, const OptionalTensor& cu_se
   STD_TORCH_CHECK(wide || cu.scalar_type() == ScalarType::Int,
                   "expected int32 or int64 cu_seqlens");
   const auto* data = static_cast<const char*>(cu.data_ptr());
-  auto value = [&](int64_t i) {
+  auto value = [&](int64_t i) -> int64_t {
     const char* p = data + i * cu.stride(0) * (wide ? 8 : 4);
     return wide ? *reinterpret_cast<const int64_t*>(p) : *reinterpret_cast<const int32_t*>(p);
   };
-  int64_t begin = std::clamp<int64_t>(value(0), 0, shape.time);
-  for (int64_t i = 1; i < cu.size(0); ++i) {
-    const int64_t end = std::clamp<int64_t>(value(i), begin, shape.time);
-    segments.push_back({0, begin, end - begin});
-    begin = end;
+  all.sequences = cu.size(0) - 1;
+  all.begin = all.end = value(0);
+  for (int64_t n = 0; n < cu.size(0); ++n) {
+    const int64_t end = value(n);
+    STD_TORCH_CHECK(all.end <= end && 0 <= end && end <= shape.time,
+                    "expected cu_seqlens from 0 to T = ", shape.time, ", not to decrease, got ",
+                    end, " at index ", n);
+    if (n) cut(all, resets, {0, all.end, end - all.end, n - 1, false, false}, reverse);
+    all.end = end;
   }
-  return segments;
+  return all;
+}
+
+// Zeros at the steps of a packed output that no sequence covers.
+void clear_uncovered(const View& v, const Segments& segments, int64_t time, int64_t bytes) {
+  for (int64_t t = 0; t < segments.begin; ++t) std::memset(v.data + t * v.time, 0, bytes);
+  for (int64_t t = segments.end; t < time; ++t) std::memset(v.data + t * v.time, 0, bytes);
 }
 
 // The tiles of a call, the carries between them, and a flag for each carry.
@@ -97,9 +143,9 @@ int64_t tile_rows(const std::vector<Segment>& segments, int64_t channels) {
   return std::max<int64_t>(16, kTileElements / padded(channels));
 }
 
-// `before` and `after` are the carries that enter and leave each segment, or null.
+// `before` and `after` are the states that enter and leave each sequence on this walk, or null.
 Plan make_plan(const std::vector<Segment>& segments, int64_t channels, DType dtype,
-               const void* before, void* after) {
+               const void* before, void* after, bool backward) {
   Plan plan;
   const int64_t scalar = dtype == DType::float64 ? 8 : 4;
   const int64_t rows = std::max<int64_t>(1, tile_rows(segments, channels));
@@ -127,12 +173,14 @@ Plan make_plan(const std::vector<Segment>& segments, int64_t channels, DType dty
   auto* carry = reinterpret_cast<char*>(plan.carries.data());
   uint32_t* flag = plan.posted.get();
   for (size_t i = 0; i < segments.size(); ++i) {
-    const int64_t offset = static_cast<int64_t>(i) * channels * scalar;
-    const void* entering = before ? static_cast<const char*>(before) + offset : nullptr;
+    const int64_t offset = segments[i].sequence * channels * scalar;
+    const bool enters = backward ? segments[i].leaves : segments[i].enters;
+    const bool leaves = backward ? segments[i].enters : segments[i].leaves;
+    const void* entering = before && enters ? static_cast<const char*>(before) + offset : nullptr;
     for (int64_t first = 0; first == 0 || first < segments[i].length; first += rows) {
       const bool last = first + rows >= segments[i].length;
       void* leaving = carry;
-      if (last) leaving = after ? static_cast<char*>(after) + offset : nullptr;
+      if (last) leaving = after && leaves ? static_cast<char*>(after) + offset : nullptr;
       for (int64_t c = 0; c < channels; c += width) {
         Tile t{};
         t.segment = static_cast<int64_t>(i);
@@ -202,10 +250,10 @@ Scan describe(ScanOp op, const Inputs& in, const std::vector<Segment>& segments,
 struct Cpu {
   static std::tuple<Tensor, Tensor> forward(ScanOp op, const Inputs& in, const Tensor& like,
                                             OptionalTensor h0, const OptionalTensor& cu_seqlens,
-                                            bool reverse) {
+                                            const OptionalTensor& resets, bool reverse) {
     const auto [rows, time, channels] = in.shape;
-    const std::vector<Segment> segments = segments_of(in.shape, cu_seqlens);
-    const auto count = static_cast<int64_t>(segments.size());
+    const Segments segments = segments_of(in.shape, cu_seqlens, resets, reverse);
+    const int64_t count = segments.sequences;
     const ScalarType carry = accumulation_type(in.dtype);
     check_state(h0, count, channels, carry);
 
@@ -214,27 +262,29 @@ struct Cpu {
     const int64_t bytes = rows * time * channels * size_of(in.dtype);
     prepare_output(h, bytes);
 
-    Scan s = describe(op, in, segments, reverse);
+    Scan s = describe(op, in, segments.pieces, reverse);
     s.state = view_of(h);
     s.stream = bytes >= kStreamBytes && can_stream(s.state);
+    clear_uncovered(s.state, segments, time, channels * size_of(in.dtype));
     run(s, kernels_for(in.dtype).forward,
-        make_plan(segments, channels, in.dtype, state_data(h0), last.data_ptr()));
+        make_plan(segments.pieces, channels, in.dtype, state_data(h0), last.data_ptr(), false));
     return {h, last};
   }
 
   // Fills the gradients of the inputs, which view `gradients`, and returns that of h0.
   static Tensor backward(ScanOp op, const Inputs& in, const Inputs& gradients, const Tensor& h,
                          OptionalTensor grad_h, OptionalTensor grad_last, OptionalTensor h0,
-                         const OptionalTensor& cu_seqlens, bool reverse) {
+                         const OptionalTensor& cu_seqlens, const OptionalTensor& resets,
+                         bool reverse) {
     const auto [rows, time, channels] = in.shape;
-    const std::vector<Segment> segments = segments_of(in.shape, cu_seqlens);
-    const auto count = static_cast<int64_t>(segments.size());
+    const Segments segments = segments_of(in.shape, cu_seqlens, resets, reverse);
+    const int64_t count = segments.sequences;
     const ScalarType carry = accumulation_type(in.dtype);
     check_state(h0, count, channels, carry);
     check_state(grad_last, count, channels, carry);
     const View states = view_of_states(h, in);
     Tensor grad_h0 = torch::stable::new_empty(h, {count, channels}, carry);
-    Scan s = describe(op, in, segments, reverse);
+    Scan s = describe(op, in, segments.pieces, reverse);
     s.state = states;
     s.packed = s.packed && is_packed(s.state, s.dtype);
     s.grad_state = view_of_gradient(grad_h, h);
@@ -242,11 +292,13 @@ struct Cpu {
     s.stream = rows * time * channels * size_of(in.dtype) >= kStreamBytes;
     for (int i = 0; i < gradients.count; ++i) {
       s.grad_input[i] = gradients.view[i];
+      clear_uncovered(s.grad_input[i], segments, time, channels * size_of(in.dtype));
       s.stream = s.stream && can_stream(s.grad_input[i]);
     }
     s.h0 = state_data(h0);
     run(s, kernels_for(in.dtype).backward,
-        make_plan(segments, channels, in.dtype, state_data(grad_last), grad_h0.data_ptr()));
+        make_plan(segments.pieces, channels, in.dtype, state_data(grad_last), grad_h0.data_ptr(),
+                  true));
     return grad_h0;
   }
 

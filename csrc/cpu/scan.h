@@ -8,11 +8,15 @@
 
 namespace msrnn {
 
-// One independent sequence: a row of a batch, or one of several packed along time.
+// Steps that a state runs through: a row of a batch, or one of several sequences packed along time,
+// or a piece of either between resets.
 struct Segment {
   int64_t row;
-  int64_t start;   // first time index
-  int64_t length;  // time steps
+  int64_t start;     // first time index
+  int64_t length;    // time steps
+  int64_t sequence;  // of the initial and final states
+  bool enters;       // starts from the sequence's initial state; otherwise from zero
+  bool leaves;       // ends in the sequence's final state
 };
 
 // One call. Initial and final states are (segments, channels), contiguous, float or, for float64,

@@ -264,8 +264,8 @@ struct BackwardPass {
     }
     before = Row(s.state, g, time + direction, direction, channel);
     if (s.grad_state.data) grad_state = Row(s.grad_state, g, time, direction, channel);
-    if (s.h0) {
-      h0 = static_cast<const Scalar*>(s.h0) + (&g - s.segments) * s.channels + channel;
+    if (s.h0 && g.enters) {
+      h0 = static_cast<const Scalar*>(s.h0) + g.sequence * s.channels + channel;
     }
   }
   MSRNN_FN void next_row() {

@@ -74,7 +74,7 @@ void run(ScanOp op, DType dtype, bool backward, const Tensor& like, ScanCall& ca
 struct Cuda {
   static std::tuple<Tensor, Tensor> forward(ScanOp op, const Inputs& in, const Tensor& like,
                                             OptionalTensor h0, OptionalTensor cu_seqlens,
-                                            bool reverse) {
+                                            OptionalTensor resets, bool reverse) {
     ScanCall call = describe(in, cu_seqlens, reverse, false);
     const ScalarType carry = accumulation_type(in.dtype);
     check_state(h0, call.sequences, call.channels, carry);
@@ -89,7 +89,7 @@ struct Cuda {
 
   static Tensor backward(ScanOp op, const Inputs& in, const Inputs& gradients, const Tensor& h,
                          OptionalTensor grad_h, OptionalTensor grad_last, OptionalTensor h0,
-                         OptionalTensor cu_seqlens, bool reverse) {
+                         OptionalTensor cu_seqlens, OptionalTensor resets, bool reverse) {
     ScanCall call = describe(in, cu_seqlens, reverse, true);
     const ScalarType carry = accumulation_type(in.dtype);
     check_state(h0, call.sequences, call.channels, carry);

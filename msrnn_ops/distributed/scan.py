@@ -86,9 +86,14 @@ class _Shard:
         return x.flip(0) if self.reverse else x
 
     def scan(
-        self, op: Recurrence, inputs: Sequence[Tensor], h0: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        op: Recurrence,
+        inputs: Sequence[Tensor],
+        h0: Tensor | None,
+        cu_seqlens: Tensor | None,
+        resets: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "reverse": self.reverse}
+        options = {"cu_seqlens": cu_seqlens, "resets": resets, "reverse": self.reverse}
         return _local(op, inputs, h0, self.flags if op.flags else (), **options)
 
     def gradients(
@@ -99,13 +104,14 @@ class _Shard:
         h: Tensor,
         h0: Tensor,
         cu_seqlens: Tensor | None,
+        resets: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """Of the inputs and of h0, by this rank's steps alone."""
         op = self.op
         if self.namespace is None:
             with torch.enable_grad():
                 leaves = [x.detach().requires_grad_() for x in (*inputs, h0)]
-                h, last = self.scan(op, leaves[:-1], leaves[-1], cu_seqlens)
+                h, last = self.scan(op, leaves[:-1], leaves[-1], cu_seqlens, resets)
                 total = (last * grad_last).sum()
                 total = total if grad_h is None else total + (h * grad_h).sum()
                 if not total.requires_grad:  # there are no steps and no states
@@ -113,7 +119,21 @@ class _Shard:
                 return torch.autograd.grad(total, leaves, materialize_grads=True)
         backward = OPERATORS[self.namespace, op.name].backward
         saved = inputs[: op.saved]
-        return backward(grad_h, grad_last, *saved, h, h0, cu_seqlens, self.reverse, *self.flags)
+        args = (*saved, h, h0, cu_seqlens, resets, self.reverse, *self.flags)
+        return backward(grad_h, grad_last, *args)
+
+    def cut(self, resets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Whether a reset keeps what enters here from leaving, and what leaves; (B, 1) bools.
+
+        A reset cuts the border before its step: where the scan is reversed, that of a shard's first
+        step lies behind the shard.
+        """
+        if resets is None:
+            return None, None
+        behind = self.reverse and self.exchange.rank > 0 and resets.shape[1] > 0
+        before_last = self.reverse and not behind
+        inside = resets[:, 1:] if before_last else resets
+        return inside.any(1, keepdim=True), resets[:, :1] if behind else None
 
 
 def _local(
@@ -125,8 +145,8 @@ def _local(
 ) -> tuple[Tensor, Tensor]:
     """The op on this rank."""
     activation = ("identity" if flags[0] else "g") if flags else None
-    cu_seqlens, reverse = options.get("cu_seqlens"), options.get("reverse", False)
-    return run(op, tuple(inputs), h0, cu_seqlens, reverse, activation)
+    given = (options.get(name) for name in ("cu_seqlens", "resets"))
+    return run(op, tuple(inputs), h0, *given, options.get("reverse", False), activation)
 
 
 @dataclass(frozen=True)
@@ -179,7 +199,11 @@ def _decay(shard: _Shard, op: Recurrence, inputs: Sequence[Tensor]) -> Tensor:
 
 
 def _summaries(
-    shard: _Shard, inputs: Sequence[Tensor], h0: Tensor, packing: _Packing | None
+    shard: _Shard,
+    inputs: Sequence[Tensor],
+    h0: Tensor,
+    packing: _Packing | None,
+    resets: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Decay and last state of each place's shard, (places, B, D) each.
 
@@ -190,6 +214,7 @@ def _summaries(
     if op.parts > 1:
         op, parts = _PLAIN[op.name], inputs[0].chunk(op.parts, -1)
     zero = op.start
+    through, out = shard.cut(resets)
     pending = []
     channels = h0.shape[1]
     at_once = -(-channels // 2) if channels >= _CHANNELS_TO_HALVE else max(channels, 1)
@@ -197,7 +222,7 @@ def _summaries(
         some = [x[..., i : i + at_once] for x in parts]
         state = h0[:, i : i + at_once]
         local = None if packing is None else packing.cu_seqlens
-        last, decay = shard.scan(op, some, state, local)[1], _decay(shard, op, some)
+        last, decay = shard.scan(op, some, state, local, resets)[1], _decay(shard, op, some)
         if op is not LOG:  # a product beyond all numbers times a state of 0 is no NaN
             largest = torch.finfo(decay.dtype).max
             decay = decay.clamp(-largest, largest)
@@ -205,6 +230,10 @@ def _summaries(
             spans = (packing.enters & packing.leaves).any(0)
             decay = torch.where(spans, decay, zero)
             last = _row(last, packing.leaves, zero)
+        if through is not None:
+            decay = torch.where(through, zero, decay)
+        if out is not None:
+            last = torch.where(out, zero, last)
         pending.append(shard.exchange.send(torch.stack([decay, last])))
     found = torch.cat([shard.arrived(x) for x in pending], -1)
     return found[:, 0], found[:, 1]
@@ -239,8 +268,12 @@ def _tied(x: Tensor, other: Tensor) -> Tensor:
 
 
 def _forward(
-    shard: _Shard, cu_seqlens: Tensor | None, h0: Tensor, *inputs: Tensor
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    shard: _Shard,
+    cu_seqlens: Tensor | None,
+    resets: Tensor | None,
+    h0: Tensor,
+    *inputs: Tensor,
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     """h of this rank, the last state of the whole sequence, and what backward reads."""
     op, place = shard.op, shard.place
     packing = None if cu_seqlens is None else _packing(shard, cu_seqlens, inputs[0].shape[1])
@@ -249,7 +282,7 @@ def _forward(
         first = torch.where(packing.begins, h0, nothing)
     else:
         first = nothing if place else h0
-    decay, last = _summaries(shard, inputs, first, packing)
+    decay, last = _summaries(shard, inputs, first, packing, resets)
     fold = LOG if op is LOG else LINEAR
     leaving = _over_places(fold, decay, last, packing)
     # Every place reads what all have sent, also where nothing comes before it: of what is not read
@@ -258,7 +291,8 @@ def _forward(
     state = torch.cat([start.unsqueeze(0), leaving])[place]
     if packing is not None:
         state = torch.where(packing.enters, state, first)
-    h, last = shard.scan(op, inputs, state, None if packing is None else packing.cu_seqlens)
+    local = None if packing is None else packing.cu_seqlens
+    h, last = shard.scan(op, inputs, state, local, resets)
     if packing is None:
         last = leaving[-1].clone()
     elif shard.return_state:
@@ -270,7 +304,7 @@ def _forward(
     if packing is not None and shard.return_state:
         weight = _tied(weight, last)  # backward reads the weights on every rank
     borders = () if packing is None else tuple(vars(packing).values())
-    return h, last, (weight, state, h, *inputs, *borders)
+    return h, last, (weight, state, h, resets, *inputs, *borders)
 
 
 class _Sharded(torch.autograd.Function):
@@ -278,9 +312,14 @@ class _Sharded(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, shard: _Shard, cu_seqlens: Tensor | None, h0: Tensor, *inputs: Tensor
+        ctx: Any,
+        shard: _Shard,
+        cu_seqlens: Tensor | None,
+        resets: Tensor | None,
+        h0: Tensor,
+        *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        h, last, saved = _forward(shard, cu_seqlens, h0, *inputs)
+        h, last, saved = _forward(shard, cu_seqlens, resets, h0, *inputs)
         ctx.save_for_backward(*saved)
         ctx.shard, ctx.inputs = shard, len(inputs)
         ctx.set_materialize_grads(False)
@@ -292,7 +331,7 @@ class _Sharded(torch.autograd.Function):
             raise NotImplementedError(f"{ctx.shard.name}: no second derivatives over ranks")
         shard = ctx.shard
         place = shard.place
-        weight, state, h, *rest = ctx.saved_tensors
+        weight, state, h, resets, *rest = ctx.saved_tensors
         inputs, borders = rest[: ctx.inputs], rest[ctx.inputs :]
         packing = _Packing(*borders) if borders else None
         local = None if packing is None else packing.cu_seqlens
@@ -300,7 +339,7 @@ class _Sharded(torch.autograd.Function):
         of_last = zeros if grad_last is None else grad_last
 
         def gradients(of_last: Tensor) -> tuple[Tensor, ...]:
-            return shard.gradients(grad_h, of_last, inputs, h, state, local)
+            return shard.gradients(grad_h, of_last, inputs, h, state, local, resets)
 
         # Every place reads what all have sent, as in forward.
         if packing is None:
@@ -320,13 +359,16 @@ class _Sharded(torch.autograd.Function):
         adjoints = torch.cat([adjoints[1:], final.unsqueeze(0)])
         decays = torch.cat([weight[1:], torch.zeros_like(weight[:1])])
         later = _over_places(LINEAR, decays, adjoints, packing, reverse=True)[place]
+        _, out = shard.cut(resets)
+        if out is not None:
+            later = torch.where(out, 0.0, later)
         here = later if packing is None else torch.where(packing.leaves, later, here)
         *grads, grad_h0 = gradients(here)
         if packing is not None:
             grad_h0 = torch.where(packing.begins, grad_h0, 0.0)
         elif place:
             grad_h0 = zeros
-        return None, None, grad_h0, *grads
+        return None, None, None, grad_h0, *grads
 
 
 def check_plain(name: str, *tensors: Tensor | None) -> None:
@@ -351,6 +393,7 @@ def _run(
     inputs: tuple[Tensor, ...],
     h0: Tensor | None,
     cu_seqlens: Tensor | None,
+    resets: Tensor | None,
     reverse: bool,
     return_state: bool,
     group: Group,
@@ -359,10 +402,12 @@ def _run(
     """Checks the arguments and runs."""
     exchange = Exchange.among(op.name, group)
     if exchange.ranks == 1:
-        h, last = run(op, inputs, h0, cu_seqlens, reverse, activation)
+        h, last = run(op, inputs, h0, cu_seqlens, resets, reverse, activation)
         return (h, last) if return_state else h
     check_plain(op.name, *inputs, h0)
-    inputs, h0, flags = checks.scan(op, inputs, h0, cu_seqlens, activation, whole=False)
+    inputs, h0, flags = checks.scan(
+        op, inputs, h0, cu_seqlens, resets, activation, whole=False
+    )
     x = inputs[0]
     if h0 is None:
         states = sequences_of(x, cu_seqlens), x.shape[2] // op.parts
@@ -376,9 +421,9 @@ def _run(
         return_state,
     )
     if torch.is_grad_enabled() and any(x.requires_grad for x in (h0, *inputs)):
-        h, last = cast(Any, _Sharded).apply(shard, cu_seqlens, h0, *inputs)
+        h, last = cast(Any, _Sharded).apply(shard, cu_seqlens, resets, h0, *inputs)
     else:
-        h, last, _ = _forward(shard, cu_seqlens, h0, *inputs)
+        h, last, _ = _forward(shard, cu_seqlens, resets, h0, *inputs)
     return (h, last) if return_state else h
 
 
@@ -408,6 +453,7 @@ def linear_scan(
     *,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
     return_state: bool = False,
     group: Group = None,
 ) -> Tensor | WithState:
@@ -421,6 +467,7 @@ def linear_scan(
         h0: the state before the whole sequence, (B, D) or (N, D), the same on every rank.
         reverse, return_state: as there, of the whole sequence.
         cu_seqlens: as there, of the whole sequence, the same on every rank.
+        resets: as there, of the steps of this rank, (B, T of this rank).
         group: a process group or a mesh of one dimension. None: all ranks.
 
     Returns:
@@ -440,7 +487,7 @@ def linear_scan(
     Source: the exchange of Blelloch's scan over blocks ("Prefix Sums and Their Applications", 1990,
     section 1.3), one all-gather in place of its tree.
     """
-    return _run(LINEAR, (a, b), h0, cu_seqlens, reverse, return_state, group)
+    return _run(LINEAR, (a, b), h0, cu_seqlens, resets, reverse, return_state, group)
 
 
 # fmt: off
@@ -461,11 +508,12 @@ def decay_scan(
     *,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
     return_state: bool = False,
     group: Group = None,
 ) -> Tensor | WithState:
     """:func:`msrnn_ops.decay_scan` over ranks, as :func:`linear_scan` here."""
-    return _run(DECAY, (log_a, b), h0, cu_seqlens, reverse, return_state, group)
+    return _run(DECAY, (log_a, b), h0, cu_seqlens, resets, reverse, return_state, group)
 
 
 # fmt: off
@@ -486,11 +534,12 @@ def log_scan(
     *,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
     return_state: bool = False,
     group: Group = None,
 ) -> Tensor | WithState:
     """:func:`msrnn_ops.log_scan` over ranks, as :func:`linear_scan` here."""
-    return _run(LOG, (log_a, log_b), log_h0, cu_seqlens, reverse, return_state, group)
+    return _run(LOG, (log_a, log_b), log_h0, cu_seqlens, resets, reverse, return_state, group)
 
 
 # fmt: off
@@ -512,12 +561,13 @@ def min_gru(
     activation: str = "g",
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
     return_state: bool = False,
     group: Group = None,
 ) -> Tensor | WithState:
     """:func:`msrnn_ops.min_gru` over ranks, as :func:`linear_scan` here."""
     inputs = (gate, candidate)
-    return _run(MIN_GRU, inputs, h0, cu_seqlens, reverse, return_state, group, activation)
+    return _run(MIN_GRU, inputs, h0, cu_seqlens, resets, reverse, return_state, group, activation)
 
 
 # fmt: off
@@ -538,12 +588,13 @@ def min_gru_joint(
     activation: str = "g",
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
     return_state: bool = False,
     group: Group = None,
 ) -> Tensor | WithState:
     """:func:`msrnn_ops.min_gru_joint` over ranks, as :func:`linear_scan` here."""
     inputs = (projection,)
-    return _run(MIN_GRU_JOINT, inputs, h0, cu_seqlens, reverse, return_state, group, activation)
+    return _run(MIN_GRU_JOINT, inputs, h0, cu_seqlens, resets, reverse, return_state, group, activation)
 
 
 # fmt: off
@@ -566,12 +617,13 @@ def min_lstm(
     activation: str = "g",
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
     return_state: bool = False,
     group: Group = None,
 ) -> Tensor | WithState:
     """:func:`msrnn_ops.min_lstm` over ranks, as :func:`linear_scan` here."""
     inputs = (forget, input, candidate)
-    return _run(MIN_LSTM, inputs, h0, cu_seqlens, reverse, return_state, group, activation)
+    return _run(MIN_LSTM, inputs, h0, cu_seqlens, resets, reverse, return_state, group, activation)
 
 
 # fmt: off
@@ -592,12 +644,13 @@ def min_lstm_joint(
     activation: str = "g",
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
     return_state: bool = False,
     group: Group = None,
 ) -> Tensor | WithState:
     """:func:`msrnn_ops.min_lstm_joint` over ranks, as :func:`linear_scan` here."""
     inputs = (projection,)
-    return _run(MIN_LSTM_JOINT, inputs, h0, cu_seqlens, reverse, return_state, group, activation)
+    return _run(MIN_LSTM_JOINT, inputs, h0, cu_seqlens, resets, reverse, return_state, group, activation)
 
 
 _OPS = {op.name: op for op in RECURRENCES}

@@ -18,9 +18,9 @@ mode.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.functional import softplus
 
-from msrnn_ops import backend, reference
+from msrnn_ops import backend, reference, transforms
 from msrnn_ops.reference import accumulation_dtype
 
 
@@ -44,7 +44,18 @@ class Recurrence:
     parts: int = 1  # of a joint op: inputs side by side in one tensor
     flags: int = 0  # arguments after `reverse`
     saved: int | None = None  # leading inputs that backward reads; None: all
-    start: float = 0.0  # the state where h0 is None
+    start: float = 0.0  # the state where h0 is None, and after a reset
+
+    def plain(self, *args: Any) -> tuple[Tensor, Tensor]:
+        """By the reference, with the arguments of the schema; differentiable by PyTorch itself."""
+        n = len(self.inputs)
+        h0, cu_seqlens, resets, reverse, *flags = args[n:]
+        inputs = args[:n] if self.parts == 1 else args[0].chunk(self.parts, -1)
+        step = partial(self.step, activation="identity" if flags[0] else "g") if flags else self.step
+        return reference.scan(
+            step, inputs, h0, start=self.start, reverse=reverse, cu_seqlens=cu_seqlens,
+            resets=resets,
+        )  # fmt: skip
 
 
 # Derivatives, in the accumulation dtype.
@@ -94,29 +105,6 @@ def _lstm_derivatives(
     return a, (common * torch.sigmoid(-forget), -common * torch.sigmoid(-input), z * slope)
 
 
-def _sequences(time: int, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
-    if cu_seqlens is None:
-        return [(0, time)]
-    ends = cu_seqlens.tolist()
-    return list(itertools.pairwise(ends))
-
-
-def _per_sequence(state: Tensor, cu_seqlens: Tensor | None) -> Sequence[Tensor]:
-    """A state (B, D), or (N, D) with cu_seqlens, as one (rows, 1, D) tensor a sequence."""
-    return [state.unsqueeze(1)] if cu_seqlens is None else state.unsqueeze(1).split(1)
-
-
-def _shift(
-    x: Tensor, entering: Sequence[Tensor], sequences: list[tuple[int, int]], reverse: bool
-) -> Tensor:
-    """The value of the step before, within each sequence; `entering` before its first step."""
-    pieces = []
-    for (start, end), edge in zip(sequences, entering, strict=True):
-        if end > start:
-            pieces += [x[:, start + 1 : end], edge] if reverse else [edge, x[:, start : end - 1]]
-    return torch.cat(pieces, 1) if pieces else x
-
-
 def _wide(x: Tensor) -> Tensor:
     return x.to(accumulation_dtype(x.dtype))
 
@@ -126,35 +114,96 @@ def sequences_of(x: Tensor, cu_seqlens: Tensor | None) -> int:
     return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
+class _Borders:
+    """Which steps states enter and leave, in the direction of the scan, by cu_seqlens and resets.
+
+    Masks are (B, T, 1), made of PyTorch's operations on any device, which nobody waits for.
+    """
+
+    def __init__(
+        self, h: Tensor, cu_seqlens: Tensor | None, resets: Tensor | None, reverse: bool
+    ) -> None:
+        batch, time, _ = h.shape
+        step = torch.arange(time, device=h.device)
+        if cu_seqlens is None:
+            start, end = step.new_zeros(batch), step.new_full((batch,), time)
+            self.row = torch.arange(batch, device=h.device)
+            sequence = self.row[:, None].expand(batch, time)
+            covered = torch.ones_like(sequence, dtype=torch.bool)
+        else:
+            start, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+            self.row = torch.zeros_like(start)
+            sequence = torch.searchsorted(end.contiguous(), step, right=True)[None]
+            covered = ((cu_seqlens[0] <= step) & (step < cu_seqlens[-1]))[None]
+        self.sequence = sequence * covered
+        self.empty = (start == end)[:, None]
+        first, last = covered, covered
+        if start.shape[0] and time:
+            first = covered & (step == start[self.sequence])
+            last = covered & (step == end[self.sequence] - 1)
+        before = torch.zeros_like(first) if resets is None else resets & ~first
+        behind = torch.cat([before[:, 1:], torch.zeros_like(before[:, :1])], 1)
+        unused = torch.zeros_like(first) if resets is None else resets & first
+        if reverse:
+            first, last, before, behind = last, first, behind, before
+            unused = torch.zeros_like(first)
+        # Where the scan starts a sequence, from its initial state or, where a reset says so, not
+        # from it; where a reset lies before a step, or behind it; and where a sequence ends.
+        self.enters, self.leaves = (first & ~unused)[..., None], last[..., None]
+        self.afresh, self.cut = (before | unused)[..., None], behind[..., None]
+        self.covered = covered[..., None]
+        self.inner = None if resets is None else resets & ~(last if reverse else first)
+        self.entry = ((end - 1) if reverse else start).clamp(0, max(time - 1, 0))
+
+
+def _shift(x: Tensor, edge: Tensor, reverse: bool) -> Tensor:
+    """The value of the step before, `edge` (B, D) before the first one."""
+    edge = edge.unsqueeze(1)
+    return torch.cat([x[:, 1:], edge] if reverse else [edge, x[:, :-1]], 1) if x.shape[1] else x
+
+
 @dataclass(frozen=True)
 class _Call:
     """The arguments of a call that are not differentiated, and its derivatives in plain PyTorch."""
 
     operator: Operator
     cu_seqlens: Tensor | None
+    resets: Tensor | None
     reverse: bool
     flags: tuple[bool, ...]
 
+    def borders(self, h: Tensor) -> _Borders | None:
+        if self.cu_seqlens is None and self.resets is None:
+            return None
+        return _Borders(h, self.cu_seqlens, self.resets, self.reverse)
+
     def linear_scan(
-        self, a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool
+        self, a: Tensor, b: Tensor, h0: Tensor | None, resets: Tensor | None, reverse: bool
     ) -> tuple[Tensor, Tensor]:
         """By the kernels of the same namespace; it can be differentiated again."""
         operator = OPERATORS[self.operator.namespace, LINEAR.name]
-        return operator(a, b, h0, self.cu_seqlens, reverse)
+        return operator(a, b, h0, self.cu_seqlens, resets, reverse)
 
     def factors(
-        self, inputs: Sequence[Tensor], h: Tensor, h0: Tensor | None
+        self, inputs: Sequence[Tensor], h: Tensor, h0: Tensor | None, borders: _Borders | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """a and the factors of every step (see the head of this file)."""
-        recurrence = self.operator.recurrence
+        recurrence, h = self.operator.recurrence, _wide(h)
         if recurrence.parts > 1:
             inputs = inputs[0].chunk(recurrence.parts, -1)
-        h = _wide(h)
-        if h0 is None:
-            h0 = h.new_full((sequences_of(h, self.cu_seqlens), h.shape[2]), recurrence.start)
-        sequences = _sequences(h.shape[1], self.cu_seqlens)
-        before = _shift(h, _per_sequence(h0, self.cu_seqlens), sequences, self.reverse)
-        return recurrence.derivatives([_wide(x) for x in inputs], before, *self.flags)
+        inputs = [_wide(x) for x in inputs]
+        nothing = h.new_full((h.shape[0], h.shape[2]), recurrence.start)
+        if borders is None:
+            before = _shift(h, nothing if h0 is None else h0, self.reverse)
+        else:  # what lies outside may be NaN, and 0 times NaN is no 0
+            inputs = [torch.where(borders.covered, x, 0.0) for x in inputs]
+            before = torch.where(
+                borders.afresh, recurrence.start, _shift(h, nothing, self.reverse)
+            )
+            entering = recurrence.start if h0 is None else h0[borders.sequence]
+            if h0 is None or h0.shape[0]:
+                before = torch.where(borders.enters, entering, before)
+        return recurrence.derivatives(inputs, before, *self.flags)
 
     def backward(
         self,
@@ -165,24 +214,30 @@ class _Call:
         h0: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """What the backward kernel computes, from operations that are differentiable again."""
-        a, factors = self.factors(inputs, h, h0)
-        sequences = _sequences(h.shape[1], self.cu_seqlens)
+        borders = self.borders(h)
+        a, factors = self.factors(inputs, h, h0, borders)
         grad = torch.zeros_like(a) if grad_h is None else _wide(grad_h)
         if grad_last is None:
             grad_last = a.new_zeros(sequences_of(h, self.cu_seqlens), h.shape[2])
-        entering = _per_sequence(torch.ones_like(grad_last), self.cu_seqlens)
-        later = _shift(a, entering, sequences, not self.reverse)
-        s, _ = self.linear_scan(later, grad, grad_last, not self.reverse)
+        later = _shift(a, torch.ones_like(a[:, 0]) if a.shape[1] else grad_last, not self.reverse)
+        resets = None
+        if borders is not None:
+            grad, resets = torch.where(borders.covered, grad, 0.0), borders.inner
+            later = torch.where(borders.leaves, 1.0, torch.where(borders.cut, 0.0, later))
+        s, _ = self.linear_scan(later, grad, grad_last, resets, not self.reverse)
         carried = a * s
-        last = _per_sequence(grad_last, self.cu_seqlens)
-        grad_h0 = [
-            carried[:, end - 1 if self.reverse else start] if end > start else last[n][:, 0]
-            for n, (start, end) in enumerate(sequences)
-        ]
+        if not a.shape[1]:
+            grad_h0 = grad_last
+        elif borders is None:
+            grad_h0 = carried[:, -1 if self.reverse else 0]
+        else:
+            place = (borders.row, borders.entry)
+            grad_h0 = torch.where(borders.enters[place], carried[place], 0.0)
+            grad_h0 = torch.where(borders.empty, grad_last, grad_h0)
         grads = tuple((s * factor).to(h.dtype) for factor in factors)
         if self.operator.recurrence.parts > 1:
             grads = (torch.cat(grads, -1),)
-        return *grads, torch.cat(grad_h0)
+        return *grads, grad_h0
 
     def tangent(
         self,
@@ -192,7 +247,8 @@ class _Call:
         h: Tensor,
         h0: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        a, factors = self.factors(inputs, h, h0)
+        borders = self.borders(h)
+        a, factors = self.factors(inputs, h, h0, borders)
         parts = self.operator.recurrence.parts
         if parts > 1 and tangents[0] is not None:
             tangents = tangents[0].chunk(parts, -1)
@@ -200,7 +256,9 @@ class _Call:
         for factor, tangent in zip(factors, tangents, strict=False):
             if tangent is not None:
                 b = b + factor * tangent
-        dh, last = self.linear_scan(a, b, tangent_h0, self.reverse)
+        if borders is not None:
+            b = torch.where(borders.covered, b, 0.0)
+        dh, last = self.linear_scan(a, b, tangent_h0, self.resets, self.reverse)
         return dh.to(h.dtype), last
 
 
@@ -215,8 +273,8 @@ class ScanFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         operator = inputs[0]
-        h0, cu_seqlens, reverse, *flags = inputs[1 + operator.inputs :]
-        tensors = (*inputs[1 : 1 + operator.saved], output[0], h0, cu_seqlens)
+        h0, cu_seqlens, resets, reverse, *flags = inputs[1 + operator.inputs :]
+        tensors = (*inputs[1 : 1 + operator.saved], output[0], h0, cu_seqlens, resets)
         ctx.save_for_backward(*tensors)
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(*tensors)
@@ -226,25 +284,25 @@ class ScanFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor | None, grad_last: Tensor | None) -> Any:
         operator, reverse, flags = ctx.call
-        no_gradient = (None,) * (2 + len(flags))  # of cu_seqlens, reverse and the flags
+        no_gradient = (None,) * (3 + len(flags))  # of cu_seqlens, resets, reverse and the flags
         if grad_h is None and grad_last is None:
             return (None,) * (operator.inputs + 2) + no_gradient
-        *inputs, h, h0, cu_seqlens = ctx.saved_tensors
+        *inputs, h, h0, cu_seqlens, resets = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            call = _Call(operator, cu_seqlens, reverse, flags)
+            call = _Call(operator, cu_seqlens, resets, reverse, flags)
             *grads, grad_h0 = call.backward(grad_h, grad_last, inputs, h, h0)
         else:
             *grads, grad_h0 = operator.backward(
-                grad_h, grad_last, *inputs, h, h0, cu_seqlens, reverse, *flags
+                grad_h, grad_last, *inputs, h, h0, cu_seqlens, resets, reverse, *flags
             )
         return None, *grads, None if h0 is None else grad_h0, *no_gradient
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Any) -> tuple[Tensor, Tensor]:
-        *inputs, h, h0, cu_seqlens = ctx.saved_tensors
+        *inputs, h, h0, cu_seqlens, resets = ctx.saved_tensors
         operator, reverse, flags = ctx.call
         n = operator.inputs
-        call = _Call(operator, cu_seqlens, reverse, flags)
+        call = _Call(operator, cu_seqlens, resets, reverse, flags)
         return call.tangent(tangents[:n], tangents[n], inputs, h, h0)
 
     @staticmethod
@@ -262,8 +320,8 @@ class ScanFunction(torch.autograd.Function):
             x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
             return x.flatten(0, 1)
 
-        folded = [fold(x, dim) for x, dim in zip(args[: n + 1], in_dims[1 : n + 2], strict=True)]
-        h, last = operator.function.apply(operator, *folded, *args[n + 1 :])
+        *folded, resets = (fold(args[i], in_dims[1 + i]) for i in (*range(n + 1), n + 2))
+        h, last = operator.function.apply(operator, *folded, None, resets, *args[n + 3 :])
         return (h.unflatten(0, (size, -1)), last.unflatten(0, (size, -1))), (0, 0)
 
 
@@ -286,11 +344,13 @@ class Operator:
     def __call__(self, *args: Any) -> tuple[Tensor, Tensor]:
         """h and the last states. In eager mode there is no way through the dispatcher.
 
-        The arguments are those of the schema: inputs, h0, cu_seqlens, reverse, flags.
+        The arguments are those of the schema: inputs, h0, cu_seqlens, resets, reverse, flags.
         """
         if torch.compiler.is_compiling():
             return self.forward(*args)
         if torch._C._are_functorch_transforms_active():
+            if transforms.nested_forward_mode():
+                return self.recurrence.plain(*args)
             return self.function.apply(self, *args)
         return self._autograd(*args)
 

@@ -50,7 +50,7 @@ _SCANS = {name: op for op in RECURRENCES for name in (op.name, f"{op.name}_backw
 _KINDS: dict[Placement, str] = {Replicate(): "whole", Shard(0): "rows", Shard(1): "heads"}
 _DECISIONS = ("position", "score", "scores", "free", "last_evicted", "expiry")
 _OF_ROWS = ("seen", "valid")  # without heads
-_SAME_EVERYWHERE = ("cu_seqlens", "valid")  # if they are plain tensors
+_SAME_EVERYWHERE = ("cu_seqlens", "resets", "valid")  # if they are plain tensors
 _Rules: TypeAlias = list[tuple[list[Placement | None], list[Placement | None]]]
 
 
@@ -110,10 +110,16 @@ def _scan_rules(name: str, op: OpOverload) -> Callable[..., _Rules]:
         if _SCANS[name].parts == 1:
             kinds.append({1: Replicate(), 2: Shard(1), 3: Shard(2)})
         placed = _placed(named)
+
+        def placement(label: str, x: Any, kind: dict[int, Placement]) -> Placement | None:
+            if label == "resets" and x is not None:  # (B, T)
+                return kind[2] if kind[2] == Shard(0) else Replicate()
+            return None if x is None else kind[x.ndim]
+
         return [
             (
                 [kind[n] for n in returned],
-                [kind[placed[label].ndim] if label in placed else None for label in named],
+                [placement(label, placed.get(label), kind) for label in named],
             )
             for kind in kinds
         ]
