@@ -7,6 +7,8 @@ one dtype, the scale of the logits, the namespace of the operator (None: the ref
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,11 +16,12 @@ from torch import Tensor
 
 from msrnn_ops import backend, errors
 from msrnn_ops.dtensor import is_distributed
-from msrnn_ops.operators.scan import LOG, Recurrence, sequences_of
+from msrnn_ops.operators.scan import LINEAR, LOG, Recurrence, sequences_of
 from msrnn_ops.reference import accumulation_dtype
 from msrnn_ops.state import DTYPES, MultiState, Policy, check_head_dim
 
 _ACTIVATIONS = ("g", "identity")
+_COMPLEX = (torch.complex64, torch.complex128)
 
 
 def placed(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -37,56 +40,76 @@ def scan(
     h0: Tensor | None,
     cu_seqlens: Tensor | None,
     resets: Tensor | None,
+    reverse: bool,
     activation: str | None,
     *,
+    caller: str = "",
+    state: str = "",
     whole: bool = True,
-) -> tuple[tuple[Tensor, ...], Tensor | None, tuple[bool, ...]]:
-    """The door of the scans: inputs in one dtype, h0 in the accumulation dtype, and the flags.
+) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None, tuple[bool, ...], torch.Size | None]:
+    """The door of the scans: inputs (B, T, D) in one shape and dtype, h0 in the accumulation dtype,
+    resets, the flags, and what the dimensions before T were if they are not B.
 
-    Where the time axis is not ``whole``, other ranks have to be asked before :func:`borders`.
+    Where the time axis is not ``whole``, other ranks have to be asked before :func:`borders`. The
+    caller and the name of its state are those of the op, or of the function that it is called by.
     """
-    first = inputs[0]
-    autocast = isinstance(first, Tensor) and _autocast_enabled(first.device.type)
+    caller, state = caller or op.name, state or ("log_h0" if op is LOG else "h0")
+    autocast = isinstance(inputs[0], Tensor) and _autocast_enabled(inputs[0].device.type)
     if autocast:
         inputs = _promote(inputs)
-        first = inputs[0]
-    _check_inputs(op, inputs)
+    leading = None
+    if not _check_inputs(caller, op, inputs):
+        inputs, h0, resets, leading = _laid_out(caller, op, inputs, h0, cu_seqlens, resets, state)
+    first = inputs[0]
+    if not isinstance(reverse, bool):
+        raise errors.kind(caller, "reverse", "a bool", reverse)
     if cu_seqlens is not None:
-        _check_cu_seqlens(op, first, cu_seqlens)
+        _check_cu_seqlens(caller, op, first, cu_seqlens)
         if whole:
-            borders(op, cu_seqlens, first.shape[1])
+            borders(caller, cu_seqlens, first.shape[1])
     if resets is not None:
-        _check_resets(op, first, resets)
+        _check_resets(caller, op, first, resets)
     if h0 is not None:
-        h0 = _checked_state(op, first, h0, cu_seqlens, autocast)
-    if activation is None:
-        return inputs, h0, ()
+        h0 = _checked_state(caller, op, first, h0, cu_seqlens, autocast, state)
+    if not op.flags:
+        return inputs, h0, resets, (), leading
     if activation not in _ACTIVATIONS:
-        raise errors.value(op.name, "activation 'g' or 'identity'", repr(activation))
-    return inputs, h0, (activation == "identity",)
+        raise errors.value(caller, "activation 'g' or 'identity'", repr(activation))
+    return inputs, h0, resets, (activation == "identity",), leading
 
 
-def scan_step(op: Recurrence, inputs: tuple[Tensor, ...], h: Tensor) -> None:
-    """The door of one token, before it becomes a scan of one step."""
-    caller = f"{op.name}_step"
+def scan_step(
+    caller: str, op: Recurrence, inputs: tuple[Tensor, ...], h: Tensor
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The door of one token: as a scan of one step, inputs (B, 1, D) and the state (B, D)."""
     for argument, x in zip((*op.inputs, "h"), (*inputs, h), strict=True):
         if not isinstance(x, Tensor):
             raise errors.kind(caller, argument, "a tensor", x)
-        if x.dim() != 2:
+        if x.dim() == 0:
             raise errors.shape(caller, argument, "(B, D)", x)
+    shape = inputs[0].shape
+    if any(x.shape != shape for x in inputs):
+        inputs = _broadcast(caller, op, inputs)
+        shape = inputs[0].shape
+    if h.shape != shape:
+        raise errors.shape(caller, "h", f"{tuple(shape)}, that of the inputs", h)
+    if len(shape) != 2:
+        inputs, h = tuple(x.reshape(-1, shape[-1]) for x in inputs), h.reshape(-1, shape[-1])
+    return tuple(x.unsqueeze(1) for x in inputs), h
 
 
-def borders(op: Recurrence, cu_seqlens: Tensor, time: int) -> None:
+def borders(caller: str, cu_seqlens: Tensor, time: int) -> None:
     """For plain CPU tensors, whose values are known; elsewhere kernels stay in bounds for any."""
     if torch.compiler.is_compiling() or type(cu_seqlens) is not Tensor or not cu_seqlens.is_cpu:
         return
     ends = cu_seqlens.tolist()
-    for i, (start, end) in enumerate(itertools.pairwise([0, *ends])):
+    if ends[0] < 0 or ends[-1] > time:
+        got = f"{ends[0]} to {ends[-1]}"
+        raise errors.value(caller, f"cu_seqlens within 0 to T = {time}", got)
+    for i, (start, end) in enumerate(itertools.pairwise(ends)):
         if end < start:
-            got = f"{start} and then {end} at index {i}" if i else end
-            raise errors.value(op.name, "cu_seqlens not to decrease, from 0 on", got)
-    if ends[-1] > time:
-        raise errors.value(op.name, f"cu_seqlens up to T = {time}", ends[-1])
+            got = f"{start} and then {end} at index {i + 1}"
+            raise errors.value(caller, "cu_seqlens not to decrease", got)
 
 
 def _autocast_enabled(device: str) -> bool:
@@ -103,70 +126,132 @@ def _promote(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) for x in inputs)
 
 
-def _check_inputs(op: Recurrence, inputs: tuple[Tensor, ...]) -> None:
+def _check_inputs(caller: str, op: Recurrence, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether they are (B, T, D) of one shape."""
     for argument, x in zip(op.inputs, inputs, strict=True):
         if not isinstance(x, Tensor):
-            raise errors.kind(op.name, argument, "a tensor", x)
+            raise errors.kind(caller, argument, "a tensor", x)
     first, name = inputs[0], op.inputs[0]
     shape, dtype, device = first.shape, first.dtype, first.device
-    if len(shape) != 3:
-        got = f"{tuple(shape)} with {len(shape)} dimensions"
-        raise errors.value(op.name, f"{name} of shape (B, T, D)", got)
-    if dtype not in DTYPES:
-        raise errors.dtype(op.name, name, "float32, float64, bfloat16 or float16", dtype)
+    regular = len(shape) == 3
+    if dtype not in DTYPES and (op is not LINEAR or dtype not in _COMPLEX):
+        expected = "float32, float64, bfloat16 or float16"
+        if op is LINEAR:
+            expected = "complex64, complex128, " + expected
+        raise errors.dtype(caller, name, expected, dtype)
     for argument, x in zip(op.inputs[1:], inputs[1:], strict=True):
-        if x.shape != shape:
-            expected = f"{argument} in the shape of {name}, {tuple(shape)}"
-            raise errors.value(op.name, expected, tuple(x.shape))
+        regular = regular and x.shape == shape
         if x.dtype != dtype:
-            raise errors.dtype(op.name, argument, f"the dtype of {name}, {dtype}", x.dtype)
+            raise errors.dtype(caller, argument, f"the dtype of {name}, {dtype}", x.dtype)
         if x.device != device:
-            raise errors.device(op.name, argument, name, device, x.device)
-    if op.parts > 1 and shape[2] % op.parts:
-        raise errors.value(op.name, f"{name} with a last size divisible by {op.parts}", shape[2])
+            raise errors.device(caller, argument, name, device, x.device)
+    if op.parts > 1 and len(shape) and shape[-1] % op.parts:
+        raise errors.value(caller, f"{name} with a last size divisible by {op.parts}", shape[-1])
+    return regular
 
 
-def _check_cu_seqlens(op: Recurrence, x: Tensor, cu_seqlens: Tensor) -> None:
+def _broadcast(caller: str, op: Recurrence, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """In one shape, without a copy."""
+    shape, name = inputs[0].shape, op.inputs[0]
+    for argument, x in zip(op.inputs[1:], inputs[1:], strict=True):
+        try:
+            shape = torch.broadcast_shapes(shape, x.shape)
+        except RuntimeError:
+            expected = f"{argument} in a shape that broadcasts with that of {name}, {tuple(shape)}"
+            raise errors.value(caller, expected, tuple(x.shape)) from None
+    return tuple(x.expand(shape) for x in inputs)
+
+
+def _laid_out(
+    caller: str,
+    op: Recurrence,
+    inputs: tuple[Tensor, ...],
+    h0: Tensor | None,
+    cu_seqlens: Tensor | None,
+    resets: Tensor | None,
+    state: str,
+) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None, torch.Size]:
+    """Inputs of other shapes as (B, T, D), with h0 and resets; and their own leading dimensions."""
+    for argument, x in zip(op.inputs, inputs, strict=True):
+        if x.dim() < 2:
+            got = f"{tuple(x.shape)} with {x.dim()} dimensions"
+            raise errors.value(caller, f"{argument} of shape (B, T, D), (..., T, D) or (T, D)", got)
+        if is_distributed(x):
+            expected = f"DTensors (B, T, D) of one shape, that of {op.inputs[0]}"
+            raise errors.value(caller, expected, tuple(x.shape))
+    inputs = _broadcast(caller, op, inputs)
+    *leading, time, channels = inputs[0].shape
+    if isinstance(h0, Tensor) and cu_seqlens is None:
+        expected = (*leading, channels // op.parts)
+        if h0.shape != expected:
+            raise errors.shape(caller, state, expected, h0, _one_for_all(state, h0, leading))
+        h0 = h0.reshape(-1, expected[-1])
+    if isinstance(resets, Tensor):
+        if resets.shape != (*leading, time):
+            raise errors.shape(caller, "resets", (*leading, time), resets)
+        resets = resets.reshape(-1, time) if leading else resets.unsqueeze(0)
+    if leading:
+        rows = math.prod(leading)
+        inputs = tuple(x.reshape(rows, time, channels) for x in inputs)
+    else:
+        inputs = tuple(x.unsqueeze(0) for x in inputs)
+    return inputs, h0, resets, torch.Size(leading)
+
+
+def _one_for_all(name: str, h0: Tensor, leading: Sequence[int]) -> str:
+    """How a caller says that every row starts from one state: (D,) alone may be a mistake."""
+    if h0.dim() != 1:
+        return ""
+    sizes = ", ".join(map(str, (*leading, -1)))
+    return f"; {name}.expand({sizes}) starts every row from this one"
+
+
+def _check_cu_seqlens(caller: str, op: Recurrence, x: Tensor, cu_seqlens: Tensor) -> None:
     if not isinstance(cu_seqlens, Tensor):
-        raise errors.kind(op.name, "cu_seqlens", "a tensor", cu_seqlens)
+        raise errors.kind(caller, "cu_seqlens", "a tensor", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise errors.dtype(op.name, "cu_seqlens", "int32 or int64", cu_seqlens.dtype)
+        raise errors.dtype(caller, "cu_seqlens", "int32 or int64", cu_seqlens.dtype)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise errors.shape(op.name, "cu_seqlens", "(N + 1,)", cu_seqlens)
+        raise errors.shape(caller, "cu_seqlens", "(N + 1,)", cu_seqlens)
     if cu_seqlens.device != x.device:
-        raise errors.device(op.name, "cu_seqlens", op.inputs[0], x.device, cu_seqlens.device)
+        raise errors.device(caller, "cu_seqlens", op.inputs[0], x.device, cu_seqlens.device)
     if x.shape[0] != 1:
         expected = "B = 1 with cu_seqlens (sequences packed along time)"
-        raise errors.value(op.name, expected, f"B = {x.shape[0]}")
+        raise errors.value(caller, expected, f"B = {x.shape[0]}")
 
 
-def _check_resets(op: Recurrence, x: Tensor, resets: Tensor) -> None:
+def _check_resets(caller: str, op: Recurrence, x: Tensor, resets: Tensor) -> None:
     if not isinstance(resets, Tensor):
-        raise errors.kind(op.name, "resets", "a tensor", resets)
+        raise errors.kind(caller, "resets", "a tensor", resets)
     if resets.dtype != torch.bool:
-        raise errors.dtype(op.name, "resets", "torch.bool", resets.dtype)
+        raise errors.dtype(caller, "resets", "torch.bool", resets.dtype)
     if resets.shape != x.shape[:2]:
-        raise errors.shape(op.name, "resets", f"(B, T) = {tuple(x.shape[:2])}", resets)
+        raise errors.shape(caller, "resets", f"(B, T) = {tuple(x.shape[:2])}", resets)
     if resets.device != x.device:
-        raise errors.device(op.name, "resets", op.inputs[0], x.device, resets.device)
+        raise errors.device(caller, "resets", op.inputs[0], x.device, resets.device)
 
 
 def _checked_state(
-    op: Recurrence, x: Tensor, h0: Tensor, cu_seqlens: Tensor | None, any_float: bool
+    caller: str,
+    op: Recurrence,
+    x: Tensor,
+    h0: Tensor,
+    cu_seqlens: Tensor | None,
+    any_float: bool,
+    name: str,
 ) -> Tensor:
     """h0 in the accumulation dtype."""
-    name = "log_h0" if op is LOG else "h0"
     if not isinstance(h0, Tensor):
-        raise errors.kind(op.name, name, "a tensor", h0)
+        raise errors.kind(caller, name, "a tensor", h0)
     expected = (sequences_of(x, cu_seqlens), x.shape[2] // op.parts)
     if h0.shape != expected:
-        raise errors.shape(op.name, name, expected, h0)
+        raise errors.shape(caller, name, expected, h0, _one_for_all(name, h0, expected[:1]))
     wide = accumulation_dtype(x.dtype)
     if h0.dtype not in (DTYPES if any_float else (x.dtype, wide)):
         either = f"{wide}" if wide == x.dtype else f"{x.dtype} or {wide}"
-        raise errors.dtype(op.name, name, either, h0.dtype)
+        raise errors.dtype(caller, name, either, h0.dtype)
     if h0.device != x.device:
-        raise errors.device(op.name, name, op.inputs[0], x.device, h0.device)
+        raise errors.device(caller, name, op.inputs[0], x.device, h0.device)
     return h0.to(wide)
 
 

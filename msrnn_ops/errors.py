@@ -14,8 +14,12 @@ def kind(caller: str, argument: str, expected: str, got: object) -> TypeError:
     return TypeError(f"{caller}: expected {argument} to be {expected}, got {type(got).__name__}")
 
 
-def shape(caller: str, argument: str, expected: object, got: Tensor) -> ValueError:
-    return ValueError(f"{caller}: expected {argument} of shape {expected}, got {tuple(got.shape)}")
+def shape(
+    caller: str, argument: str, expected: object, got: Tensor, remedy: str = ""
+) -> ValueError:
+    return ValueError(
+        f"{caller}: expected {argument} of shape {expected}, got {tuple(got.shape)}{remedy}"
+    )
 
 
 def dtype(caller: str, argument: str, expected: object, got: torch.dtype) -> TypeError:

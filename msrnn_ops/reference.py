@@ -20,9 +20,12 @@ from msrnn_ops.state import MultiState, Policy
 Step = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
 
 
+_WIDE = (torch.float64, torch.complex64, torch.complex128)
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What gates, carries and sums are computed in: float32, for float64 float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    """What gates, carries and sums are computed in: float32, but for wider and complex numbers."""
+    return dtype if dtype in _WIDE else torch.float32
 
 
 def g(x: Tensor) -> Tensor:

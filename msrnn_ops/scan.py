@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias, TypedDict, overload
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from msrnn_ops import backend, checks, reference
 from msrnn_ops.dtensor import is_distributed
+from msrnn_ops.operators.complex_scan import COMPLEX_LINEAR
 from msrnn_ops.operators.scan import (
     DECAY,
     LINEAR,
@@ -48,16 +50,31 @@ def run(
     resets: Tensor | None,
     reverse: bool,
     activation: str | None = None,
+    **names: str,
 ) -> tuple[Tensor, Tensor]:
     """h and the last states: checks the arguments, chooses the backend, and calls the operator."""
-    inputs, h0, flags = checks.scan(op, inputs, h0, cu_seqlens, resets, activation)
+    inputs, h0, resets, flags, leading = checks.scan(
+        op, inputs, h0, cu_seqlens, resets, reverse, activation, **names
+    )
     args: tuple[Any, ...] = (*inputs, h0, cu_seqlens, resets, reverse, *flags)
     if is_distributed(inputs[0]):
         args = checks.placed(op.name, args)
     namespace = backend.namespace(op.name, inputs[0].device)
-    if namespace is not None:
-        return OPERATORS[namespace, op.name](*args)
-    return op.plain(*args)
+    if namespace is None:
+        h, last = op.plain(*args)
+    elif inputs[0].is_complex():
+        h, last = COMPLEX_LINEAR[namespace](*args)
+    else:
+        h, last = OPERATORS[namespace, op.name](*args)
+    return (h, last) if leading is None else in_leading(h, last, leading, cu_seqlens)
+
+
+def in_leading(
+    h: Tensor, last: Tensor, leading: torch.Size, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Results in the dimensions that the inputs had before T."""
+    h = h.reshape(*leading, *h.shape[1:])
+    return h, last if cu_seqlens is not None else last.reshape(*leading, last.shape[1])
 
 
 # fmt: off
@@ -86,11 +103,14 @@ def linear_scan(
     .. math:: h_t = a_t h_{t-1} + b_t
 
     Args:
-        a: decay, (B, T, D), any strides; float32, float64, bfloat16 or float16. Any value; where
-            abs(a) > 1 long products may leave the range of floats.
-        b: input, in the shape and dtype of ``a``.
+        a: decay, (B, T, D), (T, D) or any dimensions before T; any strides; float32, float64,
+            bfloat16, float16, complex64 or complex128. Any value; where abs(a) > 1 long products
+            may leave the range of floats.
+        b: input, in the dtype of ``a`` and a shape that broadcasts with its, so that (B, T, 1) or
+            (1, T, D) serves for all channels or rows, without a copy.
         h0: initial state, (B, D), or (N, D) with ``cu_seqlens``; in the dtype of ``a`` or the
-            accumulation dtype (float32; float64 for float64). None: 0.
+            accumulation dtype (float32, but for wider and complex numbers). None: 0. For one state
+            for all rows say ``h0.expand(B, -1)``.
         reverse: run from t = T-1 to 0; ``h0`` enters at T-1 and the last state is that at 0.
         cu_seqlens: (N+1,) int32 or int64, within 0 to T, not decreasing; B = 1. Sequence n is
             ``[cu_seqlens[n], cu_seqlens[n+1])``; sequences may be empty. Steps before the first and
@@ -412,9 +432,10 @@ def min_lstm_joint(
 
 
 def _step(op: Recurrence, inputs: tuple[Tensor, ...], h: Tensor, activation: str) -> Tensor:
-    checks.scan_step(op, inputs, h)
-    _, last = run(op, tuple(x.unsqueeze(1) for x in inputs), h, None, None, False, activation)
-    return last.to(h.dtype)
+    caller = f"{op.name}_step"
+    rows, before = checks.scan_step(caller, op, inputs, h)
+    _, last = run(op, rows, before, None, None, False, activation, caller=caller, state="h")
+    return last.to(h.dtype) if h.dim() == 2 else last.to(h.dtype).reshape(h.shape)
 
 
 def min_gru_step(gate: Tensor, candidate: Tensor, h: Tensor, *, activation: str = "g") -> Tensor:

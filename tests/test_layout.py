@@ -31,7 +31,7 @@ FLOORS = [
     {"distributed.scan", "nn"},
     {"scan", "multi_state"},
     {"checks"},
-    {"operators.sharding"},
+    {"operators.sharding", "operators.complex_scan"},
     {"operators.scan", "operators.multi_state"},
     {"operators.prompt", "operators"},
     {"reference"},

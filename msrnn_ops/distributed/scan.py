@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from typing_extensions import Unpack
 
-from msrnn_ops import backend, checks
+from msrnn_ops import backend, checks, errors
 from msrnn_ops.dtensor import is_distributed
 from msrnn_ops.exchange import Exchange, Group
 from msrnn_ops.operators.scan import (
@@ -49,7 +49,7 @@ from msrnn_ops.operators.scan import (
     sequences_of,
 )
 from msrnn_ops.reference import accumulation_dtype
-from msrnn_ops.scan import GateOptions, ScanOptions, WithState, run
+from msrnn_ops.scan import GateOptions, ScanOptions, WithState, in_leading, run
 
 # So many channels or more are summarised in two halves: the summary of one is on its way while the
 # other is scanned. More parts would pay the latency of the exchange once each.
@@ -165,7 +165,7 @@ def _packing(shard: _Shard, cu_seqlens: Tensor, time: int) -> _Packing:
     here = torch.full((1,), time, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     lengths = shard.by_place(here)[:, 0]
     if not torch.compiler.is_compiling() and cu_seqlens.is_cpu:
-        checks.borders(shard.op, cu_seqlens, int(lengths.sum()))
+        checks.borders(shard.name, cu_seqlens, int(lengths.sum()))
     before, total = lengths.cumsum(0) - lengths, lengths.sum()
     starts = total - before - lengths if shard.reverse else before
     ends = starts + lengths
@@ -405,10 +405,12 @@ def _run(
         h, last = run(op, inputs, h0, cu_seqlens, resets, reverse, activation)
         return (h, last) if return_state else h
     check_plain(op.name, *inputs, h0)
-    inputs, h0, flags = checks.scan(
-        op, inputs, h0, cu_seqlens, resets, activation, whole=False
+    inputs, h0, resets, flags, leading = checks.scan(
+        op, inputs, h0, cu_seqlens, resets, reverse, activation, whole=False
     )
     x = inputs[0]
+    if x.is_complex():
+        raise errors.dtype(op.name, op.inputs[0], "a real dtype over ranks", x.dtype)
     if h0 is None:
         states = sequences_of(x, cu_seqlens), x.shape[2] // op.parts
         h0 = x.new_full(states, op.start, dtype=accumulation_dtype(x.dtype))
@@ -424,6 +426,8 @@ def _run(
         h, last = cast(Any, _Sharded).apply(shard, cu_seqlens, resets, h0, *inputs)
     else:
         h, last, _ = _forward(shard, cu_seqlens, resets, h0, *inputs)
+    if leading is not None:
+        h, last = in_leading(h, last, leading, cu_seqlens)
     return (h, last) if return_state else h
 
 
@@ -594,7 +598,9 @@ def min_gru_joint(
 ) -> Tensor | WithState:
     """:func:`msrnn_ops.min_gru_joint` over ranks, as :func:`linear_scan` here."""
     inputs = (projection,)
-    return _run(MIN_GRU_JOINT, inputs, h0, cu_seqlens, resets, reverse, return_state, group, activation)
+    return _run(
+        MIN_GRU_JOINT, inputs, h0, cu_seqlens, resets, reverse, return_state, group, activation
+    )
 
 
 # fmt: off
@@ -650,7 +656,9 @@ def min_lstm_joint(
 ) -> Tensor | WithState:
     """:func:`msrnn_ops.min_lstm_joint` over ranks, as :func:`linear_scan` here."""
     inputs = (projection,)
-    return _run(MIN_LSTM_JOINT, inputs, h0, cu_seqlens, resets, reverse, return_state, group, activation)
+    return _run(
+        MIN_LSTM_JOINT, inputs, h0, cu_seqlens, resets, reverse, return_state, group, activation
+    )
 
 
 _OPS = {op.name: op for op in RECURRENCES}

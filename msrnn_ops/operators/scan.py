@@ -51,7 +51,9 @@ class Recurrence:
         n = len(self.inputs)
         h0, cu_seqlens, resets, reverse, *flags = args[n:]
         inputs = args[:n] if self.parts == 1 else args[0].chunk(self.parts, -1)
-        step = partial(self.step, activation="identity" if flags[0] else "g") if flags else self.step
+        step = (
+            partial(self.step, activation="identity" if flags[0] else "g") if flags else self.step
+        )
         return reference.scan(
             step, inputs, h0, start=self.start, reverse=reverse, cu_seqlens=cu_seqlens,
             resets=resets,
@@ -114,7 +116,7 @@ def sequences_of(x: Tensor, cu_seqlens: Tensor | None) -> int:
     return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-class _Borders:
+class Borders:
     """Which steps states enter and leave, in the direction of the scan, by cu_seqlens and resets.
 
     Masks are (B, T, 1), made of PyTorch's operations on any device, which nobody waits for.
@@ -153,7 +155,8 @@ class _Borders:
         self.afresh, self.cut = (before | unused)[..., None], behind[..., None]
         self.covered = covered[..., None]
         self.inner = None if resets is None else resets & ~(last if reverse else first)
-        self.entry = ((end - 1) if reverse else start).clamp(0, max(time - 1, 0))
+        start, end = (x.clamp(0, max(time - 1, 0)) for x in (start, end - 1))
+        self.entry, self.exit = (end, start) if reverse else (start, end)
 
 
 def _shift(x: Tensor, edge: Tensor, reverse: bool) -> Tensor:
@@ -163,29 +166,28 @@ def _shift(x: Tensor, edge: Tensor, reverse: bool) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """The arguments of a call that are not differentiated, and its derivatives in plain PyTorch."""
 
-    operator: Operator
+    operator: Any  # an Operator, or ComplexLinear
     cu_seqlens: Tensor | None
     resets: Tensor | None
     reverse: bool
     flags: tuple[bool, ...]
 
-    def borders(self, h: Tensor) -> _Borders | None:
+    def borders(self, h: Tensor) -> Borders | None:
         if self.cu_seqlens is None and self.resets is None:
             return None
-        return _Borders(h, self.cu_seqlens, self.resets, self.reverse)
+        return Borders(h, self.cu_seqlens, self.resets, self.reverse)
 
     def linear_scan(
         self, a: Tensor, b: Tensor, h0: Tensor | None, resets: Tensor | None, reverse: bool
     ) -> tuple[Tensor, Tensor]:
         """By the kernels of the same namespace; it can be differentiated again."""
-        operator = OPERATORS[self.operator.namespace, LINEAR.name]
-        return operator(a, b, h0, self.cu_seqlens, resets, reverse)
+        return self.operator.linear(a, b, h0, self.cu_seqlens, resets, reverse)
 
     def factors(
-        self, inputs: Sequence[Tensor], h: Tensor, h0: Tensor | None, borders: _Borders | None
+        self, inputs: Sequence[Tensor], h: Tensor, h0: Tensor | None, borders: Borders | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """a and the factors of every step (see the head of this file)."""
         recurrence, h = self.operator.recurrence, _wide(h)
@@ -197,9 +199,7 @@ class _Call:
             before = _shift(h, nothing if h0 is None else h0, self.reverse)
         else:  # what lies outside may be NaN, and 0 times NaN is no 0
             inputs = [torch.where(borders.covered, x, 0.0) for x in inputs]
-            before = torch.where(
-                borders.afresh, recurrence.start, _shift(h, nothing, self.reverse)
-            )
+            before = torch.where(borders.afresh, recurrence.start, _shift(h, nothing, self.reverse))
             entering = recurrence.start if h0 is None else h0[borders.sequence]
             if h0 is None or h0.shape[0]:
                 before = torch.where(borders.enters, entering, before)
@@ -216,6 +216,7 @@ class _Call:
         """What the backward kernel computes, from operations that are differentiable again."""
         borders = self.borders(h)
         a, factors = self.factors(inputs, h, h0, borders)
+        a, factors = a.conj(), tuple(factor.conj() for factor in factors)  # of complex numbers
         grad = torch.zeros_like(a) if grad_h is None else _wide(grad_h)
         if grad_last is None:
             grad_last = a.new_zeros(sequences_of(h, self.cu_seqlens), h.shape[2])
@@ -289,7 +290,7 @@ class ScanFunction(torch.autograd.Function):
             return (None,) * (operator.inputs + 2) + no_gradient
         *inputs, h, h0, cu_seqlens, resets = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            call = _Call(operator, cu_seqlens, resets, reverse, flags)
+            call = Call(operator, cu_seqlens, resets, reverse, flags)
             *grads, grad_h0 = call.backward(grad_h, grad_last, inputs, h, h0)
         else:
             *grads, grad_h0 = operator.backward(
@@ -302,7 +303,7 @@ class ScanFunction(torch.autograd.Function):
         *inputs, h, h0, cu_seqlens, resets = ctx.saved_tensors
         operator, reverse, flags = ctx.call
         n = operator.inputs
-        call = _Call(operator, cu_seqlens, resets, reverse, flags)
+        call = Call(operator, cu_seqlens, resets, reverse, flags)
         return call.tangent(tangents[:n], tangents[n], inputs, h, h0)
 
     @staticmethod
@@ -333,6 +334,7 @@ class Operator:
         self.recurrence, self.namespace = recurrence, namespace
         self.inputs = len(recurrence.inputs)
         self.saved = self.inputs if recurrence.saved is None else recurrence.saved
+        self.linear: Any = self if recurrence is LINEAR else OPERATORS[namespace, LINEAR.name]
         self.forward = getattr(getattr(torch.ops, namespace), name).default
         self.backward = getattr(getattr(torch.ops, namespace), f"{name}_backward").default
         # A class of its own, whose name stands in graphs and in the messages of autograd.
@@ -397,8 +399,7 @@ RECURRENCES = (LINEAR, DECAY, LOG, MIN_GRU, MIN_GRU_JOINT, MIN_LSTM, MIN_LSTM_JO
 backend.implement_by_triton(
     "scan", [name for op in RECURRENCES for name in (op.name, f"{op.name}_backward")]
 )
-OPERATORS = {
-    (namespace, recurrence.name): Operator(recurrence, namespace)
-    for namespace in backend.LIBRARIES
-    for recurrence in RECURRENCES
-}
+OPERATORS: dict[tuple[str, str], Operator] = {}
+for _namespace in backend.LIBRARIES:
+    for _recurrence in RECURRENCES:  # the linear scan first, which the others' derivatives use
+        OPERATORS[_namespace, _recurrence.name] = Operator(_recurrence, _namespace)
