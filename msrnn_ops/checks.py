@@ -54,7 +54,7 @@ def scan(
     caller and the name of its state are those of the op, or of the function that it is called by.
     """
     caller, state = caller or op.name, state or ("log_h0" if op is LOG else "h0")
-    autocast = isinstance(inputs[0], Tensor) and _autocast_enabled(inputs[0].device.type)
+    autocast = isinstance(inputs[0], Tensor) and autocast_enabled(inputs[0].device.type)
     if autocast:
         inputs = _promote(inputs)
     leading = None
@@ -94,7 +94,8 @@ def scan_step(
     if h.shape != shape:
         raise errors.shape(caller, "h", f"{tuple(shape)}, that of the inputs", h)
     if len(shape) != 2:
-        inputs, h = tuple(x.reshape(-1, shape[-1]) for x in inputs), h.reshape(-1, shape[-1])
+        rows = (math.prod(shape[:-1]), shape[-1])
+        inputs, h = tuple(x.reshape(rows) for x in inputs), h.reshape(rows)
     return tuple(x.unsqueeze(1) for x in inputs), h
 
 
@@ -112,7 +113,7 @@ def borders(caller: str, cu_seqlens: Tensor, time: int) -> None:
             raise errors.value(caller, "cu_seqlens not to decrease", got)
 
 
-def _autocast_enabled(device: str) -> bool:
+def autocast_enabled(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
@@ -132,6 +133,11 @@ def _check_inputs(caller: str, op: Recurrence, inputs: tuple[Tensor, ...]) -> bo
         if not isinstance(x, Tensor):
             raise errors.kind(caller, argument, "a tensor", x)
     first, name = inputs[0], op.inputs[0]
+    if first.is_nested:
+        expected = (
+            f"{name} as plain values, {name}.values()[None], with cu_seqlens={name}.offsets()"
+        )
+        raise errors.value(caller, expected, "a nested tensor")
     shape, dtype, device = first.shape, first.dtype, first.device
     regular = len(shape) == 3
     if dtype not in DTYPES and (op is not LINEAR or dtype not in _COMPLEX):
@@ -182,17 +188,17 @@ def _laid_out(
     inputs = _broadcast(caller, op, inputs)
     *leading, time, channels = inputs[0].shape
     if isinstance(h0, Tensor) and cu_seqlens is None:
-        expected = (*leading, channels // op.parts)
-        if h0.shape != expected:
-            raise errors.shape(caller, state, expected, h0, _one_for_all(state, h0, leading))
-        h0 = h0.reshape(-1, expected[-1])
+        states = (*leading, channels // op.parts)
+        if h0.shape != states:
+            raise errors.shape(caller, state, states, h0, _one_for_all(state, h0, leading))
+        h0 = h0.reshape((math.prod(leading), states[-1]))
     if isinstance(resets, Tensor):
         if resets.shape != (*leading, time):
             raise errors.shape(caller, "resets", (*leading, time), resets)
-        resets = resets.reshape(-1, time) if leading else resets.unsqueeze(0)
+        resets = resets.flatten(0, -2) if leading else resets.unsqueeze(0)
     if leading:
         rows = math.prod(leading)
-        inputs = tuple(x.reshape(rows, time, channels) for x in inputs)
+        inputs = tuple(x.reshape((rows, time, channels)) for x in inputs)
     else:
         inputs = tuple(x.unsqueeze(0) for x in inputs)
     return inputs, h0, resets, torch.Size(leading)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
+from typing_extensions import Unpack
 
-from msrnn_ops import errors
+from msrnn_ops import convolution, errors
+from msrnn_ops.checks import autocast_enabled
+from msrnn_ops.operators.scan import sequences_of
 from msrnn_ops.scan import min_gru_joint, min_gru_step, min_lstm_joint, min_lstm_step
 
 __all__ = ["BlockState", "MinGRU", "MinLSTM", "MinRNNBlock", "load_mingru_pytorch"]
@@ -21,7 +24,15 @@ __all__ = ["BlockState", "MinGRU", "MinLSTM", "MinRNNBlock", "load_mingru_pytorc
 _Pair: TypeAlias = tuple[Tensor, Tensor]
 
 
-def _packing(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+class Steps(TypedDict, total=False):
+    """Which steps are real, and which borders no state crosses; for the overloads."""
+
+    cu_seqlens: Tensor | None
+    resets: Tensor | None
+    valid: Tensor | None
+
+
+def packing(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """For the batch sizes of a PackedSequence, whose rows lie time by time: cu_seqlens, the rows
     sequence by sequence, and the way back."""
     sizes = np.array(batch_sizes.tolist())
@@ -45,16 +56,87 @@ class WholeTime:
         """The op that scans the time axis, for the joint op of a layer."""
         return op
 
-    def inputs(self, first: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """For a causal convolution: y (B, T, D) after the K - 1 steps before it; the last K - 1.
+    def convolve(
+        self,
+        conv: nn.Conv1d,
+        first: Tensor,
+        y: Tensor,
+        cu_seqlens: Tensor | None,
+        resets: Tensor | None,
+        valid: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """A causal convolution of K steps over y (B, T, D), and the last K - 1 inputs.
 
-        ``first`` (B, K - 1, D) comes before the whole sequence.
+        ``first`` (B or N, K - 1, D) comes before the whole of each sequence.
         """
+        before = conv.kernel_size[0] - 1
+        if cu_seqlens is not None:
+            return convolution.packed(conv, F.pad(y, (0, 0, before, 0)), first, cu_seqlens)
         rows = torch.cat([first, y], 1)
-        return rows, rows[:, y.shape[1] :]
+        real = None if valid is None else F.pad(valid, (before, 0), value=True)
+        last, _ = convolution.last_rows(rows, before, real, resets)
+        return convolution.causal(conv, rows, valid, resets), last
 
 
-def _check_whole(module: _Layers | MinRNNBlock) -> None:
+def real_steps(x: Tensor, cu_seqlens: Tensor | None, valid: Tensor | None) -> Tensor | None:
+    """Which steps of x (B, T, F) are no padding, (B, T, 1); None where all are known to be real."""
+    if cu_seqlens is None:
+        return None if valid is None else valid.unsqueeze(-1)
+    visible = cu_seqlens.is_cpu and type(cu_seqlens) is Tensor and not torch.compiler.is_compiling()
+    if visible and cu_seqlens[0] == 0 and cu_seqlens[-1] == x.shape[1]:
+        return None
+    step = torch.arange(x.shape[1], device=x.device)
+    return ((cu_seqlens[0] <= step) & (step < cu_seqlens[-1]))[None, :, None]
+
+
+def check_steps(caller: str, x: Tensor, given: Mapping[str, Tensor | None], layout: str) -> None:
+    """resets and valid: bool, in the layout of the input; valid not with cu_seqlens."""
+    ends = given["cu_seqlens"]
+    if ends is not None and not (isinstance(ends, Tensor) and ends.dim() == 1 and len(ends)):
+        got = tuple(ends.shape) if isinstance(ends, Tensor) else type(ends).__name__
+        raise errors.value(caller, "cu_seqlens of shape (N + 1,)", got)
+    for argument in ("resets", "valid"):
+        mask = given[argument]
+        if mask is None:
+            continue
+        if not isinstance(mask, Tensor):
+            raise errors.kind(caller, argument, "a tensor", mask)
+        if mask.dtype != torch.bool:
+            raise errors.dtype(caller, argument, "torch.bool", mask.dtype)
+        if mask.shape != x.shape[:-1]:
+            raise errors.shape(caller, argument, f"{layout} = {tuple(x.shape[:-1])}", mask)
+        if mask.device != x.device:
+            raise errors.device(caller, argument, "input", x.device, mask.device)
+    if ends is not None and given["valid"] is not None:
+        raise ValueError(
+            f"{caller}: expected valid or cu_seqlens, got both; steps that cu_seqlens do not cover "
+            "are padding"
+        )
+
+
+def check_alone(
+    caller: str, kind: str, time_axis: WholeTime, given: Mapping[str, Tensor | None]
+) -> None:
+    """An input that knows its sequences comes without other borders, and in one process."""
+    if not time_axis.whole:
+        raise TypeError(f"{caller}: expected a tensor, as its time is sharded, got {kind}")
+    for argument, x in given.items():
+        if x is not None:
+            raise ValueError(f"{caller}: expected no {argument} with {kind}, got one")
+
+
+def jagged(caller: str, x: Any) -> tuple[Tensor, Tensor]:
+    """The values (rows, F) of a nested tensor and its borders."""
+    whole = x.layout == torch.jagged and x.dim() == 3 and x.shape[2] == x.values().shape[-1]
+    if not whole or x.lengths() is not None:
+        raise ValueError(
+            f"{caller}: expected a nested tensor (B, *, F) with layout=torch.jagged, contiguous, "
+            f"got one with layout={x.layout}"
+        )
+    return x.values(), x.offsets()
+
+
+def _check_whole(module: MinRNNBase | MinRNNBlock) -> None:
     if not module.time_axis.whole:
         raise ValueError(
             f"{type(module).__name__}: expected time not to be sharded for step, call "
@@ -62,7 +144,7 @@ def _check_whole(module: _Layers | MinRNNBlock) -> None:
         )
 
 
-class _Layers(nn.Module):
+class MinRNNBase(nn.Module):
     """A stack of recurrences, each a linear layer and its scan in one or two directions."""
 
     _parts: int  # pre-activations of one channel in the projection; the first holds the gate
@@ -86,12 +168,17 @@ class _Layers(nn.Module):
         *,
         activation: str = "g",
         forget_bias: float = 0.0,
+        learnable_h0: bool = False,
     ) -> None:
         super().__init__()
         name = type(self).__name__
         errors.check_int(name, "input_size", input_size, 1)
         errors.check_int(name, "hidden_size", hidden_size, 1)
         errors.check_int(name, "num_layers", num_layers, 1)
+        switches = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional}
+        for argument, switch in {**switches, "learnable_h0": learnable_h0}.items():
+            if not isinstance(switch, bool):
+                raise errors.kind(name, argument, "a bool", switch)
         if isinstance(dropout, bool) or not isinstance(dropout, int | float):
             raise TypeError(f"{name}: expected dropout to be a number, got {dropout!r}")
         if not 0 <= dropout <= 1:
@@ -107,9 +194,10 @@ class _Layers(nn.Module):
                 f"{name}: dropout={dropout} acts between layers and num_layers=1", stacklevel=2
             )
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self.bias, self.batch_first, self.bidirectional = bias, batch_first, bool(bidirectional)
+        self.bias, self.batch_first, self.bidirectional = bias, batch_first, bidirectional
         self.dropout, self.proj_size = float(dropout), proj_size
         self.activation, self.forget_bias = activation, forget_bias
+        self.learnable_h0 = learnable_h0
         for i, suffix in enumerate(self._suffixes()):
             directions = 1 + self.bidirectional
             features = input_size if i < directions else directions * hidden_size
@@ -118,6 +206,9 @@ class _Layers(nn.Module):
             if bias:
                 offset = nn.Parameter(torch.empty_like(weight[:, 0]))
                 self.register_parameter(f"bias_ih_{suffix}", offset)
+            if learnable_h0:
+                start = nn.Parameter(weight.new_empty(hidden_size))
+                self.register_parameter(f"h0_{suffix}", start)
         self.reset_parameters()
 
     def _suffixes(self) -> list[str]:
@@ -126,7 +217,7 @@ class _Layers(nn.Module):
         return [f"l{i}{direction}" for i in range(self.num_layers) for direction in directions]
 
     def reset_parameters(self) -> None:
-        """As nn.Linear, and ``forget_bias`` on top of the bias of what keeps the state."""
+        """As nn.Linear, ``forget_bias`` on top of the bias of what keeps the state, states of 0."""
         for suffix in self._suffixes():
             weight, bias = self._parameters_of(suffix)
             bound = 1 / math.sqrt(weight.shape[1])
@@ -135,9 +226,24 @@ class _Layers(nn.Module):
                 nn.init.uniform_(bias, -bound, bound)
                 with torch.no_grad():
                     bias[: self.hidden_size] += self._keeps * self.forget_bias
+            if self.learnable_h0:
+                nn.init.zeros_(getattr(self, f"h0_{suffix}"))
 
     def flatten_parameters(self) -> None:
         """Nothing to do: there for scripts that call it on an nn.GRU."""
+
+    @property
+    def mode(self) -> str:
+        """The name of the recurrence, as torch.nn.GRU has one."""
+        return type(self).__name__
+
+    @property
+    def all_weights(self) -> list[list[nn.Parameter]]:
+        """Of each layer and direction: weight and bias."""
+        kinds = ["weight_ih", *(["bias_ih"] if self.bias else [])]
+        return [
+            [getattr(self, f"{kind}_{suffix}") for kind in kinds] for suffix in self._suffixes()
+        ]
 
     def _parameters_of(self, suffix: str) -> tuple[Tensor, Tensor | None]:
         bias = getattr(self, f"bias_ih_{suffix}") if self.bias else None
@@ -151,100 +257,212 @@ class _Layers(nn.Module):
             "dropout": 0.0,
         }
         defaults |= {"bidirectional": False, "activation": "g", "forget_bias": 0.0}
+        defaults |= {"learnable_h0": False}
         changed = [
             f"{k}={getattr(self, k)!r}" for k, v in defaults.items() if getattr(self, k) != v
         ]
         return ", ".join([f"{self.input_size}, {self.hidden_size}", *changed])
 
-    def _check(self, x: Tensor, shape: str, *dims: int) -> None:
-        name = type(self).__name__
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-        if x.dim() not in dims or x.shape[-1] != self.input_size:
-            raise errors.shape(name, "input", f"{shape} with {self.input_size} features", x)
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None = None) -> None:
+        """Raises what ``forward`` does for an input of the wrong shape, dtype or device."""
+        shape = "(B, T, F) or (T, F)" if self.batch_first else "(T, B, F) or (T, F)"
+        dims = (2, 3) if batch_sizes is None else (2,)
+        self._check(input, shape if batch_sizes is None else "(rows, F)", *dims)
 
-    def _check_state(self, h: Tensor, *batch: int) -> None:
+    def get_expected_hidden_size(
+        self, input: Tensor, batch_sizes: Tensor | None = None
+    ) -> tuple[int, int, int]:
+        """The shape of ``hx`` for an input with a batch: (layers x directions, B, H)."""
+        if batch_sizes is not None:
+            batch = int(batch_sizes[0])
+        else:
+            batch = input.shape[0 if self.batch_first else 1]
+        return self.num_layers * (1 + self.bidirectional), batch, self.hidden_size
+
+    def check_hidden_size(
+        self, hx: Tensor, expected_hidden_size: tuple[int, ...], msg: str = ""
+    ) -> None:
+        """Raises for a state of another shape; ``msg`` is there for its place."""
+        if hx.shape != expected_hidden_size:
+            raise self._wrong_size(errors.shape(self.mode, "hx", expected_hidden_size, hx))
+
+    def check_forward_args(
+        self, input: Tensor, hidden: Any, batch_sizes: Tensor | None = None
+    ) -> None:
+        """Raises what ``forward`` does for a wrong input or state."""
+        self.check_input(input, batch_sizes)
+        expected = self.get_expected_hidden_size(input, batch_sizes)
+        for hx in hidden if isinstance(hidden, tuple) else (hidden,):
+            self.check_hidden_size(hx, expected)
+
+    def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
+        """States in another order of the batch."""
+        if permutation is None:
+            return hx
+        if isinstance(hx, tuple):
+            return tuple(x.index_select(1, permutation) for x in hx)
+        return hx.index_select(1, permutation)
+
+    @staticmethod
+    def _wrong_size(error: ValueError) -> RuntimeError:
+        """torch.nn.GRU raises RuntimeError where sizes do not match, which some callers catch."""
+        return RuntimeError(*error.args)
+
+    def _check(self, x: Tensor, shape: str, *dims: int) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{self.mode}: expected a tensor, got {type(x).__name__}")
+        weight, _ = self._parameters_of("l0")
+        if x.dim() not in dims:
+            expected = f"{shape} with {self.input_size} features"
+            raise errors.shape(self.mode, "input", expected, x)
+        if x.shape[-1] != self.input_size:
+            expected = f"{shape} with {self.input_size} features"
+            raise self._wrong_size(errors.shape(self.mode, "input", expected, x))
+        if x.dtype != weight.dtype and not autocast_enabled(x.device.type):
+            expected = f"input in {weight.dtype}, the dtype of its weights"
+            raise errors.value(self.mode, expected, x.dtype)
+        if x.device != weight.device:
+            raise errors.device(self.mode, "input", "its weights", weight.device, x.device)
+
+    def _check_state(self, x: Tensor, h: Tensor, *batch: int) -> None:
         if not isinstance(h, Tensor):
-            raise errors.kind(type(self).__name__, "hx", "a tensor", h)
+            raise errors.kind(self.mode, "hx", "a tensor", h)
         expected = (self.num_layers * (1 + self.bidirectional), *batch, self.hidden_size)
-        if h.shape != expected:
-            raise errors.shape(type(self).__name__, "hx", expected, h)
+        self.check_hidden_size(h, expected)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if h.dtype not in (x.dtype, wide) and not autocast_enabled(x.device.type):
+            either = f"{wide}" if wide == x.dtype else f"{x.dtype} or {wide}"
+            raise errors.dtype(self.mode, "hx", either, h.dtype)
+        if h.device != x.device:
+            raise errors.device(self.mode, "hx", "input", x.device, h.device)
+
+    def _start(self, batch: int) -> Tensor | None:
+        """The learnt initial states, (layers x directions, B, H)."""
+        if not self.learnable_h0:
+            return None
+        start = torch.stack([getattr(self, f"h0_{suffix}") for suffix in self._suffixes()])
+        return start.unsqueeze(1).expand(-1, batch, -1)
 
     def _run(
-        self, x: Tensor, h0: Tensor | None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        h0: Tensor | None,
+        cu_seqlens: Tensor | None = None,
+        resets: Tensor | None = None,
+        valid: Tensor | None = None,
+        real: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """All layers over x (B, T, features): their output and last states."""
+        """All layers over x (B, T, features), of which some steps are ``real``: their output and
+        last states."""
         joint = self.time_axis.joint(self._joint)
         suffixes, last = self._suffixes(), []
         directions = 1 + self.bidirectional
+        dtype = x.dtype if h0 is None else h0.dtype
+        if h0 is None:
+            h0 = self._start(sequences_of(x, cu_seqlens))
+        if real is not None:  # whatever lies there, times a gradient of 0, must be 0
+            x = torch.where(real, x, 0.0)
         for i in range(self.num_layers):
             if i:
                 x = F.dropout(x, self.dropout, self.training)
             outputs = []
             for k in range(directions * i, directions * (i + 1)):
+                projection = F.linear(x, *self._parameters_of(suffixes[k]))
+                if valid is not None and real is not None:
+                    projection = torch.where(real, projection, self._idle(projection))
                 h, state = joint(
-                    F.linear(x, *self._parameters_of(suffixes[k])),
+                    projection,
                     None if h0 is None else h0[k],
                     activation=self.activation,
                     reverse=k % directions == 1,
                     cu_seqlens=cu_seqlens,
+                    resets=resets,
                     return_state=True,
                 )
                 outputs.append(h)
                 last.append(state)
             x = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
-        return x, torch.stack(last).to(x.dtype if h0 is None else h0.dtype)
+        if real is not None:
+            x = torch.where(real, x, 0.0)
+        return x, torch.stack(last).to(dtype)
+
+    def _idle(self, projection: Tensor) -> Tensor:
+        """The pre-activations of a step that leaves the state as it is: sigma(-1e4) is 0."""
+        gates = (-1e4, 0.0) if self._parts == 2 else (1e4, -1e4, 0.0)
+        return projection.new_tensor(gates).repeat_interleave(self.hidden_size)
 
     def _forward(
-        self, x: Tensor | PackedSequence, h0: Tensor | None
+        self,
+        x: Tensor | PackedSequence,
+        h0: Tensor | None,
+        cu_seqlens: Tensor | None,
+        resets: Tensor | None,
+        valid: Tensor | None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
-        if isinstance(x, PackedSequence):
-            if not self.time_axis.whole:
-                raise TypeError(
-                    f"{type(self).__name__}: expected a tensor, as its time is sharded, got a "
-                    "PackedSequence"
-                )
+        given = {"cu_seqlens": cu_seqlens, "resets": resets, "valid": valid}
+        if isinstance(x, PackedSequence) or (isinstance(x, Tensor) and x.is_nested):
+            kind = "a nested tensor" if isinstance(x, Tensor) else "a PackedSequence"
+            check_alone(self.mode, kind, self.time_axis, given)
+            if isinstance(x, Tensor):
+                return self._forward_nested(x, h0)
             return self._forward_packed(x, h0)
-        time_major = not self.batch_first
-        self._check(x, "(T, B, F) or (T, F)" if time_major else "(B, T, F) or (T, F)", 2, 3)
-        if x.dim() == 2:
-            if h0 is not None:
-                self._check_state(h0)
-                h0 = h0.unsqueeze(1)
-            output, last = self._run(x.unsqueeze(0), h0)
-            return output.squeeze(0), last.squeeze(1)
+        self.check_input(x)
+        layout = "(B, T)" if self.batch_first else "(T, B)"
+        check_steps(self.mode, x, given, layout if x.dim() == 3 else "(T,)")
+        batched, time_major = x.dim() == 3, x.dim() == 3 and not self.batch_first
+        if not batched:
+            x = x.unsqueeze(0)
+            resets, valid = (None if m is None else m.unsqueeze(0) for m in (resets, valid))
         if time_major:  # one copy here and one there: the linear layers would make more
             x = x.transpose(0, 1).contiguous()
+            resets, valid = (None if m is None else m.t() for m in (resets, valid))
+        one = not batched and cu_seqlens is None  # a sequence whose state has no batch
         if h0 is not None:
-            self._check_state(h0, x.shape[0])
-        output, last = self._run(x, h0)
+            self._check_state(x, h0, *(() if one else (sequences_of(x, cu_seqlens),)))
+            h0 = h0.unsqueeze(1) if one else h0
+        real = real_steps(x, cu_seqlens, valid)
+        output, last = self._run(x, h0, cu_seqlens, resets, valid, real)
+        if not batched:
+            return output.squeeze(0), last.squeeze(1) if one else last
         return output.transpose(0, 1).contiguous() if time_major else output, last
 
     def _forward_packed(
         self, packed: PackedSequence, h0: Tensor | None
     ) -> tuple[PackedSequence, Tensor]:
         data, sizes, order, original = packed
-        self._check(data, "(rows, F)", 2)
+        self.check_input(data, sizes)
         if h0 is not None:
-            self._check_state(h0, int(sizes[0]))
+            self._check_state(data, h0, int(sizes[0]))
             h0 = h0 if order is None else h0.index_select(1, order)
-        cu_seqlens, rows, back = _packing(sizes, data.device)
+        cu_seqlens, rows, back = packing(sizes, data.device)
         output, last = self._run(data.index_select(0, rows).unsqueeze(0), h0, cu_seqlens)
         output = output.squeeze(0).index_select(0, back)
         last = last if original is None else last.index_select(1, original)
         return PackedSequence(output, sizes, order, original), last
+
+    def _forward_nested(self, x: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A jagged (B, *, F), whose values lie sequence by sequence: nothing is copied."""
+        values, offsets = jagged(self.mode, x)
+        self._check(values, "(B, *, F), jagged,", 2)
+        if h0 is not None:
+            self._check_state(values, h0, x.shape[0])
+        output, last = self._run(values.unsqueeze(0), h0, offsets)
+        return torch.nested.nested_tensor_from_jagged(output.squeeze(0), offsets), last
 
     def _step(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.bidirectional:
             raise ValueError(f"{type(self).__name__}: expected one direction for step, got two")
         _check_whole(self)
         self._check(x, "(B, F) or (F,)", 1, 2)
-        if h is not None:
-            self._check_state(h, *x.shape[:-1])
-        else:
-            h = x.new_zeros(self.num_layers, *x.shape[:-1], self.hidden_size)
         batched, after = x.dim() == 2, []
-        x, h = (x, h) if batched else (x.unsqueeze(0), h.unsqueeze(1))
+        if h is not None:
+            self._check_state(x, h, *x.shape[:-1])
+            h = h if batched else h.unsqueeze(1)
+        x = x if batched else x.unsqueeze(0)
+        if h is None:
+            h = self._start(x.shape[0])
+        if h is None:
+            h = x.new_zeros(self.num_layers, x.shape[0], self.hidden_size)
         for i, suffix in enumerate(self._suffixes()):
             if i:
                 x = F.dropout(x, self.dropout, self.training)
@@ -256,7 +474,7 @@ class _Layers(nn.Module):
         return (x, last) if batched else (x.squeeze(0), last.squeeze(1))
 
 
-class MinGRU(_Layers):
+class MinGRU(MinRNNBase):
     r"""minGRU layers with the constructor and the ``forward`` of :class:`torch.nn.GRU`.
 
     .. math:: h_t = (1 - z_t) h_{t-1} + z_t \phi(c_t), \quad
@@ -277,12 +495,15 @@ class MinGRU(_Layers):
         activation: ``"g"``, the paper's log-space form, phi(x) = x + 1/2 for x >= 0 and sigma(x)
             otherwise; or ``"identity"``, its vanilla form.
         forget_bias: how much smaller b_z starts, so that states are kept longer.
+        learnable_h0: whether initial states are parameters, which start at 0.
 
-    Parameters: ``weight_ih_l{k}`` (2 H, features), ``bias_ih_l{k}`` (2 H,), W_z and b_z first;
-    ``..._reverse`` of the second direction. They start as those of nn.Linear.
+    Parameters: ``weight_ih_l{k}`` (2 H, features), ``bias_ih_l{k}`` (2 H,), W_z and b_z first, and
+    with ``learnable_h0`` ``h0_l{k}`` (H,); ``..._reverse`` of the second direction. They start as
+    those of nn.Linear.
 
     Raises:
-        TypeError, ValueError: an argument out of range; in ``forward`` and ``step`` a wrong shape.
+        TypeError, ValueError, RuntimeError: as :class:`torch.nn.GRU`: RuntimeError for an input or
+            a state of the wrong size.
 
     Source: Feng et al. 2024, "Were RNNs All We Needed?", section 3.1 and its appendix.
 
@@ -297,28 +518,42 @@ class MinGRU(_Layers):
     _joint, _one_step = staticmethod(min_gru_joint), staticmethod(min_gru_step)
 
     @overload
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, **steps: Unpack[Steps]
+    ) -> tuple[Tensor, Tensor]: ...
     @overload
     def forward(
         self, input: PackedSequence, hx: Tensor | None = None
     ) -> tuple[PackedSequence, Tensor]: ...
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        resets: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Runs over a sequence.
 
         Args:
             input: (T, B, F), with ``batch_first`` (B, T, F), without a batch (T, F); or a
-                PackedSequence.
+                PackedSequence, or a nested tensor (B, *, F) with layout torch.jagged.
             hx: initial states, (layers x directions, B, H), without a batch (layers x directions,
-                H); in linear space. None: 0.
+                H); in linear space. None: 0, or what was learnt with ``learnable_h0``.
+            cu_seqlens: (N+1,), the borders of sequences packed along time (B = 1), as in
+                :func:`msrnn_ops.linear_scan`; states are (layers x directions, N, H).
+            resets: bool, (T, B), with ``batch_first`` (B, T), without a batch (T,): where it is
+                set, no state crosses the border before that step, and the step starts from 0.
+            valid: bool, likewise: which steps are real. The state passes by the others as if they
+                were not there, and their outputs and gradients are 0.
 
         Returns:
             The last layer's states, (T, B, directions x H), in the layout of the input; and h_n,
             every layer's last state, in the shape and dtype of ``hx``. In 16 bit a float32 ``hx``
             carries a sequence on without rounding.
         """
-        return self._forward(input, hx)
+        return self._forward(input, hx, cu_seqlens, resets, valid)
 
     def step(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One token, as ``forward`` of a sequence of one.
@@ -335,7 +570,7 @@ class MinGRU(_Layers):
         return self._step(input, hx)
 
 
-class MinLSTM(_Layers):
+class MinLSTM(MinRNNBase):
     r"""minLSTM layers with the constructor and the ``forward`` of :class:`torch.nn.LSTM`.
 
     .. math:: h_t = \frac{f_t}{f_t + i_t} h_{t-1} + \frac{i_t}{f_t + i_t} \phi(c_t), \quad
@@ -348,8 +583,10 @@ class MinLSTM(_Layers):
         input_size, hidden_size, num_layers, bias, batch_first: as :class:`MinGRU`.
         dropout, bidirectional, proj_size, device, dtype, activation: as :class:`MinGRU`.
         forget_bias: how much larger b_f starts, so that states are kept longer.
+        learnable_h0: as :class:`MinGRU`.
 
-    Parameters: ``weight_ih_l{k}`` (3 H, features), ``bias_ih_l{k}`` (3 H,): W_f, W_i, W_c.
+    Parameters: ``weight_ih_l{k}`` (3 H, features), ``bias_ih_l{k}`` (3 H,): W_f, W_i, W_c; and with
+    ``learnable_h0`` ``h0_l{k}`` (H,).
 
     Raises:
         TypeError, ValueError: as :class:`MinGRU`.
@@ -381,24 +618,32 @@ class MinLSTM(_Layers):
         return hx[0]
 
     @overload
-    def forward(self, input: Tensor, hx: Tensor | _Pair | None = None) -> tuple[Tensor, _Pair]: ...
+    def forward(
+        self, input: Tensor, hx: Tensor | _Pair | None = None, **steps: Unpack[Steps]
+    ) -> tuple[Tensor, _Pair]: ...
     @overload
     def forward(
         self, input: PackedSequence, hx: Tensor | _Pair | None = None
     ) -> tuple[PackedSequence, _Pair]: ...
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | _Pair | None = None
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | _Pair | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        resets: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, _Pair]:
         """Runs over a sequence: as :meth:`MinGRU.forward`, but for the form of the state.
 
         Args:
-            input: as there.
-            hx: (h_0, c_0), of which h_0 is used, or h_0. None: 0.
+            input, cu_seqlens, resets, valid: as there.
+            hx: (h_0, c_0), of which h_0 is used, or h_0. None: 0, or what was learnt.
 
         Returns:
             The output and (h_n, h_n).
         """
-        output, last = self._forward(input, self._state(hx))
+        output, last = self._forward(input, self._state(hx), cu_seqlens, resets, valid)
         return output, (last, last.clone())
 
     def step(self, input: Tensor, hx: Tensor | _Pair | None = None) -> tuple[Tensor, _Pair]:
@@ -412,6 +657,9 @@ class BlockState(NamedTuple):
 
     h: Tensor  # (B, inner width), of the recurrence
     inputs: Tensor  # (B, conv - 1, width), the last ones of the convolution
+
+
+_WithState: TypeAlias = tuple[Tensor, BlockState]
 
 
 class MinRNNBlock(nn.Module):
@@ -485,59 +733,128 @@ class MinRNNBlock(nn.Module):
                 nn.Linear(hidden, width, **made),
             )
 
+    # fmt: off
     @overload
-    def forward(
-        self, x: Tensor, state: BlockState | None = None, return_state: Literal[False] = False
-    ) -> Tensor: ...
+    def forward(self, x: Tensor, state: BlockState | None = ...,
+            return_state: Literal[False] = ..., **steps: Unpack[Steps]) -> Tensor: ...
     @overload
-    def forward(
-        self, x: Tensor, state: BlockState | None = None, *, return_state: Literal[True]
-    ) -> tuple[Tensor, BlockState]: ...
+    def forward(self, x: Tensor, state: BlockState | None = ..., *,
+            return_state: Literal[True], **steps: Unpack[Steps]) -> _WithState: ...
     @overload
-    def forward(
-        self, x: Tensor, state: BlockState | None, return_state: Literal[True]
-    ) -> tuple[Tensor, BlockState]: ...
+    def forward(self, x: Tensor, state: BlockState | None,
+            return_state: Literal[True], **steps: Unpack[Steps]) -> _WithState: ...
     @overload
+    def forward(self, x: Tensor, state: BlockState | None = ...,
+            return_state: bool = ..., **steps: Unpack[Steps]) -> Tensor | _WithState: ...
+    @overload
+    def forward(self, x: PackedSequence, state: BlockState | None = ...,
+            return_state: Literal[False] = ...) -> PackedSequence: ...
+    @overload
+    def forward(self, x: PackedSequence, state: BlockState | None = ..., *,
+            return_state: Literal[True]) -> tuple[PackedSequence, BlockState]: ...
+    # fmt: on
     def forward(
-        self, x: Tensor, state: BlockState | None = None, return_state: bool = False
-    ) -> Tensor | tuple[Tensor, BlockState]: ...
-    def forward(
-        self, x: Tensor, state: BlockState | None = None, return_state: bool = False
-    ) -> Tensor | tuple[Tensor, BlockState]:
+        self,
+        x: Tensor | PackedSequence,
+        state: BlockState | None = None,
+        return_state: bool = False,
+        *,
+        cu_seqlens: Tensor | None = None,
+        resets: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> Any:
         """Runs over a sequence.
 
         Args:
-            x: (B, T, D).
+            x: (B, T, D); or a PackedSequence, or a nested tensor (B, *, D) with layout
+                torch.jagged.
             state: what an earlier call returned; its h is float32 in 16-bit models. None: 0.
-            return_state: also return the state after the last step.
+            return_state: also return the state after the last real step.
+            cu_seqlens: (N+1,), the borders of sequences packed along time (B = 1), as in
+                :func:`msrnn_ops.linear_scan`; the state has N rows.
+            resets: (B, T) bool: where it is set, neither the recurrence nor the convolution sees
+                what lies before that step. Not with cu_seqlens.
+            valid: (B, T) bool: which steps are real. The others are as if they were not there, and
+                their outputs and gradients are 0. Not with cu_seqlens.
         """
+        given = {"cu_seqlens": cu_seqlens, "resets": resets, "valid": valid}
+        name = "MinRNNBlock"
+        if isinstance(x, PackedSequence):
+            check_alone(name, "a PackedSequence", self.time_axis, given)
+            return self._forward_packed(x, state, return_state)
+        if isinstance(x, Tensor) and x.is_nested:
+            check_alone(name, "a nested tensor", self.time_axis, given)
+            values, offsets = jagged(name, x)
+            y, after = self._run(values.unsqueeze(0), state, return_state, offsets)
+            y = torch.nested.nested_tensor_from_jagged(y.squeeze(0), offsets)
+            return (y, after) if return_state else y
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != self.width:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"MinRNNBlock: expected x of shape (B, T, {self.width}), got {got}")
-        steps = 0 if self.conv is None else self.conv.kernel_size[0] - 1
+            raise ValueError(f"{name}: expected x of shape (B, T, {self.width}), got {got}")
+        check_steps(name, x, given, "(B, T)")
+        if cu_seqlens is not None and resets is not None:
+            raise ValueError(f"{name}: expected resets or cu_seqlens, got both")
+        if cu_seqlens is not None and x.shape[0] != 1:
+            raise errors.value(name, "B = 1 with cu_seqlens", f"B = {x.shape[0]}")
+        real = real_steps(x, cu_seqlens, valid)
+        y, after = self._run(x, state, return_state, cu_seqlens, resets, valid, real)
+        return (y, after) if return_state else y
+
+    def _forward_packed(
+        self, packed: PackedSequence, state: BlockState | None, return_state: bool
+    ) -> Any:
+        data, sizes, order, original = packed
+        cu_seqlens, rows, back = packing(sizes, data.device)
+        if state is not None and order is not None:
+            self._check_state(state, int(sizes[0]))
+            state = BlockState(*(part.index_select(0, order) for part in state))
+        y, after = self._run(
+            data.index_select(0, rows).unsqueeze(0), state, return_state, cu_seqlens
+        )
+        packed = PackedSequence(y.squeeze(0).index_select(0, back), sizes, order, original)
+        if after is not None and original is not None:
+            after = BlockState(*(part.index_select(0, original) for part in after))
+        return (packed, after) if return_state else packed
+
+    def _run(
+        self,
+        x: Tensor,
+        state: BlockState | None,
+        return_state: bool,
+        cu_seqlens: Tensor | None = None,
+        resets: Tensor | None = None,
+        valid: Tensor | None = None,
+        real: Tensor | None = None,
+    ) -> tuple[Tensor, BlockState | None]:
+        """The block over x (B, T, D), of which some steps are ``real``; the state if wanted."""
+        rows = sequences_of(x, cu_seqlens)
         if state is not None:
-            self._check_state(state, x.shape[0], steps)
+            self._check_state(state, rows)
+        if real is not None:  # whatever lies there, times a gradient of 0, must be 0
+            x = torch.where(real, x, 0.0)
         y = self.norm(x)
-        inputs = y[:, :0]
+        inputs = y.new_zeros(rows, 0, self.width)
         if self.conv is not None:
-            before = y.new_zeros(x.shape[0], steps, self.width) if state is None else state.inputs
-            y, inputs = self.time_axis.inputs(before, y)
-            # Without steps over one that is dropped: DDP and FSDP wait for gradients on all ranks.
-            y = self.conv(y.mT if x.shape[1] else F.pad(y.mT, (0, 1))).mT[:, : x.shape[1]]
+            before = self.conv.kernel_size[0] - 1
+            first = y.new_zeros(rows, before, self.width) if state is None else state.inputs
+            y, inputs = self.time_axis.convolve(self.conv, first, y, cu_seqlens, resets, valid)
         h0 = None if state is None else state.h.unsqueeze(0)
         if h0 is None and return_state:
             wide = torch.promote_types(y.dtype, torch.float32)
-            h0 = y.new_zeros(1, x.shape[0], self.rnn.hidden_size, dtype=wide)
-        y, last = self.rnn(y, h0)
+            h0 = y.new_zeros(1, rows, self.rnn.hidden_size, dtype=wide)
+        y, last = self.rnn(y, h0, cu_seqlens=cu_seqlens, resets=resets, valid=valid)
         x = x + self.dropout(self.out(y))
         if self.mlp is not None:
             x = x + self.dropout(self.mlp(x))
+        if real is not None:
+            x = torch.where(real, x, 0.0)
         if not return_state:
-            return x
+            return x, None
         last = last[0] if isinstance(last, tuple) else last
         return x, BlockState(last.squeeze(0), inputs.clone())  # not a view of all inputs
 
-    def _check_state(self, state: BlockState, batch: int, steps: int) -> None:
+    def _check_state(self, state: BlockState, batch: int) -> None:
+        steps = 0 if self.conv is None else self.conv.kernel_size[0] - 1
         if not isinstance(state, BlockState):
             raise errors.kind("MinRNNBlock", "state", "a BlockState", state)
         expected = ((batch, self.rnn.hidden_size), (batch, steps, self.width))
@@ -554,8 +871,9 @@ class MinRNNBlock(nn.Module):
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"MinRNNBlock: expected x of shape (B, {self.width}), got {got}")
         _check_whole(self)
-        y, state = self.forward(x.unsqueeze(1), state, return_state=True)
-        return y.squeeze(1), state
+        y, after = self._run(x.unsqueeze(1), state, True)
+        assert after is not None
+        return y.squeeze(1), after
 
 
 _CELLS: dict[str, type[MinGRU] | type[MinLSTM]] = {"gru": MinGRU, "lstm": MinLSTM}

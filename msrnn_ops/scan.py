@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from msrnn_ops import backend, checks, reference
+from msrnn_ops import backend, checks
 from msrnn_ops.dtensor import is_distributed
 from msrnn_ops.operators.complex_scan import COMPLEX_LINEAR
 from msrnn_ops.operators.scan import (
@@ -50,11 +50,12 @@ def run(
     resets: Tensor | None,
     reverse: bool,
     activation: str | None = None,
-    **names: str,
+    caller: str = "",
+    state: str = "",
 ) -> tuple[Tensor, Tensor]:
     """h and the last states: checks the arguments, chooses the backend, and calls the operator."""
     inputs, h0, resets, flags, leading = checks.scan(
-        op, inputs, h0, cu_seqlens, resets, reverse, activation, **names
+        op, inputs, h0, cu_seqlens, resets, reverse, activation, caller=caller, state=state
     )
     args: tuple[Any, ...] = (*inputs, h0, cu_seqlens, resets, reverse, *flags)
     if is_distributed(inputs[0]):

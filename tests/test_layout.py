@@ -37,7 +37,7 @@ FLOORS = [
     {"reference"},
     {"state"},
     {"backend", "dtensor", "exchange"},
-    {"errors", "transforms", "version", "_C"},
+    {"errors", "convolution", "transforms", "version", "_C"},
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 

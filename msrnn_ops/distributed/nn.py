@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from msrnn_ops import errors
+from msrnn_ops import convolution, errors
 from msrnn_ops.distributed import scan
 from msrnn_ops.exchange import Exchange
 from msrnn_ops.nn import MinGRU, MinLSTM, MinRNNBlock, WholeTime
@@ -51,25 +51,54 @@ class TimeShards(WholeTime):
         """The op of the same name over these ranks."""
         return partial(getattr(scan, op.__name__), group=self.group)
 
-    def inputs(self, first: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's y after the K - 1 steps before it, and the last K - 1 steps of all ranks."""
+    def convolve(
+        self,
+        conv: nn.Conv1d,
+        first: Tensor,
+        y: Tensor,
+        cu_seqlens: Tensor | None,
+        resets: Tensor | None,
+        valid: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        exchange = Exchange.among("MinRNNBlock", self.group)
+        if cu_seqlens is None:
+            before, last = self._before(exchange, first, y, resets, valid)
+            return convolution.causal(conv, torch.cat([before, y], 1), valid, resets), last
+        before, _ = self._before(exchange, torch.zeros_like(first[:1]), y, None, None)
+        lengths = exchange.gather(cu_seqlens.new_full((1,), y.shape[1]))
+        ends = cu_seqlens - lengths[: exchange.rank].sum()
+        out, last = convolution.packed(conv, torch.cat([before, y], 1), first, ends)
+        # Of sequences without steps at the very start, too, which no step here ends.
+        here = (ends <= y.shape[1]) & ((ends > 0) if exchange.rank else True)
+        last = torch.where(here[1:, None, None], last, 0.0)
+        return out, cast(Any, _Gather).apply(exchange, last).sum(0)
+
+    def _before(
+        self,
+        exchange: Exchange,
+        first: Tensor,
+        y: Tensor,
+        resets: Tensor | None,
+        valid: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The K - 1 inputs before this rank's y, and the last K - 1 of all ranks."""
         batch, steps, width = first.shape
         if steps == 0:
-            return y, first
-        exchange = Exchange.among("MinRNNBlock", self.group)
-        known = min(steps, y.shape[1])
-        tail = F.pad(y[:, y.shape[1] - known :], (0, 0, steps - known, 0))
-        real = F.pad(y.new_ones(known), (steps - known, 0))  # in any dtype, in the same message
-        found = cast(Any, _Gather).apply(exchange, torch.cat([tail.flatten(), real]))
-        tails, real = found.split([tail.numel(), steps], 1)
-        tails = tails.unflatten(1, (batch, steps, width)).transpose(0, 1).flatten(1, 2)
-        real = torch.cat([real.new_ones(steps), real.detach().flatten()])
-        earlier = torch.arange(len(real), device=y.device) < (1 + exchange.rank) * steps
-        # A stable sort leaves the real ones last, in their order.
-        chosen = torch.stack([real * earlier, real]).argsort(stable=True)[:, -steps:]
+            return first, first
+        real = torch.ones_like(y[..., 0], dtype=torch.bool) if valid is None else valid
+        rows, real = F.pad(y, (0, 0, steps, 0)), F.pad(real, (steps, 0))
+        tail, known = convolution.last_rows(rows, steps, real, resets)
+        # What is real travels with the rest, in its dtype.
+        found = torch.cat([tail.flatten(1), cast(Tensor, known).to(y.dtype)], 1)
+        found = cast(Any, _Gather).apply(exchange, found).transpose(0, 1)
+        tails, reals = found.split([steps * width, steps], 2)
+        tails = tails.reshape(batch, exchange.ranks * steps, width)
         rows = torch.cat([first, tails], 1)
-        before, last = rows.index_select(1, chosen.flatten()).chunk(2, 1)
-        return torch.cat([before, y], 1), last
+        real = torch.cat([torch.ones_like(reals[:, 0]), reals.flatten(1)], 1).detach() > 0
+        earlier = torch.arange(real.shape[1], device=y.device) < (1 + exchange.rank) * steps
+        before, _ = convolution.last_real(rows, real & earlier, steps)
+        last, _ = convolution.last_real(rows, real, steps)
+        return before, last
 
     def __deepcopy__(self, memo: object) -> TimeShards:
         return self  # process groups have no copies

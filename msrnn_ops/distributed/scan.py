@@ -30,6 +30,7 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 from typing_extensions import Unpack
 
 from msrnn_ops import backend, checks, errors
@@ -122,18 +123,20 @@ class _Shard:
         args = (*saved, h, h0, cu_seqlens, resets, self.reverse, *self.flags)
         return backward(grad_h, grad_last, *args)
 
-    def cut(self, resets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Whether a reset keeps what enters here from leaving, and what leaves; (B, 1) bools.
+    def cuts(self, resets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Whether resets keep what enters here from leaving, and what leaves; (B, 1) bools.
 
-        A reset cuts the border before its step: where the scan is reversed, that of a shard's first
-        step lies behind the shard.
+        A reset cuts the border before its step. Where the scan is reversed, that of the first step
+        here lies behind it, on the way to whichever rank has the step before.
         """
         if resets is None:
             return None, None
-        behind = self.reverse and self.exchange.rank > 0 and resets.shape[1] > 0
-        before_last = self.reverse and not behind
-        inside = resets[:, 1:] if before_last else resets
-        return inside.any(1, keepdim=True), resets[:, :1] if behind else None
+        if not self.reverse:
+            return resets.any(1, keepdim=True), None
+        first = F.pad(resets, (0, 1))[:, 0]
+        steps = self.by_place(first.long() + min(resets.shape[1], 1))
+        out = (first & (steps[self.place + 1 :] > 0).any(0)).unsqueeze(1)
+        return resets[:, 1:].any(1, keepdim=True) | out, out
 
 
 def _local(
@@ -145,8 +148,9 @@ def _local(
 ) -> tuple[Tensor, Tensor]:
     """The op on this rank."""
     activation = ("identity" if flags[0] else "g") if flags else None
-    given = (options.get(name) for name in ("cu_seqlens", "resets"))
-    return run(op, tuple(inputs), h0, *given, options.get("reverse", False), activation)
+    cu_seqlens, resets = options.get("cu_seqlens"), options.get("resets")
+    reverse = options.get("reverse", False)
+    return run(op, tuple(inputs), h0, cu_seqlens, resets, reverse, activation)
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,8 @@ def _summaries(
     h0: Tensor,
     packing: _Packing | None,
     resets: Tensor | None,
+    through: Tensor | None,
+    out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Decay and last state of each place's shard, (places, B, D) each.
 
@@ -214,7 +220,6 @@ def _summaries(
     if op.parts > 1:
         op, parts = _PLAIN[op.name], inputs[0].chunk(op.parts, -1)
     zero = op.start
-    through, out = shard.cut(resets)
     pending = []
     channels = h0.shape[1]
     at_once = -(-channels // 2) if channels >= _CHANNELS_TO_HALVE else max(channels, 1)
@@ -282,7 +287,8 @@ def _forward(
         first = torch.where(packing.begins, h0, nothing)
     else:
         first = nothing if place else h0
-    decay, last = _summaries(shard, inputs, first, packing, resets)
+    through, out = shard.cuts(resets)
+    decay, last = _summaries(shard, inputs, first, packing, resets, through, out)
     fold = LOG if op is LOG else LINEAR
     leaving = _over_places(fold, decay, last, packing)
     # Every place reads what all have sent, also where nothing comes before it: of what is not read
@@ -304,7 +310,7 @@ def _forward(
     if packing is not None and shard.return_state:
         weight = _tied(weight, last)  # backward reads the weights on every rank
     borders = () if packing is None else tuple(vars(packing).values())
-    return h, last, (weight, state, h, resets, *inputs, *borders)
+    return h, last, (weight, state, h, resets, out, *inputs, *borders)
 
 
 class _Sharded(torch.autograd.Function):
@@ -331,7 +337,7 @@ class _Sharded(torch.autograd.Function):
             raise NotImplementedError(f"{ctx.shard.name}: no second derivatives over ranks")
         shard = ctx.shard
         place = shard.place
-        weight, state, h, resets, *rest = ctx.saved_tensors
+        weight, state, h, resets, out, *rest = ctx.saved_tensors
         inputs, borders = rest[: ctx.inputs], rest[ctx.inputs :]
         packing = _Packing(*borders) if borders else None
         local = None if packing is None else packing.cu_seqlens
@@ -359,7 +365,6 @@ class _Sharded(torch.autograd.Function):
         adjoints = torch.cat([adjoints[1:], final.unsqueeze(0)])
         decays = torch.cat([weight[1:], torch.zeros_like(weight[:1])])
         later = _over_places(LINEAR, decays, adjoints, packing, reverse=True)[place]
-        _, out = shard.cut(resets)
         if out is not None:
             later = torch.where(out, 0.0, later)
         here = later if packing is None else torch.where(packing.leaves, later, here)

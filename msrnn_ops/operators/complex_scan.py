@@ -35,7 +35,7 @@ class ComplexLinear:
         self.linear = self
 
     # torch.compile would trace the backward pass through angles, which have none at a = 0.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any) -> tuple[Tensor, Tensor]:
         if transforms.nested_forward_mode():
             return self.recurrence.plain(*args)
@@ -71,10 +71,18 @@ class ComplexLinear:
         return h * turn, last
 
     def backward(
-        self, grad_h: Tensor | None, grad_last: Tensor | None, a: Tensor, h: Tensor, *args: Any
+        self,
+        grad_h: Tensor | None,
+        grad_last: Tensor | None,
+        a: Tensor,
+        h: Tensor,
+        h0: Tensor | None,
+        cu_seqlens: Tensor | None,
+        resets: Tensor | None,
+        reverse: bool,
     ) -> tuple[Tensor, ...]:
-        h0, *options = args
-        return Call(self, *options, ()).backward(grad_h, grad_last, (a,), h, h0)
+        call = Call(self, cu_seqlens, resets, reverse, ())
+        return call.backward(grad_h, grad_last, (a,), h, h0)
 
 
 COMPLEX_LINEAR = {namespace: ComplexLinear(namespace) for namespace in backend.LIBRARIES}

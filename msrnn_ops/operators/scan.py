@@ -359,6 +359,8 @@ class Operator:
     def _autograd(self, *args: Any) -> tuple[Tensor, Tensor]:
         needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         if needed or forward_ad._current_level >= 0:
+            if torch._C._is_tracing():  # the operator goes into the trace, not a Python function
+                return self.forward(*args)
             return self.function.apply(self, *args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.forward(*args)
