@@ -37,8 +37,8 @@ def _markers(item: pytest.Item) -> Iterator[str]:
     callspec = getattr(item, "callspec", None)
     for value in callspec.params.values() if callspec else ():
         if isinstance(value, torch.dtype):
-            yield str(value).removeprefix("torch.")
-        elif isinstance(value, str) and value in DTYPES | {"reference"}:
+            value = str(value).removeprefix("torch.")
+        if isinstance(value, str) and value in DTYPES | {"reference"}:
             yield value
         elif isinstance(value, Scan):
             yield value.name

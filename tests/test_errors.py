@@ -20,10 +20,9 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
     "not a tensor": (lambda: ms.min_gru([1.0], x), TypeError, ["gate", "tensor", "list"]),
     "second not a tensor": (lambda: ms.min_lstm(x, x, None), TypeError, ["candidate", "NoneType"]),
     "shape": (lambda: ms.min_gru(x, other), ValueError, ["candidate", "(2, 5, 3)", "(2, 5, 4)"]),
-    "dimensions": (lambda: ms.linear_scan(h0, h0), ValueError, ["a of shape (B, T, D)", "(2, 3)"]),
+    "dimensions": (lambda: ms.linear_scan(h0[0], h0), ValueError, ["a of shape (B, T, D)", "(3,)"]),
     "dtype": (lambda: ms.log_scan(x, x.double()), TypeError, ["log_b", "float32", "float64"]),
     "integer": (lambda: ms.decay_scan(long, long), TypeError, ["log_a", "bfloat16", "int64"]),
-    "complex": (lambda: ms.linear_scan(x + 0j, x + 0j), TypeError, ["a in", "complex64"]),
     "device": (lambda: ms.min_gru(x, meta), ValueError, ["candidate", "device", "cpu", "meta"]),
     "activation": (lambda: ms.min_gru(x, x, activation="tanh"), ValueError, ["'g'", "'tanh'"]),
     "joint size": (lambda: ms.min_gru_joint(x), ValueError, ["divisible by 2", "3"]),
@@ -70,9 +69,9 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
         ["B = 1", "B = 2"],
     ),
     "cu_seqlens start": (
-        lambda: ms.linear_scan(packed, packed, cu_seqlens=torch.tensor([1, 5])),
+        lambda: ms.linear_scan(packed, packed, cu_seqlens=torch.tensor([-1, 5])),
         ValueError,
-        ["start at 0", "got 1"],
+        ["within 0 to T = 5", "got -1 to 5"],
     ),
     "cu_seqlens decreasing": (
         lambda: ms.linear_scan(packed, packed, cu_seqlens=torch.tensor([0, 4, 2, 5])),
@@ -80,16 +79,81 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
         ["not to decrease", "4", "2", "index 2"],
     ),
     "cu_seqlens end": (
-        lambda: ms.linear_scan(packed, packed, cu_seqlens=torch.tensor([0, 4])),
+        lambda: ms.linear_scan(packed, packed, cu_seqlens=torch.tensor([0, 6])),
         ValueError,
-        ["end at T = 5", "got 4"],
+        ["within 0 to T = 5", "got 0 to 6"],
+    ),
+    "resets not a tensor": (
+        lambda: ms.decay_scan(x, x, resets=[True]),
+        TypeError,
+        ["resets", "list"],
+    ),
+    "resets dtype": (
+        lambda: ms.min_gru(x, x, resets=torch.ones(2, 5)),
+        TypeError,
+        ["resets in torch.bool", "float32"],
+    ),
+    "resets shape": (
+        lambda: ms.min_gru(x, x, resets=torch.ones(2, 3, dtype=torch.bool)),
+        ValueError,
+        ["resets of shape (B, T) = (2, 5)", "(2, 3)"],
+    ),
+    "resets device": (
+        lambda: ms.min_gru(x, x, resets=torch.ones(2, 5, dtype=torch.bool, device="meta")),
+        ValueError,
+        ["resets", "device", "meta"],
+    ),
+    "resets of more dimensions": (
+        lambda: ms.min_gru(x[None], x[None], resets=torch.ones(2, 5, dtype=torch.bool)),
+        ValueError,
+        ["resets of shape (1, 2, 5)", "(2, 5)"],
+    ),
+    "reverse not a bool": (
+        lambda: ms.log_scan(x, x, reverse="yes"),
+        TypeError,
+        ["log_scan: expected reverse to be a bool", "str"],
+    ),
+    "activation None": (
+        lambda: ms.min_lstm(x, x, x, activation=None),
+        ValueError,
+        ["min_lstm", "'g' or 'identity'", "None"],
+    ),
+    "one state for all rows": (
+        lambda: ms.min_gru(x, x, h0[0]),
+        ValueError,
+        ["h0 of shape (2, 3)", "h0.expand(2, -1)"],
+    ),
+    "one state for all rows of more dimensions": (
+        lambda: ms.log_scan(x[None], x[None], h0[0]),
+        ValueError,
+        ["log_h0 of shape (1, 2, 3)", "log_h0.expand(1, 2, -1)"],
+    ),
+    "complex decay_scan": (
+        lambda: ms.decay_scan(x + 0j, x + 0j),
+        TypeError,
+        ["decay_scan", "log_a in float32", "complex64"],
+    ),
+    "a nested tensor": (
+        lambda: ms.min_gru_joint(torch.nested.nested_tensor([x[0]], layout=torch.jagged)),
+        ValueError,
+        ["projection.values()[None]", "cu_seqlens=projection.offsets()"],
+    ),
+    "step names itself": (
+        lambda: ms.min_gru_step(h0, h0.double(), h0),
+        TypeError,
+        ["min_gru_step: expected candidate in the dtype of gate"],
+    ),
+    "step dtype of the state": (
+        lambda: ms.min_lstm_step(h0, h0, h0, h0.double()),
+        TypeError,
+        ["min_lstm_step: expected h in torch.float32"],
     ),
     "h0 of packed sequences": (
         lambda: ms.linear_scan(packed, packed, h0[:1], cu_seqlens=torch.tensor([0, 2, 5])),
         ValueError,
         ["h0", "(2, 3)", "(1, 3)"],
     ),
-    "step dimensions": (lambda: ms.min_gru_step(x, x, h0), ValueError, ["gate", "(B, D)"]),
+    "step dimensions": (lambda: ms.min_gru_step(x, x, h0), ValueError, ["h of shape (2, 5, 3)"]),
     "step not a tensor": (lambda: ms.min_gru_step(h0, h0, None), TypeError, ["h to be a tensor"]),
     "step state": (lambda: ms.min_lstm_step(h0, h0, h0, h0[:1]), ValueError, ["(2, 3)", "(1, 3)"]),
 }

@@ -423,6 +423,10 @@ def test_errors(cell: str) -> None:
         (TypeError, "dropout to be a number", {"dropout": "0.1"}),
         (ValueError, "proj_size=0", {"proj_size": 3}),
         (ValueError, "'g' or 'identity', got 'tanh'", {"activation": "tanh"}),
+        (TypeError, "bias to be a bool, got str", {"bias": "no"}),
+        (TypeError, "batch_first to be a bool, got str", {"batch_first": "false"}),
+        (TypeError, "bidirectional to be a bool, got int", {"bidirectional": 1}),
+        (TypeError, "learnable_h0 to be a bool, got str", {"learnable_h0": "no"}),
         (ValueError, "bias=True with forget_bias", {"bias": False, "forget_bias": 1.0}),
     ]
     for error, words, options in wrong:
@@ -431,17 +435,17 @@ def test_errors(cell: str) -> None:
     with pytest.warns(UserWarning, match="acts between layers"):
         kind(4, 6, dropout=0.5)
     layer = kind(4, 6)
-    with pytest.raises(ValueError, match=r"with 4 features, got \(5, 3, 7\)"):
+    with pytest.raises(RuntimeError, match=r"with 4 features, got \(5, 3, 7\)"):
         layer(torch.randn(5, 3, 7))
     with pytest.raises(ValueError, match=r"got \(5, 3, 2, 4\)"):
         layer(torch.randn(5, 3, 2, 4))
     with pytest.raises(TypeError, match="expected a tensor, got list"):
         layer([1.0])
-    with pytest.raises(ValueError, match=r"hx of shape \(1, 3, 6\), got \(1, 5, 6\)"):
+    with pytest.raises(RuntimeError, match=r"hx of shape \(1, 3, 6\), got \(1, 5, 6\)"):
         layer(torch.randn(5, 3, 4), torch.randn(1, 5, 6))
-    with pytest.raises(ValueError, match=r"hx of shape \(1, 6\), got \(1, 3, 6\)"):
+    with pytest.raises(RuntimeError, match=r"hx of shape \(1, 6\), got \(1, 3, 6\)"):
         layer(torch.randn(5, 4), torch.randn(1, 3, 6))
-    with pytest.raises(ValueError, match=r"hx of shape \(1, 2, 6\)"):
+    with pytest.raises(RuntimeError, match=r"hx of shape \(1, 2, 6\)"):
         layer(pack_sequence([torch.randn(3, 4)] * 2), torch.randn(1, 3, 6))
     with pytest.raises(TypeError, match="hx to be a tensor"):
         layer(torch.randn(5, 3, 4), 1.0)

@@ -320,7 +320,7 @@ def _errors_and_compile(rank: int) -> None:
     with pytest.raises(ValueError, match=r"linear_scan: expected b .*whole in time"):
         ms.linear_scan(put(x, mesh, [Shard(0)]), in_time)
     with pytest.raises(RuntimeError, match=r"linear_scan: expected a .*whole in time"):
-        torch.ops.msrnn_ops.linear_scan(in_time, in_time, None, None, False)
+        torch.ops.msrnn_ops.linear_scan(in_time, in_time, None, None, None, False)
     with pytest.raises(
         ValueError, match=r"expected projection, 3 inputs.*msrnn_ops\.min_lstm takes"
     ):

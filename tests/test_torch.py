@@ -110,7 +110,7 @@ def op_arguments(scan: Scan) -> tuple[torch.OpOverload, tuple[object, ...]]:
     flags = (scan.name.endswith("_identity"),) if name.startswith("min_") else ()
     inputs = [x.requires_grad_() for x in scan.inputs(2, 6, 3, torch.float32)]
     h0 = torch.randn(2, 3, requires_grad=True)
-    return getattr(OPS, name).default, (*inputs, h0, None, False, *flags)
+    return getattr(OPS, name).default, (*inputs, h0, None, None, False, *flags)
 
 
 @scans
@@ -123,8 +123,11 @@ def test_opcheck(scan: Scan) -> None:
     packed = [x[:1].detach() if isinstance(x, Tensor) and x.dim() == 3 else x for x in arguments]
     position = 1 if scan.joint else len(scan.draw)
     packed[position] = torch.randn(2, 3)
-    packed[position + 1] = torch.tensor([0, 2, 6])
+    packed[position + 1] = torch.tensor([0, 2, 5])
     torch.library.opcheck(op, tuple(packed))
+    cut = list(arguments)
+    cut[position + 2] = torch.rand(2, 6) < 0.4
+    torch.library.opcheck(op, tuple(cut))
 
 
 @scans
@@ -144,15 +147,16 @@ def test_direct_calls_are_differentiable_and_safe() -> None:
     h, _ = op(*arguments)
     assert h.requires_grad
     with pytest.raises(RuntimeError, match="one shape"):
-        OPS.min_gru(torch.ones(1, 2, 3), torch.ones(1, 2, 4), None, None, False, False)
+        OPS.min_gru(torch.ones(1, 2, 3), torch.ones(1, 2, 4), None, None, None, False, False)
     with pytest.raises(RuntimeError, match="state of shape"):
         x = torch.ones(1, 2, 3)
-        OPS.min_gru(x, x, torch.ones(2, 3), None, False, False)
-    # Any cu_seqlens stays in bounds.
+        OPS.min_gru(x, x, torch.ones(2, 3), None, None, False, False)
     x = torch.ones(1, 8, 3)
-    for ends in ([0, 100], [-5, 3, 2, 50], [4, 8]):
-        h, last = OPS.linear_scan(x, x, None, torch.tensor(ends), False)
-        assert h.shape == x.shape and last.shape == (len(ends) - 1, 3)
+    for ends in ([0, 100], [-5, 3, 8], [0, 5, 3, 8], [9]):
+        with pytest.raises(RuntimeError, match="cu_seqlens from 0 to T = 8, not to decrease"):
+            OPS.linear_scan(x, x, None, torch.tensor(ends), None, False)
+    with pytest.raises(RuntimeError, match=r"resets \(B, T\) of bool"):
+        OPS.linear_scan(x, x, None, None, torch.ones(1, 7, dtype=torch.bool), False)
 
 
 @scans
