@@ -60,12 +60,16 @@ def compare(
     batch, cu_seqlens, count = 2, None, 2
     if packed:
         batch, count = 1, 6
-        cu_seqlens = torch.tensor([0, *itertools.accumulate(cuts(time, count))])
+        outside = random.choice([0, time // 5])  # steps that no sequence covers, at both ends
+        lengths = cuts(time - 2 * outside, count)
+        cu_seqlens = torch.tensor([outside, *itertools.accumulate(lengths, initial=outside)][1:])
     inputs = scan.inputs(batch, time, channels, dtype)
     h0 = torch.randn(count, channels, dtype=torch.promote_types(dtype, torch.float32))
     of_h = torch.randn(batch, time, channels, dtype=torch.float64)
     of_last = torch.randn(ranks, count, channels, dtype=torch.float64)
     options["cu_seqlens"] = cu_seqlens
+    if random.random() < 0.5:
+        options["resets"] = torch.rand(batch, time) < random.choice([0.05, 0.5])
 
     whole = [x.double().requires_grad_() for x in (*inputs, h0)]
     with reference():
@@ -79,6 +83,8 @@ def compare(
     here = slice(first, first + shares[rank])
     mine = [x[:, here].clone().requires_grad_() for x in inputs]
     mine.append(h0.clone().requires_grad_())
+    if "resets" in options:
+        options["resets"] = options["resets"][:, here]
     returned = over_ranks(scan)(*mine, **options, group=group)
     h, last = returned if options["return_state"] else (returned, None)
     total = (h * of_h[:, here]).sum()

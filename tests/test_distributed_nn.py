@@ -27,12 +27,13 @@ from msrnn_ops.nn import BlockState, MinGRU, MinLSTM, MinRNNBlock
 pytest.importorskip("click")  # for bench
 pytest.importorskip("rich")
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-BATCH, WIDTH = 2, 4
+BATCH, WIDTH, STATES = 2, 4, 3  # STATES: of packed sequences
 SHARES = ([5, 1, 0, 7], [0, 2, 1, 0], [0, 0, 0, 0], [3, 9])  # steps of each rank
 MODULES: dict[str, Callable[[], Any]] = {
     "gru": lambda: MinGRU(WIDTH, 6, 2, bidirectional=True, batch_first=True),
     "lstm, time major": lambda: MinLSTM(WIDTH, 5, 2, bidirectional=True, activation="identity"),
     "dropout of all": lambda: MinGRU(WIDTH, 6, 2, bias=False, batch_first=True, dropout=1.0),
+    "learnable states": lambda: MinGRU(WIDTH, 6, batch_first=True, learnable_h0=True),
     "block": lambda: MinRNNBlock(WIDTH, expansion=1.5),
     "block, long convolution": lambda: MinRNNBlock(WIDTH, cell="lstm", conv=9, mlp=0),
     "block, pointwise convolution": lambda: MinRNNBlock(WIDTH, conv=1),
@@ -46,45 +47,61 @@ def seeded(*key: object) -> None:
     torch.manual_seed(random.randrange(2**31))
 
 
-def states(module: Any) -> list[Tensor]:
+def draw_steps(kind: str, time: int) -> dict[str, Tensor]:
+    """What a layer is told of its steps: nothing, resets, valid, both, or borders."""
+    if kind == "cu_seqlens":
+        outside = random.choice([0, time // 5])
+        inner = sorted(random.randint(outside, time - outside) for _ in range(STATES - 1))
+        return {"cu_seqlens": torch.tensor([outside, *inner, time - outside])}
+    masks = {"resets": torch.rand(BATCH, time) < 0.25, "valid": torch.rand(BATCH, time) < 0.6}
+    return {name: mask for name, mask in masks.items() if name in kind}
+
+
+def states(module: Any, batch: int = BATCH) -> list[Tensor]:
     """Random ones, to begin with."""
     if isinstance(module, MinRNNBlock):
         steps = 0 if module.conv is None else module.conv.kernel_size[0] - 1
-        shapes = [(BATCH, module.rnn.hidden_size), (BATCH, steps, WIDTH)]
+        shapes = [(batch, module.rnn.hidden_size), (batch, steps, WIDTH)]
     else:
         count = module.num_layers * (1 + module.bidirectional)
-        shapes = [(count, BATCH, module.hidden_size)]
+        shapes = [(count, batch, module.hidden_size)]
     return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
 
 
-def call(module: Any, x: Tensor, state: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+def call(
+    module: Any, x: Tensor, state: list[Tensor] | None, **steps: Tensor
+) -> tuple[Tensor, list[Tensor]]:
     """Outputs (B, T, ...) and the last states."""
     if isinstance(module, MinRNNBlock):
-        y, last = module(x, None if state is None else BlockState(*state), return_state=True)
+        before = None if state is None else BlockState(*state)
+        y, last = module(x, before, return_state=True, **steps)
         return y, list(last)
     hx = None if state is None else state[0]
     if module.batch_first:
-        y, last = module(x, hx)
+        y, last = module(x, hx, **steps)
     else:
-        y, last = module(x.transpose(0, 1), hx)
+        steps = {name: mask if mask.dim() == 1 else mask.t() for name, mask in steps.items()}
+        y, last = module(x.transpose(0, 1), hx, **steps)
         y = y.transpose(0, 1)
     return y, [last[0] if isinstance(last, tuple) else last]
 
 
-def compare(module: Any, shares: list[int], group: Any, with_state: bool) -> None:
+def compare(module: Any, shares: list[int], group: Any, with_state: bool, kind: str = "") -> None:
     """Outputs, last states and gradients of every rank's share."""
     rank, ranks = dist.get_rank(group), len(shares)
     ends = torch.tensor(shares).cumsum(0).tolist()
     here = slice(ends[rank] - shares[rank], ends[rank])
-    x = torch.randn(BATCH, ends[-1], WIDTH, dtype=torch.float64)
-    state = states(module)
+    steps, packed = draw_steps(kind, ends[-1]), kind == "cu_seqlens"
+    x = torch.randn(1 if packed else BATCH, ends[-1], WIDTH, dtype=torch.float64)
+    state = states(module, STATES if packed else BATCH)
     of_y: Tensor | None = None
     of_last = [torch.randn(ranks, *part.shape, dtype=torch.float64) for part in state]
 
     def run(module: Any, x: Tensor, here: slice, ranks: slice) -> tuple[list[Tensor], list[Tensor]]:
         nonlocal of_y
         leaves = [part.clone().requires_grad_() for part in (x, *state)]
-        y, last = call(module, leaves[0], leaves[1:] if with_state else None)
+        told = {name: x if name == "cu_seqlens" else x[:, here] for name, x in steps.items()}
+        y, last = call(module, leaves[0], leaves[1:] if with_state else None, **told)
         if of_y is None:
             of_y = torch.randn_like(y)
         total = (y * of_y[:, here]).sum()
@@ -114,7 +131,8 @@ def _layers(rank: int, seed: int) -> None:
     for name, shares in itertools.product(MODULES, SHARES):
         seeded(seed, name, shares)
         group = pairs[rank // 2] if len(shares) == 2 else dist.group.WORLD
-        compare(MODULES[name]().double(), shares, group, with_state=random.random() < 0.7)
+        kind = random.choice(["", "resets", "valid", "resets and valid", "cu_seqlens"])
+        compare(MODULES[name]().double(), shares, group, random.random() < 0.7, kind)
 
 
 def _compiled(rank: int) -> None:
