@@ -56,6 +56,10 @@ class WholeTime:
         """The op that scans the time axis, for the joint op of a layer."""
         return op
 
+    def local(self, cu_seqlens: Tensor, steps: int) -> Tensor:
+        """Borders of packed sequences, counted from the first of the steps that are here."""
+        return cu_seqlens
+
     def convolve(
         self,
         conv: nn.Conv1d,
@@ -78,12 +82,15 @@ class WholeTime:
         return convolution.causal(conv, rows, valid, resets), last
 
 
-def real_steps(x: Tensor, cu_seqlens: Tensor | None, valid: Tensor | None) -> Tensor | None:
+def real_steps(
+    x: Tensor, cu_seqlens: Tensor | None, valid: Tensor | None, time_axis: WholeTime
+) -> Tensor | None:
     """Which steps of x (B, T, F) are no padding, (B, T, 1); None where all are known to be real."""
     if cu_seqlens is None:
         return None if valid is None else valid.unsqueeze(-1)
+    cu_seqlens = time_axis.local(cu_seqlens, x.shape[1])
     visible = cu_seqlens.is_cpu and type(cu_seqlens) is Tensor and not torch.compiler.is_compiling()
-    if visible and cu_seqlens[0] == 0 and cu_seqlens[-1] == x.shape[1]:
+    if visible and cu_seqlens[0] <= 0 and cu_seqlens[-1] >= x.shape[1]:
         return None
     step = torch.arange(x.shape[1], device=x.device)
     return ((cu_seqlens[0] <= step) & (step < cu_seqlens[-1]))[None, :, None]
@@ -420,7 +427,7 @@ class MinRNNBase(nn.Module):
         if h0 is not None:
             self._check_state(x, h0, *(() if one else (sequences_of(x, cu_seqlens),)))
             h0 = h0.unsqueeze(1) if one else h0
-        real = real_steps(x, cu_seqlens, valid)
+        real = real_steps(x, cu_seqlens, valid, self.time_axis)
         output, last = self._run(x, h0, cu_seqlens, resets, valid, real)
         if not batched:
             return output.squeeze(0), last.squeeze(1) if one else last
@@ -796,7 +803,7 @@ class MinRNNBlock(nn.Module):
             raise ValueError(f"{name}: expected resets or cu_seqlens, got both")
         if cu_seqlens is not None and x.shape[0] != 1:
             raise errors.value(name, "B = 1 with cu_seqlens", f"B = {x.shape[0]}")
-        real = real_steps(x, cu_seqlens, valid)
+        real = real_steps(x, cu_seqlens, valid, self.time_axis)
         y, after = self._run(x, state, return_state, cu_seqlens, resets, valid, real)
         return (y, after) if return_state else y
 

@@ -225,7 +225,7 @@ def _compiled_and_by_the_reference(rank: int) -> None:
     with pytest.raises(NotImplementedError, match=r"no torch\.func"):
         torch.func.grad(lambda x: distributed.linear_scan(x, x).sum())(leaf)
     x = x.detach()
-    with pytest.raises(ValueError, match="cu_seqlens to end at T = 6, got 7"):
+    with pytest.raises(ValueError, match="cu_seqlens within 0 to T = 6, got 0 to 7"):
         distributed.linear_scan(x, x, cu_seqlens=torch.tensor([0, 7]))
     with pytest.raises(ValueError, match=r"h0 of shape \(1, 4\), got \(2, 4\)"):
         distributed.linear_scan(x, x, torch.zeros(2, 4))

@@ -107,8 +107,9 @@ def compare(module: Any, shares: list[int], group: Any, with_state: bool, kind: 
         total = (y * of_y[:, here]).sum()
         for part, weight in zip(last, of_last, strict=True):
             total = total + (part * weight[ranks].sum(0)).sum()
-        total = total + sum(0 * part.sum() for part in leaves[1:])  # which may not be used
-        grads = torch.autograd.grad(total, leaves + list(module.parameters()))
+        leaves += list(module.parameters())
+        total = total + sum(0 * part.sum() for part in leaves)  # which may not be used
+        grads = torch.autograd.grad(total, leaves)
         return [y.detach(), *(part.detach() for part in last)], list(grads)
 
     (exact_y, *exact_last), (exact_x, *exact) = run(module, x, slice(None), slice(None))

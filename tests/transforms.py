@@ -127,8 +127,8 @@ TRANSFORMS: dict[str, Callable[[Function], Function]] = {
     "functional.jacobian-vectorize": _functional_jacobian(create_graph=True, vectorize=True),
     "functional.jacobian-forward": _functional_jacobian(vectorize=True, strategy="forward-mode"),
     "functional.hessian": lambda f: lambda x: functional.hessian(_total(f), x, create_graph=True),
-    "functional.hessian-vectorize": lambda f: lambda x: functional.hessian(
-        _total(f), x, create_graph=True, vectorize=True
+    "functional.hessian-vectorize": lambda f: (
+        lambda x: functional.hessian(_total(f), x, create_graph=True, vectorize=True)
     ),
     "functional.hvp": _along("hvp"),
     "functional.vhp": _along("vhp"),

@@ -51,6 +51,11 @@ class TimeShards(WholeTime):
         """The op of the same name over these ranks."""
         return partial(getattr(scan, op.__name__), group=self.group)
 
+    def local(self, cu_seqlens: Tensor, steps: int) -> Tensor:
+        exchange = Exchange.among("shard_time", self.group)
+        lengths = exchange.gather(cu_seqlens.new_full((1,), steps))
+        return cu_seqlens - lengths[: exchange.rank].sum()
+
     def convolve(
         self,
         conv: nn.Conv1d,
@@ -65,8 +70,7 @@ class TimeShards(WholeTime):
             before, last = self._before(exchange, first, y, resets, valid)
             return convolution.causal(conv, torch.cat([before, y], 1), valid, resets), last
         before, _ = self._before(exchange, torch.zeros_like(first[:1]), y, None, None)
-        lengths = exchange.gather(cu_seqlens.new_full((1,), y.shape[1]))
-        ends = cu_seqlens - lengths[: exchange.rank].sum()
+        ends = self.local(cu_seqlens, y.shape[1])
         out, last = convolution.packed(conv, torch.cat([before, y], 1), first, ends)
         # Of sequences without steps at the very start, too, which no step here ends.
         here = (ends <= y.shape[1]) & ((ends > 0) if exchange.rank else True)
