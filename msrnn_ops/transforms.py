@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def nested_forward_mode() -> bool:
@@ -14,3 +15,14 @@ def nested_forward_mode() -> bool:
     stack = torch._C._functorch.get_interpreter_stack() or ()
     jvp = torch._C._functorch.TransformType.Jvp
     return sum(level.key() == jvp for level in stack) > 1
+
+
+def batched_outside_of_autograd(*tensors: Tensor | None) -> bool:
+    """Whether one is batched as torch.autograd batches gradients: functional.jacobian(vectorize=True)
+    and grad(is_grads_batched=True).
+
+    An autograd.Function records its node for the batch and not for what is in it, so that a second
+    derivative would leave it out.
+    """
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return any(x is not None and batched(x) for x in tensors)

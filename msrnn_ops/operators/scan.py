@@ -184,6 +184,8 @@ class Call:
         self, a: Tensor, b: Tensor, h0: Tensor | None, resets: Tensor | None, reverse: bool
     ) -> tuple[Tensor, Tensor]:
         """By the kernels of the same namespace; it can be differentiated again."""
+        if transforms.batched_outside_of_autograd(a, b, h0):
+            return LINEAR.plain(a, b, h0, self.cu_seqlens, resets, reverse)
         return self.operator.linear(a, b, h0, self.cu_seqlens, resets, reverse)
 
     def factors(

@@ -1,0 +1,94 @@
+"""The scans, their steps and layers under every transform of PyTorch, and under every pair of them.
+
+Against the reference, which is a plain loop that PyTorch differentiates itself.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scans import reference
+from torch import Tensor
+from transforms import COMPILED, PAIRS, SINGLES, TRANSFORMS, Composition, Function
+
+import msrnn_ops as ms
+
+GENERATOR = torch.Generator().manual_seed(0)
+X, OTHER = torch.randn(2, 1, 3, 2, dtype=torch.float64, generator=GENERATOR).unbind()
+RESETS = torch.tensor([[False, False, True]])
+ENDS = torch.tensor([0, 2, 3])
+LAYER = ms.nn.MinLSTM(2, 2, 2, batch_first=True, bidirectional=True).double()
+BLOCK = ms.nn.MinRNNBlock(2, conv=2, mlp=1).double()
+
+FUNCTIONS: dict[str, Function] = {
+    "min_gru": lambda x: ms.min_gru(x, x.sin() + OTHER, x[:, 0], resets=RESETS),
+    "linear_scan": lambda x: ms.linear_scan(x, x, OTHER[:, 0], reverse=True),
+    "decay_scan": lambda x: ms.decay_scan(x, OTHER, x[:, 1]),
+    "log_scan": lambda x: ms.log_scan(x, x + OTHER, reverse=True),
+    "min_lstm": lambda x: ms.min_lstm(x, OTHER, x, activation="identity"),
+    "min_gru_joint": lambda x: ms.min_gru_joint(torch.cat([x, OTHER * x], -1), resets=RESETS),
+    "min_lstm_joint": lambda x: ms.min_lstm_joint(torch.cat([x, OTHER, x], -1)),
+    "last": lambda x: ms.min_gru(OTHER, x, return_state=True)[1],
+    "min_gru_step": lambda x: ms.min_gru_step(x[:, 0], x[:, 1], x[:, 2]),
+    "min_lstm_step": lambda x: ms.min_lstm_step(x[:, 0], OTHER[:, 0], x[:, 1], x[:, 2]),
+    "complex": lambda x: ms.linear_scan(torch.complex(x, OTHER), torch.complex(OTHER, x)).imag,
+    "layer": lambda x: 5 * LAYER(2 * x)[0],
+    "block": lambda x: BLOCK(x, resets=RESETS),
+}
+# Each of them with each of these; all pairs with some functions.
+CORE = ("jvp", "grad", "jacrev", "vmap", "dual", "create_graph", "functional.hvp")
+CORE_PAIRS = [Composition((a, b)) for a in CORE for b in CORE]
+CASES = [
+    *((name, case) for name in FUNCTIONS for case in (*SINGLES, *CORE_PAIRS)),
+    *((name, case) for name in ("min_gru", "linear_scan") for case in PAIRS),
+]
+
+
+def by_the_reference(f: Function) -> Function:
+    def run(x: Tensor) -> Tensor:
+        with reference():
+            return f(x)
+
+    return run
+
+
+@pytest.mark.parametrize(("name", "case"), dict.fromkeys(CASES), ids=str)
+def test_derivatives(name: str, case: Composition) -> None:
+    f = FUNCTIONS[name]
+    case.check(f, by_the_reference(f), X)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", COMPILED, ids=str)
+def test_derivatives_and_compile(case: Composition) -> None:
+    f = FUNCTIONS["min_gru"]
+    case.check(f, by_the_reference(f), X)
+
+
+@pytest.mark.parametrize("transform", ["jvp", "grad", "dual", "create_graph"])
+@pytest.mark.parametrize("op", [ms.min_gru, ms.decay_scan, ms.log_scan], ids=lambda op: op.__name__)
+def test_packed_sequences_and_steps_outside(op: Function, transform: str) -> None:
+    """Twice each, with NaN where no sequence is."""
+    ends = torch.tensor([1, 3, 3, 6])
+    outside = torch.full((1, 1, 2), torch.nan, dtype=torch.float64)
+
+    def packed(x: Tensor) -> Tensor:
+        x = torch.cat([outside, x.repeat(1, 2, 1)[:, :5], outside], 1)
+        h, last = op(x, x, cu_seqlens=ends, return_state=True)
+        return torch.cat([h, last[None]], 1)
+
+    def plain(x: Tensor) -> Tensor:
+        x = x.repeat(1, 2, 1)[:, :5]
+        parts = [x[:, :2], x[:, :0], x[:, 2:]]
+        with reference():
+            found = [op(part, part, return_state=True) for part in parts]
+        zero = torch.zeros_like(outside)
+        return torch.cat([zero, *(h for h, _ in found), zero, *(s[None] for _, s in found)], 1)
+
+    for names in ((transform,), (transform, transform)):
+        if transform == "dual" and len(names) == 2:
+            continue  # which PyTorch refuses
+        Composition(names).check(packed, plain, X)
+
+
+assert set(CORE) <= set(TRANSFORMS)
