@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def nested_forward_mode() -> bool:
@@ -26,3 +29,19 @@ def batched_outside_of_autograd(*tensors: Tensor | None) -> bool:
     """
     batched = torch._C._functorch.is_legacy_batchedtensor
     return any(x is not None and batched(x) for x in tensors)
+
+
+def refuse_lost_tangents(caller: str, args: Iterable[object]) -> None:
+    """Raises where a compiled function has entered a dual level itself.
+
+    torch.compile enters it behind the back of ``forward_ad``, and an autograd.Function then drops
+    the tangents.
+    """
+    if forward_ad._current_level >= 0:
+        return
+    for x in args:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x, level=0).tangent is not None:
+            raise RuntimeError(
+                f"{caller}: expected forward mode in a compiled function by torch.func.jvp, got a "
+                "dual level (torch.autograd.forward_ad), whose tangents torch.compile loses"
+            )

@@ -343,7 +343,7 @@ class Operator:
         self.function: Any = type(f"{name}_function", (ScanFunction,), {})
         torch.library.register_fake(f"{namespace}::{name}", self._fake)
         torch.library.register_fake(f"{namespace}::{name}_backward", self._fake_backward)
-        backend.LIBRARIES[namespace].impl(name, self._autograd, "Autograd")
+        backend.LIBRARIES[namespace].impl(name, self._dispatched, "Autograd")
 
     def __call__(self, *args: Any) -> tuple[Tensor, Tensor]:
         """h and the last states. In eager mode there is no way through the dispatcher.
@@ -366,6 +366,11 @@ class Operator:
             return self.function.apply(self, *args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.forward(*args)
+
+    def _dispatched(self, *args: Any) -> tuple[Tensor, Tensor]:
+        """By the dispatcher: compiled, exported, traced or called directly."""
+        transforms.refuse_lost_tangents(self.recurrence.name, args)
+        return self._autograd(*args)
 
     def _fake(self, *args: Any) -> tuple[Tensor, Tensor]:
         x, cu_seqlens = args[0], args[self.inputs + 1]
