@@ -1,4 +1,4 @@
-"""Everything in PyTorch that differentiates a function or runs it over a batch, and all pairs of it.
+"""Everything in PyTorch that differentiates a function or runs it over a batch, and its pairs.
 
 A transform makes of a function of one tensor another one, so any two can be composed. `check`
 compares what a composition makes of a function with what it makes of the same function in plain
