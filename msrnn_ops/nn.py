@@ -159,6 +159,7 @@ class MinRNNBase(nn.Module):
     _joint: Callable[..., Any]
     _one_step: Callable[..., Tensor]
     time_axis = WholeTime()
+    learnable_h0 = False  # of layers that were pickled without one
 
     def __init__(
         self,

@@ -21,8 +21,8 @@ def nested_forward_mode() -> bool:
 
 
 def batched_outside_of_autograd(*tensors: Tensor | None) -> bool:
-    """Whether one is batched as torch.autograd batches gradients: functional.jacobian(vectorize=True)
-    and grad(is_grads_batched=True).
+    """Whether one is batched as torch.autograd does it, not torch.func: where gradients are batched,
+    by functional.jacobian(vectorize=True) or grad(is_grads_batched=True).
 
     An autograd.Function records its node for the batch and not for what is in it, so that a second
     derivative would leave it out.

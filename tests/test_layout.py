@@ -29,7 +29,7 @@ FLOORS = [
     {"distributed"},
     {"distributed.nn", "distributed.multi_state"},
     {"distributed.scan", "nn"},
-    {"scan", "multi_state"},
+    {"scan", "multi_state", "onnx"},
     {"checks"},
     {"operators.sharding", "operators.complex_scan"},
     {"operators.scan", "operators.multi_state"},

@@ -84,7 +84,7 @@ def test_a_dual_level_in_a_compiled_function() -> None:
             return forward_ad.unpack_dual(h).tangent
 
     try:
-        with pytest.raises(Exception, match=r"min_gru: expected forward mode .* by torch\.func\.jvp"):
+        with pytest.raises(Exception, match="min_gru: expected forward mode in a compiled"):
             run(X)
     finally:  # torch.compile has left its own level open
         torch._C._exit_dual_level(level=0)
