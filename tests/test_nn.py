@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -497,3 +498,91 @@ def test_a_subclass_may_have_a_time() -> None:
 
     output, _ = Timed()(torch.randn(5, 2, 4))
     assert output.shape == (5, 2, 3)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_surface_of_nn_gru(cell: str) -> None:
+    """What scripts ask of an nn.GRU or nn.LSTM beside calling it."""
+    layer = CELLS[cell](4, 6, 2, bidirectional=True)
+    assert layer.mode == cell
+    names = {id(parameter): name for name, parameter in layer.named_parameters()}
+    assert [[names[id(x)] for x in pair] for pair in layer.all_weights] == [
+        [f"weight_ih_{suffix}", f"bias_ih_{suffix}"]
+        for suffix in ("l0", "l0_reverse", "l1", "l1_reverse")
+    ]
+    assert len(CELLS[cell](4, 6, bias=False).all_weights[0]) == 1
+    x, h = torch.randn(5, 3, 4), torch.randn(4, 3, 6)
+    assert layer.get_expected_hidden_size(x, None) == (4, 3, 6)
+    assert layer.get_expected_hidden_size(x[0], torch.tensor([2, 1])) == (4, 2, 6)
+    layer.check_input(x, None)
+    layer.check_forward_args(x, (h, h) if cell == "MinLSTM" else h, None)
+    with pytest.raises(RuntimeError, match=r"hx of shape \(4, 3, 6\), got \(4, 2, 6\)"):
+        layer.check_forward_args(x, h[:, :2], None)
+    order = torch.tensor([2, 0, 1])
+    assert torch.equal(layer.permute_hidden(h, order), h[:, order])
+    assert layer.permute_hidden((h, h), order)[1].shape == h.shape
+    assert layer.permute_hidden(h, None) is h
+    assert not isinstance(layer, nn.RNNBase)  # there are no weight_hh to initialise
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_errors_of_dtypes_and_devices_name_the_argument(cell: str) -> None:
+    layer, x = CELLS[cell](4, 6), torch.randn(5, 3, 4)
+    with pytest.raises(
+        ValueError, match=f"{cell}: expected input in torch.float32, .* its weights"
+    ):
+        layer(x.double())
+    with pytest.raises(ValueError, match=f"{cell}: expected input in torch.float32"):
+        layer.step(x[0].bfloat16())
+    with pytest.raises(TypeError, match=f"{cell}: expected hx in torch.float32, got torch.float64"):
+        layer(x, torch.zeros(1, 3, 6, dtype=torch.float64))
+    with pytest.raises(ValueError, match="input on the device of its weights, cpu, got meta"):
+        layer(x.to("meta"))
+    with pytest.raises(ValueError, match="hx on the device of input, cpu, got meta"):
+        layer(x, torch.zeros(1, 3, 6, device="meta"))
+    with pytest.raises(TypeError, match=r"MinRNNBase.__init__\(\) missing 1 required"):
+        CELLS[cell](4)
+    layer.double()
+    assert layer(x.double(), torch.zeros(1, 3, 6, dtype=torch.float64))[0].dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_learnable_states(cell: str) -> None:
+    layer = CELLS[cell](4, 6, 2, bidirectional=True, learnable_h0=True)
+    suffixes = ("l0", "l0_reverse", "l1", "l1_reverse")
+    starts = [getattr(layer, f"h0_{suffix}") for suffix in suffixes]
+    assert all(start.shape == (6,) and not start.any() for start in starts)
+    for start in starts:
+        nn.init.normal_(start)
+    x = torch.randn(5, 3, 4)
+    hx = torch.stack([start.detach() for start in starts])[:, None].expand(4, 3, 6)
+    output, last = layer(x)
+    right, right_last = layer(x, hx.contiguous())
+    torch.testing.assert_close((output, last), (right, right_last))
+    output.sum().backward()
+    assert all(start.grad.abs().sum() > 0 for start in starts)
+    one = CELLS[cell](4, 6, learnable_h0=True)
+    nn.init.normal_(one.h0_l0)
+    torch.testing.assert_close(one.step(x[0])[0], one(x[:1])[0][0])
+    torch.testing.assert_close(one.step(x[0, 0])[0], one(x[:1, 0])[0][0])
+    assert "learnable_h0=True" in repr(one) and "learnable_h0" not in repr(CELLS[cell](4, 6))
+    old = CELLS[cell](4, 6)
+    del old.__dict__["learnable_h0"]  # as of a layer that was pickled before there were any
+    old(x)
+
+
+def test_a_trace_holds_operators_in_grad_mode_too() -> None:
+    layer, x = ms.nn.MinGRU(4, 5), torch.randn(3, 2, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and shapes are checked
+        traced = torch.jit.trace(layer, x)
+        file = io.BytesIO()
+        torch.jit.save(traced, file)
+        file.seek(0)
+        loaded = torch.jit.load(file)
+    y = torch.randn(9, 6, 4, requires_grad=True)
+    torch.testing.assert_close(loaded(y), layer(y))
+    got = torch.autograd.grad(loaded(y)[0].square().sum(), y)
+    torch.testing.assert_close(got, torch.autograd.grad(layer(y)[0].square().sum(), y))
