@@ -1,16 +1,20 @@
 """Bounded key-value caches for the decoders of Hugging Face transformers.
 
 Importing this module registers the attention ``"msrnn"``. transformers hands a layer's keys first
-to the cache and then to the attention, which gets no cache: the keys carry their layer along.
+to the cache and then to the attention, which gets no cache: the keys carry their layer along. In
+the same way it asks the cache for the sizes of a mask right before it asks for the mask.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils import _pytree
 
 from msrnn_ops import distributed, multi_state
@@ -83,7 +87,7 @@ class MultiStateCache(Cache):  # type: ignore[misc]
     >>> cache = MultiStateCache(ms.Policy.window(4), model.config)
     >>> prompt = torch.arange(1, 11)[None]
     >>> model.generate(
-    ...     prompt, past_key_values=cache, max_new_tokens=3, do_sample=False, pad_token_id=0).shape
+    ...     prompt, cache=cache, max_new_tokens=3, do_sample=False, pad_token_id=0).shape
     torch.Size([1, 13])
     >>> cache.kept_positions()[0], cache.get_seq_length()
     (tensor([[[ 8,  9, 10, 11]]]), 12)
@@ -122,9 +126,18 @@ class MultiStateCache(Cache):  # type: ignore[misc]
             layers.append(layer if layer.is_sliding else _MultiStateLayer(policy, kv_heads, name))
         super().__init__(layers=layers)
         self._config = config
+        # (B, columns) bool: for which columns of the attention mask a token was stored, and which
+        # of these it still shows. None, and columns that follow: all.
+        self._stored: Tensor | None = None
+        self._visible: Tensor | None = None
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """What a layer attends to, as transformers asks for it before the attention."""
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"MultiStateCache: expected the config of this model, got one of {len(self.layers)}"
+                f" layers for a model that has a layer {layer_idx}"
+            )
         attention = self._config._attn_implementation
         if attention != _ATTENTION:
             raise RuntimeError(
@@ -139,7 +152,62 @@ class MultiStateCache(Cache):  # type: ignore[misc]
                 f"{expected} tokens, got {before.get_seq_length()}: a call was interrupted (then "
                 f"call reset), or the attention is not {_ATTENTION!r}"
             )
+        layer, new = self.layers[layer_idx], key.shape[2]
+        if layer.is_initialized:
+            _check_rows(_rows(layer), key.shape[0])
+        if layer_idx == 0:
+            _check_positions(tokens, new, kwargs.get("kwargs"))
         return super().update(key, value, layer_idx, *args, **kwargs)
+
+    def get_mask_sizes(self, query: Any, layer_idx: int) -> tuple[int, int]:
+        """Columns and offset of a layer's mask, as transformers asks for them before the mask.
+
+        No columns for a layer with a state, whose slots have no order of tokens: the mask function
+        of the attention then makes what such layers need.
+        """
+        if layer_idx < len(self.layers) and not self.layers[layer_idx].is_sliding:
+            _asked.cache = self
+            return 0, self.layers[layer_idx].tokens
+        sizes: tuple[int, int] = super().get_mask_sizes(query, layer_idx)
+        return sizes
+
+    def real_tokens(self, mask: Tensor, new: int) -> Tensor | None:
+        """Of a mask (B, columns), which new tokens are real: (B, new) bool, or None for all.
+
+        What the mask hides of the tokens before is dropped from the states. One comparison decides
+        whether there is anything to do: transformers' own masks wait for the device as often.
+        """
+        before = self.layers[0].get_seq_length()
+        if mask.shape[1] < before + new:
+            raise _fed_again(before, new, f"an attention_mask of {mask.shape[1]} columns")
+        mask = mask[:, : before + new]
+        if self._visible is None:
+            if mask.all():
+                return None
+            stored = visible = mask.new_ones(mask.shape[0], before)
+        else:
+            assert self._stored is not None
+            _check_rows(len(self._visible), len(mask))
+            more = before - self._visible.shape[1]  # negative after a call that was interrupted
+            visible = pad(self._visible, (0, more), value=True)
+            if torch.equal(mask, pad(visible, (0, new), value=True)):
+                return None
+            stored = pad(self._stored, (0, more), value=True)
+        old, fresh = mask[:, :before], mask[:, before:]
+        if (old & ~visible).any():
+            raise ValueError(
+                "MultiStateCache: expected an attention_mask that hides what it has hidden before, "
+                "got a 1 for a token that was hidden: padding is not stored, and a token that was "
+                "hidden is gone"
+            )
+        if (visible & ~old).any():
+            number = (stored.cumsum(1) - 1).clamp(min=0)  # of a row's stored tokens
+            hidden = torch.zeros_like(number).scatter_add_(1, number, (stored & ~old).long()) > 0
+            for layer in self.layers:
+                if not layer.is_sliding:
+                    layer.hide(hidden)
+        self._stored, self._visible = torch.cat([stored, fresh], 1), mask.clone()
+        return None if fresh.all() else fresh
 
     def kept_positions(self) -> list[Tensor | None]:
         """Of each layer :meth:`msrnn_ops.MultiState.kept_positions`, (B, G, N) int64.
@@ -160,6 +228,7 @@ class MultiStateCache(Cache):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forgets everything, also the number of rows."""
+        self._stored = self._visible = None
         self.layers: list[Any] = [
             # Not by its own reset, which leaves zeros to attend to in transformers 5.2.
             DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
@@ -178,6 +247,67 @@ class MultiStateCache(Cache):  # type: ignore[misc]
     def activate_past_recording(self) -> None:
         """Raises NotImplementedError: transformers asks for it before :meth:`crop`."""
         self.crop()
+
+    def offload(self, *_: Any, **__: Any) -> None:
+        """Raises NotImplementedError: states stay on the device of the model."""
+        raise NotImplementedError(
+            "MultiStateCache: expected states to stay on the device of the model, got a call to "
+            "move one: offloading is not supported, and a bounded state needs it less"
+        )
+
+    prefetch = offload
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes what row ``beam_idx[b]`` was."""
+        self._change_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row comes ``repeats`` times."""
+        self._change_rows(lambda x: x.repeat_interleave(repeats, 0))
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps these rows alone."""
+        self._change_rows(lambda x: x[indices])
+        super().batch_select_indices(indices)
+
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self._stored is not None and self._visible is not None:
+            self._stored, self._visible = change(self._stored), change(self._visible)
+
+
+_asked = threading.local()  # .cache: what told the sizes of the mask that _mask is asked for next
+
+
+def _fed_again(before: int, new: int, found: str) -> ValueError:
+    return ValueError(
+        f"MultiStateCache: expected {new} tokens that follow {before} in the cache, got {found}. "
+        "generate feeds everything again if it gets no more tokens than the cache has seen (pass "
+        "all of them and more, or call cache.reset()), and also with use_cache=False, which may "
+        "come from the model's configuration (pass use_cache=True)"
+    )
+
+
+def _check_positions(before: int, new: int, options: dict[str, Any] | None) -> None:
+    """Of a call without a mask: newer releases leave out a mask of ones in generate."""
+    if not 0 < before <= new or not options:
+        return
+    position_ids = options.get("position_ids")
+    if position_ids is not None and not position_ids[..., 0].any():
+        raise _fed_again(before, new, f"{new} that begin at position 0")
+
+
+def _rows(layer: Any) -> int:
+    return len(layer.keys if layer.is_sliding else layer.state.seen)
+
+
+def _check_rows(expected: int, found: int) -> None:
+    if found != expected:
+        raise ValueError(
+            f"MultiStateCache: expected a batch of {expected} rows as in the calls before, got "
+            f"{found}: call cache.reset() before another batch"
+        )
 
 
 def _check_config(config: Any) -> None:
@@ -219,6 +349,7 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def lazy_initialization(self, key: Tensor, value: Tensor) -> None:
         batch, kv_heads, _, head_dim = key.shape
+        head_dim = max(head_dim, value.shape[3])
         if kv_heads != self.kv_heads:  # of some heads alone, each rank would keep other tokens
             raise NotImplementedError(
                 f"MultiStateCache: expected {self.kv_heads} key-value heads as in the config, got "
@@ -253,36 +384,41 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
         return key, value
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scale: float | None
     ) -> Tensor:
-        """The output (B, Hq, T, Dh); mask (B, tokens) bool, False at padding."""
+        """The output (B, Hq, T, Dh); valid (B, T) bool, False at padding."""
         assert self.state is not None  # update has made it
         if not self.waiting:
             raise NotImplementedError(
                 "MultiStateCache: expected one attention to each layer's new keys, got a second one"
             )
         self.waiting = False
-        before, query = self.tokens, query.to(key.dtype)
-        if mask is None and query.shape[2] == 1:
+        new, query = query.shape[2], query.to(key.dtype)
+        key_dim, value_dim = key.shape[3], value.shape[3]
+        if key_dim != value_dim:  # zeros change neither logits nor sums
+            scale = key_dim**-0.5 if scale is None else scale
+            widest = max(key_dim, value_dim)
+            query, key, value = (pad(x, (0, widest - x.shape[3])) for x in (query, key, value))
+        if valid is None and new == 1:
             q, k, v = (x[:, :, 0] for x in (query, key, value))
             out = self.attend_evict(q, k, v, self.state, scale=scale)[:, :, None]
-            self.tokens = before + 1
-            return out
-        valid = None
-        if mask is not None:
-            valid = mask[:, before : before + query.shape[2]]
-            if before and (mask[:, :before].sum(1) != self.state.seen).any():
-                raise ValueError(
-                    "MultiStateCache: expected an attention_mask that has a 1 for each of the "
-                    f"{self.state.seen.tolist()} tokens that rows have stored before, got "
-                    f"{mask[:, :before].sum(1).tolist()}: what was stored cannot be masked later"
-                )
-        out = self.attend_prompt(query, key, value, self.state, valid=valid, scale=scale)
-        self.tokens = before + query.shape[2]
-        return out
+        else:
+            out = self.attend_prompt(query, key, value, self.state, valid=valid, scale=scale)
+        self.tokens += new
+        return out[..., :value_dim] if key_dim != value_dim else out
+
+    def hide(self, hidden: Tensor) -> None:
+        """Drops the tokens that ``hidden``, (B, tokens) bool, says True for by their number."""
+        if self.state is None:
+            return
+        position = self.state.position
+        number = position.clamp(min=0).flatten(1)
+        gone = hidden.gather(1, number).view_as(position) & (position >= 0)
+        position.masked_fill_(gone, -1)
+        if self.state.score.numel():
+            self.state.score.masked_fill_(gone, 0)
 
     def get_mask_sizes(self, _: Any) -> tuple[int, int]:
-        """No columns, for slots have no order of tokens: :func:`_mask` then gives the padding."""
         return 0, self.tokens
 
     def get_seq_length(self) -> int:
@@ -307,16 +443,18 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 def _mask(**kwargs: Any) -> Tensor | None:
-    """transformers' own mask; for layers with a state (B, tokens), False at padding, or None."""
-    if kwargs["kv_length"]:
+    """transformers' own mask; for layers with a state (B, T), False at padding, or None."""
+    cache: MultiStateCache | None = getattr(_asked, "cache", None)
+    _asked.cache = None
+    if cache is None:
         return sdpa_mask(**kwargs)
     if kwargs["mask_function"] is not causal_mask_function:
         return torch.empty(1, 1, 1, 0)  # refused by the attention of a layer that gets it
     mask: Tensor | None = kwargs["attention_mask"]
     if mask is None:
         return None
-    new = mask[:, kwargs["kv_offset"] :]
-    return None if (new if new.shape[1] == 1 else mask).all() else mask
+    new = kwargs["q_length"] if "q_length" in kwargs else len(kwargs["cache_position"])  # 5.2
+    return cache.real_tokens(mask, new)
 
 
 def _attend(
@@ -325,8 +463,9 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention "msrnn": of the layer's state if it has one, otherwise transformers' sdpa."""
@@ -346,6 +485,7 @@ def _attend(
             attention_mask,
             dropout=dropout,
             scaling=scaling,
+            is_causal=is_causal,
             **kwargs,
         )
         return out, None
@@ -354,17 +494,18 @@ def _attend(
     if attention_mask is not None and attention_mask.dim() != 2:
         raise NotImplementedError(
             "MultiStateCache: expected causal attention with padding, an attention_mask of shape "
-            f"(B, tokens), got another mask, {tuple(attention_mask.shape)}, such as that of images "
+            f"(B, T), got another mask, {tuple(attention_mask.shape)}, such as that of images "
             "whose tokens see each other"
         )
-    causal = kwargs.get("is_causal")
-    if not (getattr(module, "is_causal", True) if causal is None else causal):
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise NotImplementedError("MultiStateCache: expected causal attention, got bidirectional")
     if kwargs.get("sliding_window") is not None:
         raise ValueError(
             "MultiStateCache: expected a layer that attends to all tokens, got one with a sliding "
             "window: pass the config of this model"
         )
+    if attention_mask is None:
+        _check_positions(layer.tokens, query.shape[2], kwargs)
     out = layer.attend(query, key, value, attention_mask, scaling)
     return out.transpose(1, 2).contiguous(), None
 
