@@ -388,11 +388,6 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
     ) -> Tensor:
         """The output (B, Hq, T, Dh); valid (B, T) bool, False at padding."""
         assert self.state is not None  # update has made it
-        if not self.waiting:
-            raise NotImplementedError(
-                "MultiStateCache: expected one attention to each layer's new keys, got a second one"
-            )
-        self.waiting = False
         new, query = query.shape[2], query.to(key.dtype)
         key_dim, value_dim = key.shape[3], value.shape[3]
         if key_dim != value_dim:  # zeros change neither logits nor sums
@@ -489,6 +484,11 @@ def _attend(
             **kwargs,
         )
         return out, None
+    if not layer.waiting:
+        raise NotImplementedError(
+            "MultiStateCache: expected one attention to each layer's new keys, got a second one"
+        )
+    layer.waiting = False
     if dropout:
         raise ValueError(f"MultiStateCache: expected model.eval(), got dropout {dropout}")
     if attention_mask is not None and attention_mask.dim() != 2:

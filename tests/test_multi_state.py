@@ -167,7 +167,7 @@ def test_prompts(name: str, slots: int, backend: str) -> None:
 @pytest.mark.parametrize("slots", [3, 7], ids=lambda n: f"slots{n}")
 @pytest.mark.parametrize("backend", ["kernel", "reference"])
 def test_states_with_holes(name: str, slots: int, backend: str) -> None:
-    """Any slots may be emptied between calls, as msrnn_ops.transformers does with what is masked."""
+    """Any slots may be emptied between calls, as msrnn_ops.transformers does for a mask."""
     state = make(policies(slots)[name], 2, HEADS["gqa2"], torch.float32)
     rows = [Row(state.policy, 2) for _ in range(2)]
     for time in (5, 1, 9, 1, 1, 1, 2, 1, 1):

@@ -702,11 +702,11 @@ def _sharded_heads(rank: int, file: str) -> None:
         cache = MultiStateCache(POLICIES[name], model.config, group=mesh)
         copied = copy.deepcopy(cache)
         expected = MultiStateCache(POLICIES[name], whole.config)
-        given = {"inputs": prompts, "attention_mask": prompts.ne(0), **GREEDY}
+        options = {"inputs": prompts, "attention_mask": prompts.ne(0), **GREEDY}
         with reference():
-            tokens = model.generate(**given, **given(cache))
-            assert torch.equal(tokens, whole.generate(**given, **given(expected)))
-            assert torch.equal(tokens, model.generate(**given, **given(copied)))
+            tokens = model.generate(**options, **given(cache))
+            assert torch.equal(tokens, whole.generate(**options, **given(expected)))
+            assert torch.equal(tokens, model.generate(**options, **given(copied)))
         heads = slice(rank, rank + 1) if name == "tova_head" else slice(None)
         kept = zip(cache.kept_positions(), expected.kept_positions(), strict=True)
         assert all(torch.equal(ours, theirs[:, heads]) for ours, theirs in kept)

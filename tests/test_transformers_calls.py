@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -60,10 +59,8 @@ def test_what_a_mask_hides_is_not_attended(family: str, backend: str) -> None:
     stock.set_attn_implementation("sdpa")
     for name in ("tova", "h2o_head"):
         policy = ms.Policy(50, POLICIES[name].score, scope=POLICIES[name].scope)
-        caches = (
-            MultiStateCache(policy, model.config),
-            transformers.DynamicCache(config=stock.config),
-        )
+        full = transformers.DynamicCache(config=stock.config)
+        caches = MultiStateCache(policy, model.config), full
         for tokens, mask in hiding(CALLS):
             new = tokens.shape[1]
             options = {"attention_mask": mask.long(), "position_ids": positions(mask, new)}
@@ -209,8 +206,11 @@ def test_generate_again_needs_more_tokens(family: str) -> None:
     tokens = left_padded(9)[0]
     cache = MultiStateCache(POLICIES["tova"], model.config)
     model(tokens, **given(cache))
-    with pytest.raises(ValueError, match=r"9 tokens that follow 9 in the cache.*cache.reset\(\)"):
+    with pytest.raises((ValueError, IndexError)) as refused:
         model.generate(tokens, **given(cache), **GREEDY)
+    if refused.type is IndexError and not RENAMED:
+        pytest.skip("this release refuses it by itself")
+    assert refused.match(r"9 tokens that follow 9 in the cache.*call cache.reset\(\)")
     one = MultiStateCache(POLICIES["tova"], model.config)
     model(tokens[:, :1], **given(one))
     with pytest.raises(ValueError, match="1 tokens that follow 1"):
@@ -287,9 +287,8 @@ def test_the_attention_takes_what_sdpa_takes_by_position() -> None:
         found = ours._attend(module, query, *held, None, 0.0, scale, True)[0]
         torch.testing.assert_close(found, exact)
     cache = MultiStateCache(ms.Policy.tova(9), model.config)
-    with pytest.raises(ValueError, match="got dropout 0.5"):
+    with pytest.raises(ValueError, match=r"got dropout 0\.5"):
         ours._attend(module, query, *cache.update(key, value, 0), None, 0.5, 0.3)
-    cache.reset()
     with pytest.raises(NotImplementedError, match="got bidirectional"):
         ours._attend(module, query, *cache.update(key, value, 0), None, 0.0, 0.3, False)
 
@@ -318,7 +317,7 @@ def test_the_config_of_a_smaller_model_is_refused() -> None:
     model = make(dtype=torch.float32, num_hidden_layers=3)
     small = make(dtype=torch.float32).config
     cache = MultiStateCache(POLICIES["tova"], small)
-    with pytest.raises(ValueError, match="config of this model, got one of 2 layers .* a layer 2"):
+    with pytest.raises(ValueError, match=r"config of this model, got one of 2 .* a layer 2"):
         model(left_padded(9)[0], **given(cache))
 
 
