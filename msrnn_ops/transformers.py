@@ -60,19 +60,24 @@ class MultiStateCache(Cache):  # type: ignore[misc]
     forward call brings is a prompt (:func:`msrnn_ops.attend_prompt`: full attention over it and the
     kept states, then one reduction to N) or one token (:func:`msrnn_ops.attend_evict`). So a prompt
     in chunks is reduced after each of them. Positions count a row's real tokens, without padding.
+    A stored token that the ``attention_mask`` of a later call hides is dropped before that call
+    attends, and makes room.
 
     Args:
         policy: what each layer keeps.
         config: ``model.config`` of a decoder without cross attention, capped or biased attention
-            logits, learned sinks, or layers that share keys; head_dim a multiple of 8 up to 256.
+            logits, learned sinks, a cache of latents, or layers that share keys; head_dim a
+            multiple of 8 up to 256, in each layer its own.
         group: the ranks among which the model's heads are sharded, as ``tp_plan="auto"`` does: a
             process group or a mesh of one dimension. None: this process has all heads.
 
     Raises:
         TypeError, ValueError: a wrong policy or config, a head_dim that is not supported; in use: a
-            mask that hides what was stored before, dropout, what the ops refuse.
+            mask that shows what was hidden before, another batch before :meth:`reset`, tokens that
+            ``generate`` feeds a second time, dropout, what the ops refuse.
         NotImplementedError: another model; a mask other than causal with padding; other heads than
-            the config says; tokens taken back (:meth:`crop`), as assisted decoding does.
+            the config says; offloading; tokens taken back (:meth:`crop`), as assisted decoding
+            does.
         RuntimeError: in use: the attention is not ``"msrnn"``, or a gradient is asked for.
 
     Source: Oren et al. 2024, "Transformers are Multi-State RNNs".
@@ -101,29 +106,29 @@ class MultiStateCache(Cache):  # type: ignore[misc]
             )
         config = config.get_text_config(decoder=True)
         _check_config(config)
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None)
-        head_dim = head_dim or config.hidden_size // config.num_attention_heads
-        name = None
+        ranks, name = 1, None
         if group is not None:
             exchange = Exchange.among("MultiStateCache", group)
-            if kv_heads % exchange.ranks:
-                raise ValueError(
-                    f"MultiStateCache: expected key-value heads that {exchange.ranks} ranks can "
-                    f"share, got {kv_heads}"
-                )
-            kv_heads //= exchange.ranks
-            name = exchange.group
-        # Refuses now what would be refused at the first tokens.
-        MultiState(policy, batch=0, kv_heads=kv_heads, head_dim=head_dim, device="meta")
+            ranks, name = exchange.ranks, exchange.group
         layers: list[Any] = []
-        for layer in DynamicCache(config=config).layers:
+        for i, layer in enumerate(DynamicCache(config=config).layers):
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 raise NotImplementedError(
                     "MultiStateCache: expected layers of full or sliding attention, got "
                     f"{type(layer).__name__} in {config.model_type}"
                 )
-            layers.append(layer if layer.is_sliding else _MultiStateLayer(policy, kv_heads, name))
+            if not layer.is_sliding:
+                kv_heads, head_dim = _shape(_of_layer(config, i))
+                if kv_heads % ranks:
+                    raise ValueError(
+                        f"MultiStateCache: expected key-value heads that {ranks} ranks can share, "
+                        f"got {kv_heads}"
+                    )
+                kv_heads //= ranks
+                # Refuses now what would be refused at the first tokens.
+                MultiState(policy, batch=0, kv_heads=kv_heads, head_dim=head_dim, device="meta")
+                layer = _MultiStateLayer(policy, kv_heads, name)
+            layers.append(layer)
         super().__init__(layers=layers)
         self._config = config
         # (B, columns) bool: for which columns of the attention mask a token was stored, and which
@@ -182,17 +187,18 @@ class MultiStateCache(Cache):  # type: ignore[misc]
             raise _fed_again(before, new, f"an attention_mask of {mask.shape[1]} columns")
         mask = mask[:, : before + new]
         if self._visible is None:
-            if mask.all():
+            if _all(mask):
                 return None
             stored = visible = mask.new_ones(mask.shape[0], before)
         else:
             assert self._stored is not None
             _check_rows(len(self._visible), len(mask))
-            more = before - self._visible.shape[1]  # negative after a call that was interrupted
-            visible = pad(self._visible, (0, more), value=True)
-            if torch.equal(mask, pad(visible, (0, new), value=True)):
+            visible = self._visible[:, :before]  # longer after a call that was interrupted
+            known = visible.shape[1]
+            if _all(mask[:, :known] == visible) & _all(mask[:, known:]):
                 return None
-            stored = pad(self._stored, (0, more), value=True)
+            visible = pad(visible, (0, before - known), value=True)
+            stored = pad(self._stored[:, :before], (0, before - known), value=True)
         old, fresh = mask[:, :before], mask[:, before:]
         if (old & ~visible).any():
             raise ValueError(
@@ -207,7 +213,7 @@ class MultiStateCache(Cache):  # type: ignore[misc]
                 if not layer.is_sliding:
                     layer.hide(hidden)
         self._stored, self._visible = torch.cat([stored, fresh], 1), mask.clone()
-        return None if fresh.all() else fresh
+        return None if _all(fresh) else fresh
 
     def kept_positions(self) -> list[Tensor | None]:
         """Of each layer :meth:`msrnn_ops.MultiState.kept_positions`, (B, G, N) int64.
@@ -298,6 +304,11 @@ def _check_positions(before: int, new: int, options: dict[str, Any] | None) -> N
         raise _fed_again(before, new, f"{new} that begin at position 0")
 
 
+def _all(mask: Tensor) -> Any:
+    """``mask.all()``, of many bytes in a twentieth of its time on a CPU."""
+    return mask.view(torch.uint8).amin() if mask.numel() else True
+
+
 def _rows(layer: Any) -> int:
     return len(layer.keys if layer.is_sliding else layer.state.seen)
 
@@ -310,13 +321,43 @@ def _check_rows(expected: int, found: int) -> None:
         )
 
 
+# Decoders that nothing else tells from others, and what is in their way.
+_REFUSED_MODELS = {
+    "bigbird_pegasus": "an attention that counts as bidirectional",
+    "diffllama": "two attentions to the same keys",
+    "doge": "a mask that depends on the values",
+    "dory": "layers that run several times",
+    "jetmoe": "keys that are repeated behind the cache",
+    **dict.fromkeys(
+        ("flint", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"), "learned sinks"
+    ),
+}
+
+
+def _of_layer(config: Any, layer: int) -> Any:
+    """The config of a layer: some models have other heads in some layers."""
+    return config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
+
+
 def _check_config(config: Any) -> None:
+    one = _of_layer(config, 0)
+    model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    reason = _REFUSED_MODELS.get(config.model_type)
+    other_layers = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
     refused = {
         "an encoder": config.is_encoder_decoder,
+        "attention to later tokens (is_decoder=False)": getattr(config, "is_decoder", None)
+        is False,
         "cross attention": getattr(config, "add_cross_attention", False),
-        "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None),
+        "no attention heads": not getattr(one, "num_attention_heads", None),
+        "an attention that transformers cannot replace": (
+            model is not None and not model._can_set_attn_implementation()
+        ),
+        "attn_logit_softcapping": getattr(one, "attn_logit_softcapping", None),
+        "a cache of latents (kv_lora_rank)": getattr(one, "kv_lora_rank", None),
         "layers that share keys": getattr(config, "num_kv_shared_layers", None),
-        "other layers": set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES,
+        f"layers of {' and '.join(other_layers)}": other_layers,
+        str(reason): reason,
     }
     found = [name for name, there in refused.items() if there]
     if found:
@@ -324,6 +365,15 @@ def _check_config(config: Any) -> None:
             "MultiStateCache: expected a decoder whose layers attend to all tokens or to a sliding "
             f"window, got {config.model_type} with {' and '.join(found)}"
         )
+
+
+def _shape(config: Any) -> tuple[int, int]:
+    """Key-value heads and head_dim of a layer, by its config."""
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if getattr(config, "multi_query", False):
+        kv_heads = 1
+    head_dim = getattr(config, "head_dim", None)
+    return kv_heads, head_dim or config.hidden_size // config.num_attention_heads
 
 
 class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -349,7 +399,6 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def lazy_initialization(self, key: Tensor, value: Tensor) -> None:
         batch, kv_heads, _, head_dim = key.shape
-        head_dim = max(head_dim, value.shape[3])
         if kv_heads != self.kv_heads:  # of some heads alone, each rank would keep other tokens
             raise NotImplementedError(
                 f"MultiStateCache: expected {self.kv_heads} key-value heads as in the config, got "
@@ -389,18 +438,13 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
         """The output (B, Hq, T, Dh); valid (B, T) bool, False at padding."""
         assert self.state is not None  # update has made it
         new, query = query.shape[2], query.to(key.dtype)
-        key_dim, value_dim = key.shape[3], value.shape[3]
-        if key_dim != value_dim:  # zeros change neither logits nor sums
-            scale = key_dim**-0.5 if scale is None else scale
-            widest = max(key_dim, value_dim)
-            query, key, value = (pad(x, (0, widest - x.shape[3])) for x in (query, key, value))
         if valid is None and new == 1:
             q, k, v = (x[:, :, 0] for x in (query, key, value))
             out = self.attend_evict(q, k, v, self.state, scale=scale)[:, :, None]
         else:
             out = self.attend_prompt(query, key, value, self.state, valid=valid, scale=scale)
         self.tokens += new
-        return out[..., :value_dim] if key_dim != value_dim else out
+        return out
 
     def hide(self, hidden: Tensor) -> None:
         """Drops the tokens that ``hidden``, (B, tokens) bool, says True for by their number."""

@@ -445,7 +445,16 @@ def test_compile() -> None:
         ("LlamaConfig", {"add_cross_attention": True}, "llama with cross attention"),
         ("Gemma2Config", {}, "gemma2 with attn_logit_softcapping"),
         ("LlamaConfig", {"num_kv_shared_layers": 1}, "layers that share keys"),
-        ("Llama4TextConfig", {}, "llama4_text with other layers"),
+        ("BertConfig", {}, r"bert with attention to later tokens \(is_decoder=False\)"),
+        ("BloomConfig", {}, "bloom with an attention that transformers cannot replace"),
+        ("RwkvConfig", {}, "rwkv with .*cannot replace"),
+        ("DogeConfig", {}, "doge with a mask that depends on the values"),
+        ("JetMoeConfig", {}, "jetmoe with keys that are repeated behind the cache"),
+        ("GptOssConfig", {}, "gpt_oss with learned sinks"),
+        ("DeepseekV3Config", {}, "deepseek_v3 with a cache of latents"),
+        ("Glm4MoeLiteConfig", {}, "glm4_moe_lite with a cache of latents"),
+        ("xLSTMConfig", {}, "xlstm with no attention heads"),
+        ("Llama4TextConfig", {}, "llama4_text with layers of chunked_attention"),
     ],
 )
 def test_models_that_are_refused(name: str, options: dict[str, Any], message: str) -> None:
@@ -501,12 +510,13 @@ def test_sharded_heads_are_refused() -> None:
 
 
 def test_learned_sinks_are_refused() -> None:
-    config = transformers.GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1)
-    model = transformers.GptOssForCausalLM(config).eval()
-    model.set_attn_implementation("msrnn")
+    """Also in a model that is not known to have them."""
+    model = make(dtype=torch.float32)
     cache = MultiStateCache(POLICIES["tova"], model.config)
-    with pytest.raises(NotImplementedError, match="s_aux"):
-        model(torch.ones(1, 3, dtype=torch.long), **given(cache))
+    keys = cache.update(*torch.randn(2, 1, 2, 3, 16), 0)
+    module, query = model.model.layers[0].self_attn, torch.randn(1, 4, 3, 16)
+    with pytest.raises(NotImplementedError, match="expected a model without s_aux"):
+        ours._attend(module, query, *keys, None, s_aux=torch.zeros(4))
 
 
 @pytest.mark.parametrize(
