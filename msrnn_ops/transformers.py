@@ -155,10 +155,11 @@ class MultiStateCache(Cache):  # type: ignore[misc]
             raise RuntimeError(
                 f"MultiStateCache: expected layer {layer_idx} after one that has attended to "
                 f"{expected} tokens, got {before.get_seq_length()}: a call was interrupted (then "
-                f"call reset), or the attention is not {_ATTENTION!r}"
+                f"call reset), or the attention is not {_ATTENTION!r}, or the config is of a model "
+                "of more layers"
             )
         layer, new = self.layers[layer_idx], key.shape[2]
-        if layer.is_initialized:
+        if tokens:
             _check_rows(_rows(layer), key.shape[0])
         if layer_idx == 0:
             _check_positions(tokens, new, kwargs.get("kwargs"))
@@ -186,7 +187,7 @@ class MultiStateCache(Cache):  # type: ignore[misc]
         if mask.shape[1] < before + new:
             raise _fed_again(before, new, f"an attention_mask of {mask.shape[1]} columns")
         mask = mask[:, : before + new]
-        if self._visible is None:
+        if self._visible is None or not before:
             if _all(mask):
                 return None
             stored = visible = mask.new_ones(mask.shape[0], before)
@@ -283,7 +284,9 @@ class MultiStateCache(Cache):  # type: ignore[misc]
             self._stored, self._visible = change(self._stored), change(self._visible)
 
 
-_asked = threading.local()  # .cache: what told the sizes of the mask that _mask is asked for next
+# .cache: what told the sizes of the mask that _mask is asked for next; .masked: whether this call
+# has an attention_mask.
+_asked = threading.local()
 
 
 def _fed_again(before: int, new: int, found: str) -> ValueError:
@@ -297,7 +300,9 @@ def _fed_again(before: int, new: int, found: str) -> ValueError:
 
 def _check_positions(before: int, new: int, options: dict[str, Any] | None) -> None:
     """Of a call without a mask: newer releases leave out a mask of ones in generate."""
-    if not 0 < before <= new or not options:
+    if not 0 < before <= new or not options or getattr(_asked, "masked", False):
+        return
+    if torch.compiler.is_compiling():  # generate compiles no call that has such a cache
         return
     position_ids = options.get("position_ids")
     if position_ids is not None and not position_ids[..., 0].any():
@@ -426,7 +431,7 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
         if torch.is_autocast_enabled(key.device.type):  # rotary embedding leaves float32
             dtype = torch.get_autocast_dtype(key.device.type)
             key, value = key.to(dtype), value.to(dtype)
-        if not self.is_initialized:
+        if not self.tokens:  # also after a first call that was refused
             self.lazy_initialization(key, value)
         self.waiting = True
         key.multi_state_layer = self  # type: ignore[attr-defined]
@@ -484,7 +489,7 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
 def _mask(**kwargs: Any) -> Tensor | None:
     """transformers' own mask; for layers with a state (B, T), False at padding, or None."""
     cache: MultiStateCache | None = getattr(_asked, "cache", None)
-    _asked.cache = None
+    _asked.cache, _asked.masked = None, kwargs["attention_mask"] is not None
     if cache is None:
         return sdpa_mask(**kwargs)
     if kwargs["mask_function"] is not causal_mask_function:

@@ -257,6 +257,34 @@ def test_a_forward_call_needs_no_use_cache() -> None:
         assert torch.equal(first, second)
 
 
+def test_a_chunk_of_padding_is_no_call_before() -> None:
+    """The tokens behind it begin at position 0."""
+    model = make(dtype=torch.float32)
+    tokens, mask = left_padded(12)[0], torch.arange(12)[None] >= 4
+    for first in (4, 5):
+        cache = MultiStateCache(ms.Policy.tova(20), model.config)
+        full = transformers.DynamicCache(config=model.config)
+        for part in (slice(0, 4), slice(4, 4 + first), slice(4 + first, 12)):
+            seen = mask[:, : part.stop]
+            options = {"attention_mask": seen, "position_ids": positions(mask, 12)[:, part]}
+            found = model(tokens[:, part], **options, **given(cache)).logits
+        model.set_attn_implementation("sdpa")
+        exact = model(tokens, attention_mask=mask, position_ids=positions(mask, 12), **given(full))
+        model.set_attn_implementation("msrnn")
+        last = exact.logits[:, 4 + first :]
+        assert (found - last).abs().max() < 1e-4 * last.abs().max()
+
+
+def test_a_refused_first_call_leaves_the_batch_open() -> None:
+    model = make(dtype=torch.float32)
+    cache = MultiStateCache(POLICIES["tova"], model.config)
+    tokens, mask = left_padded(9, 5)
+    with pytest.raises(RuntimeError, match="no gradient"), torch.enable_grad():
+        model(tokens, attention_mask=mask, **given(cache))
+    model(tokens[1:], attention_mask=mask[1:], **given(cache))
+    assert kept(cache, 0, 0) == [list(range(5))]
+
+
 def test_both_names_of_the_argument() -> None:
     model = make(dtype=torch.float32)
     tokens, results = left_padded(9)[0], []
