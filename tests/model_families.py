@@ -121,10 +121,10 @@ def build(family: str) -> Any:
     config = config_class(**options)
     cached = transformers.DynamicCache(config=config.get_text_config(decoder=True))
     if cached.layers and all(cached.is_sliding):
-        if getattr(config, "layer_types", None):
-            options["layer_types"] = ["sliding_attention", "full_attention"]
-        else:
+        if not getattr(config, "layer_types", None):
             options["sliding_window"] = None
+        elif set(config.layer_types) == {"sliding_attention"}:
+            options["layer_types"] = ["sliding_attention", "full_attention"]
         config = config_class(**options)
     with torch.device("meta"):
         size = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
