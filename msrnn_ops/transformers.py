@@ -1,16 +1,20 @@
 """Bounded key-value caches for the decoders of Hugging Face transformers.
 
 Importing this module registers the attention ``"msrnn"``. transformers hands a layer's keys first
-to the cache and then to the attention, which gets no cache: the keys carry their layer along.
+to the cache and then to the attention, which gets no cache: the keys carry their layer along. In
+the same way it asks the cache for the sizes of a mask right before it asks for the mask.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils import _pytree
 
 from msrnn_ops import distributed, multi_state
@@ -56,19 +60,24 @@ class MultiStateCache(Cache):  # type: ignore[misc]
     forward call brings is a prompt (:func:`msrnn_ops.attend_prompt`: full attention over it and the
     kept states, then one reduction to N) or one token (:func:`msrnn_ops.attend_evict`). So a prompt
     in chunks is reduced after each of them. Positions count a row's real tokens, without padding.
+    A stored token that the ``attention_mask`` of a later call hides is dropped before that call
+    attends, and makes room.
 
     Args:
         policy: what each layer keeps.
         config: ``model.config`` of a decoder without cross attention, capped or biased attention
-            logits, learned sinks, or layers that share keys; head_dim a multiple of 8 up to 256.
+            logits, learned sinks, a cache of latents, or layers that share keys; head_dim a
+            multiple of 8 up to 256, in each layer its own.
         group: the ranks among which the model's heads are sharded, as ``tp_plan="auto"`` does: a
             process group or a mesh of one dimension. None: this process has all heads.
 
     Raises:
         TypeError, ValueError: a wrong policy or config, a head_dim that is not supported; in use: a
-            mask that hides what was stored before, dropout, what the ops refuse.
+            mask that shows what was hidden before, another batch before :meth:`reset`, tokens that
+            ``generate`` feeds a second time, dropout, what the ops refuse.
         NotImplementedError: another model; a mask other than causal with padding; other heads than
-            the config says; tokens taken back (:meth:`crop`), as assisted decoding does.
+            the config says; offloading; tokens taken back (:meth:`crop`), as assisted decoding
+            does.
         RuntimeError: in use: the attention is not ``"msrnn"``, or a gradient is asked for.
 
     Source: Oren et al. 2024, "Transformers are Multi-State RNNs".
@@ -83,7 +92,7 @@ class MultiStateCache(Cache):  # type: ignore[misc]
     >>> cache = MultiStateCache(ms.Policy.window(4), model.config)
     >>> prompt = torch.arange(1, 11)[None]
     >>> model.generate(
-    ...     prompt, past_key_values=cache, max_new_tokens=3, do_sample=False, pad_token_id=0).shape
+    ...     prompt, cache=cache, max_new_tokens=3, do_sample=False, pad_token_id=0).shape
     torch.Size([1, 13])
     >>> cache.kept_positions()[0], cache.get_seq_length()
     (tensor([[[ 8,  9, 10, 11]]]), 12)
@@ -97,34 +106,43 @@ class MultiStateCache(Cache):  # type: ignore[misc]
             )
         config = config.get_text_config(decoder=True)
         _check_config(config)
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None)
-        head_dim = head_dim or config.hidden_size // config.num_attention_heads
-        name = None
+        ranks, name = 1, None
         if group is not None:
             exchange = Exchange.among("MultiStateCache", group)
-            if kv_heads % exchange.ranks:
-                raise ValueError(
-                    f"MultiStateCache: expected key-value heads that {exchange.ranks} ranks can "
-                    f"share, got {kv_heads}"
-                )
-            kv_heads //= exchange.ranks
-            name = exchange.group
-        # Refuses now what would be refused at the first tokens.
-        MultiState(policy, batch=0, kv_heads=kv_heads, head_dim=head_dim, device="meta")
+            ranks, name = exchange.ranks, exchange.group
         layers: list[Any] = []
-        for layer in DynamicCache(config=config).layers:
+        for i, layer in enumerate(DynamicCache(config=config).layers):
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 raise NotImplementedError(
                     "MultiStateCache: expected layers of full or sliding attention, got "
                     f"{type(layer).__name__} in {config.model_type}"
                 )
-            layers.append(layer if layer.is_sliding else _MultiStateLayer(policy, kv_heads, name))
+            if not layer.is_sliding:
+                kv_heads, head_dim = _shape(_of_layer(config, i))
+                if kv_heads % ranks:
+                    raise ValueError(
+                        f"MultiStateCache: expected key-value heads that {ranks} ranks can share, "
+                        f"got {kv_heads}"
+                    )
+                kv_heads //= ranks
+                # Refuses now what would be refused at the first tokens.
+                MultiState(policy, batch=0, kv_heads=kv_heads, head_dim=head_dim, device="meta")
+                layer = _MultiStateLayer(policy, kv_heads, name)
+            layers.append(layer)
         super().__init__(layers=layers)
         self._config = config
+        # (B, columns) bool: for which columns of the attention mask a token was stored, and which
+        # of these it still shows. None, and columns that follow: all.
+        self._stored: Tensor | None = None
+        self._visible: Tensor | None = None
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """What a layer attends to, as transformers asks for it before the attention."""
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"MultiStateCache: expected the config of this model, got one of {len(self.layers)}"
+                f" layers for a model that has a layer {layer_idx}"
+            )
         attention = self._config._attn_implementation
         if attention != _ATTENTION:
             raise RuntimeError(
@@ -137,9 +155,66 @@ class MultiStateCache(Cache):  # type: ignore[misc]
             raise RuntimeError(
                 f"MultiStateCache: expected layer {layer_idx} after one that has attended to "
                 f"{expected} tokens, got {before.get_seq_length()}: a call was interrupted (then "
-                f"call reset), or the attention is not {_ATTENTION!r}"
+                f"call reset), or the attention is not {_ATTENTION!r}, or the config is of a model "
+                "of more layers"
             )
+        layer, new = self.layers[layer_idx], key.shape[2]
+        if tokens:
+            _check_rows(_rows(layer), key.shape[0])
+        if layer_idx == 0:
+            _check_positions(tokens, new, kwargs.get("kwargs"))
         return super().update(key, value, layer_idx, *args, **kwargs)
+
+    def get_mask_sizes(self, query: Any, layer_idx: int) -> tuple[int, int]:
+        """Columns and offset of a layer's mask, as transformers asks for them before the mask.
+
+        No columns for a layer with a state, whose slots have no order of tokens: the mask function
+        of the attention then makes what such layers need.
+        """
+        if layer_idx < len(self.layers) and not self.layers[layer_idx].is_sliding:
+            _asked.cache = self
+            return 0, self.layers[layer_idx].tokens
+        sizes: tuple[int, int] = super().get_mask_sizes(query, layer_idx)
+        return sizes
+
+    def real_tokens(self, mask: Tensor, new: int) -> Tensor | None:
+        """Of a mask (B, columns), which new tokens are real: (B, new) bool, or None for all.
+
+        What the mask hides of the tokens before is dropped from the states. One comparison decides
+        whether there is anything to do: transformers' own masks wait for the device as often.
+        """
+        before = self.layers[0].get_seq_length()
+        if mask.shape[1] < before + new:
+            raise _fed_again(before, new, f"an attention_mask of {mask.shape[1]} columns")
+        mask = mask[:, : before + new]
+        if self._visible is None or not before:
+            if _all(mask):
+                return None
+            stored = visible = mask.new_ones(mask.shape[0], before)
+        else:
+            assert self._stored is not None
+            _check_rows(len(self._visible), len(mask))
+            visible = self._visible[:, :before]  # longer after a call that was interrupted
+            known = visible.shape[1]
+            if _all(mask[:, :known] == visible) & _all(mask[:, known:]):
+                return None
+            visible = pad(visible, (0, before - known), value=True)
+            stored = pad(self._stored[:, :before], (0, before - known), value=True)
+        old, fresh = mask[:, :before], mask[:, before:]
+        if (old & ~visible).any():
+            raise ValueError(
+                "MultiStateCache: expected an attention_mask that hides what it has hidden before, "
+                "got a 1 for a token that was hidden: padding is not stored, and a token that was "
+                "hidden is gone"
+            )
+        if (visible & ~old).any():
+            number = (stored.cumsum(1) - 1).clamp(min=0)  # of a row's stored tokens
+            hidden = torch.zeros_like(number).scatter_add_(1, number, (stored & ~old).long()) > 0
+            for layer in self.layers:
+                if not layer.is_sliding:
+                    layer.hide(hidden)
+        self._stored, self._visible = torch.cat([stored, fresh], 1), mask.clone()
+        return None if _all(fresh) else fresh
 
     def kept_positions(self) -> list[Tensor | None]:
         """Of each layer :meth:`msrnn_ops.MultiState.kept_positions`, (B, G, N) int64.
@@ -160,6 +235,7 @@ class MultiStateCache(Cache):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forgets everything, also the number of rows."""
+        self._stored = self._visible = None
         self.layers: list[Any] = [
             # Not by its own reset, which leaves zeros to attend to in transformers 5.2.
             DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
@@ -179,14 +255,114 @@ class MultiStateCache(Cache):  # type: ignore[misc]
         """Raises NotImplementedError: transformers asks for it before :meth:`crop`."""
         self.crop()
 
+    def offload(self, *_: Any, **__: Any) -> None:
+        """Raises NotImplementedError: states stay on the device of the model."""
+        raise NotImplementedError(
+            "MultiStateCache: expected states to stay on the device of the model, got a call to "
+            "move one: offloading is not supported, and a bounded state needs it less"
+        )
+
+    prefetch = offload
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes what row ``beam_idx[b]`` was."""
+        self._change_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row comes ``repeats`` times."""
+        self._change_rows(lambda x: x.repeat_interleave(repeats, 0))
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps these rows alone."""
+        self._change_rows(lambda x: x[indices])
+        super().batch_select_indices(indices)
+
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self._stored is not None and self._visible is not None:
+            self._stored, self._visible = change(self._stored), change(self._visible)
+
+
+# .cache: what told the sizes of the mask that _mask is asked for next; .masked: whether this call
+# has an attention_mask.
+_asked = threading.local()
+
+
+def _fed_again(before: int, new: int, found: str) -> ValueError:
+    return ValueError(
+        f"MultiStateCache: expected {new} tokens that follow {before} in the cache, got {found}. "
+        "generate feeds everything again if it gets no more tokens than the cache has seen (pass "
+        "all of them and more, or call cache.reset()), and also with use_cache=False, which may "
+        "come from the model's configuration (pass use_cache=True)"
+    )
+
+
+def _check_positions(before: int, new: int, options: dict[str, Any] | None) -> None:
+    """Of a call without a mask: newer releases leave out a mask of ones in generate."""
+    if not 0 < before <= new or not options or getattr(_asked, "masked", False):
+        return
+    if torch.compiler.is_compiling():  # generate compiles no call that has such a cache
+        return
+    position_ids = options.get("position_ids")
+    if position_ids is not None and not position_ids[..., 0].any():
+        raise _fed_again(before, new, f"{new} that begin at position 0")
+
+
+def _all(mask: Tensor) -> Any:
+    """``mask.all()``, of many bytes in a twentieth of its time on a CPU."""
+    return mask.view(torch.uint8).amin() if mask.numel() else True
+
+
+def _rows(layer: Any) -> int:
+    return len(layer.keys if layer.is_sliding else layer.state.seen)
+
+
+def _check_rows(expected: int, found: int) -> None:
+    if found != expected:
+        raise ValueError(
+            f"MultiStateCache: expected a batch of {expected} rows as in the calls before, got "
+            f"{found}: call cache.reset() before another batch"
+        )
+
+
+# Decoders that nothing else tells from others, and what is in their way.
+_REFUSED_MODELS = {
+    "bigbird_pegasus": "an attention that counts as bidirectional",
+    "diffllama": "two attentions to the same keys",
+    "doge": "a mask that depends on the values",
+    "dory": "layers that run several times",
+    "jetmoe": "keys that are repeated behind the cache",
+    **dict.fromkeys(
+        ("flint", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"), "learned sinks"
+    ),
+}
+
+
+def _of_layer(config: Any, layer: int) -> Any:
+    """The config of a layer: some models have other heads in some layers."""
+    return config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
+
 
 def _check_config(config: Any) -> None:
+    one = _of_layer(config, 0)
+    model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    reason = _REFUSED_MODELS.get(config.model_type)
+    other_layers = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
     refused = {
         "an encoder": config.is_encoder_decoder,
+        "attention to later tokens (is_decoder=False)": getattr(config, "is_decoder", None)
+        is False,
         "cross attention": getattr(config, "add_cross_attention", False),
-        "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None),
+        "no attention heads": not getattr(one, "num_attention_heads", None),
+        "an attention that transformers cannot replace": (
+            model is not None and not model._can_set_attn_implementation()
+        ),
+        "attn_logit_softcapping": getattr(one, "attn_logit_softcapping", None),
+        "a cache of latents (kv_lora_rank)": getattr(one, "kv_lora_rank", None),
         "layers that share keys": getattr(config, "num_kv_shared_layers", None),
-        "other layers": set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES,
+        f"layers of {' and '.join(other_layers)}": other_layers,
+        str(reason): reason,
     }
     found = [name for name, there in refused.items() if there]
     if found:
@@ -194,6 +370,15 @@ def _check_config(config: Any) -> None:
             "MultiStateCache: expected a decoder whose layers attend to all tokens or to a sliding "
             f"window, got {config.model_type} with {' and '.join(found)}"
         )
+
+
+def _shape(config: Any) -> tuple[int, int]:
+    """Key-value heads and head_dim of a layer, by its config."""
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if getattr(config, "multi_query", False):
+        kv_heads = 1
+    head_dim = getattr(config, "head_dim", None)
+    return kv_heads, head_dim or config.hidden_size // config.num_attention_heads
 
 
 class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -246,43 +431,38 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
         if torch.is_autocast_enabled(key.device.type):  # rotary embedding leaves float32
             dtype = torch.get_autocast_dtype(key.device.type)
             key, value = key.to(dtype), value.to(dtype)
-        if not self.is_initialized:
+        if not self.tokens:  # also after a first call that was refused
             self.lazy_initialization(key, value)
         self.waiting = True
         key.multi_state_layer = self  # type: ignore[attr-defined]
         return key, value
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scale: float | None
     ) -> Tensor:
-        """The output (B, Hq, T, Dh); mask (B, tokens) bool, False at padding."""
+        """The output (B, Hq, T, Dh); valid (B, T) bool, False at padding."""
         assert self.state is not None  # update has made it
-        if not self.waiting:
-            raise NotImplementedError(
-                "MultiStateCache: expected one attention to each layer's new keys, got a second one"
-            )
-        self.waiting = False
-        before, query = self.tokens, query.to(key.dtype)
-        if mask is None and query.shape[2] == 1:
+        new, query = query.shape[2], query.to(key.dtype)
+        if valid is None and new == 1:
             q, k, v = (x[:, :, 0] for x in (query, key, value))
             out = self.attend_evict(q, k, v, self.state, scale=scale)[:, :, None]
-            self.tokens = before + 1
-            return out
-        valid = None
-        if mask is not None:
-            valid = mask[:, before : before + query.shape[2]]
-            if before and (mask[:, :before].sum(1) != self.state.seen).any():
-                raise ValueError(
-                    "MultiStateCache: expected an attention_mask that has a 1 for each of the "
-                    f"{self.state.seen.tolist()} tokens that rows have stored before, got "
-                    f"{mask[:, :before].sum(1).tolist()}: what was stored cannot be masked later"
-                )
-        out = self.attend_prompt(query, key, value, self.state, valid=valid, scale=scale)
-        self.tokens = before + query.shape[2]
+        else:
+            out = self.attend_prompt(query, key, value, self.state, valid=valid, scale=scale)
+        self.tokens += new
         return out
 
+    def hide(self, hidden: Tensor) -> None:
+        """Drops the tokens that ``hidden``, (B, tokens) bool, says True for by their number."""
+        if self.state is None:
+            return
+        position = self.state.position
+        number = position.clamp(min=0).flatten(1)
+        gone = hidden.gather(1, number).view_as(position) & (position >= 0)
+        position.masked_fill_(gone, -1)
+        if self.state.score.numel():
+            self.state.score.masked_fill_(gone, 0)
+
     def get_mask_sizes(self, _: Any) -> tuple[int, int]:
-        """No columns, for slots have no order of tokens: :func:`_mask` then gives the padding."""
         return 0, self.tokens
 
     def get_seq_length(self) -> int:
@@ -307,16 +487,18 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 def _mask(**kwargs: Any) -> Tensor | None:
-    """transformers' own mask; for layers with a state (B, tokens), False at padding, or None."""
-    if kwargs["kv_length"]:
+    """transformers' own mask; for layers with a state (B, T), False at padding, or None."""
+    cache: MultiStateCache | None = getattr(_asked, "cache", None)
+    _asked.cache, _asked.masked = None, kwargs["attention_mask"] is not None
+    if cache is None:
         return sdpa_mask(**kwargs)
     if kwargs["mask_function"] is not causal_mask_function:
         return torch.empty(1, 1, 1, 0)  # refused by the attention of a layer that gets it
     mask: Tensor | None = kwargs["attention_mask"]
     if mask is None:
         return None
-    new = mask[:, kwargs["kv_offset"] :]
-    return None if (new if new.shape[1] == 1 else mask).all() else mask
+    new = kwargs["q_length"] if "q_length" in kwargs else len(kwargs["cache_position"])  # 5.2
+    return cache.real_tokens(mask, new)
 
 
 def _attend(
@@ -325,8 +507,9 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention "msrnn": of the layer's state if it has one, otherwise transformers' sdpa."""
@@ -346,25 +529,32 @@ def _attend(
             attention_mask,
             dropout=dropout,
             scaling=scaling,
+            is_causal=is_causal,
             **kwargs,
         )
         return out, None
+    if not layer.waiting:
+        raise NotImplementedError(
+            "MultiStateCache: expected one attention to each layer's new keys, got a second one"
+        )
+    layer.waiting = False
     if dropout:
         raise ValueError(f"MultiStateCache: expected model.eval(), got dropout {dropout}")
     if attention_mask is not None and attention_mask.dim() != 2:
         raise NotImplementedError(
             "MultiStateCache: expected causal attention with padding, an attention_mask of shape "
-            f"(B, tokens), got another mask, {tuple(attention_mask.shape)}, such as that of images "
+            f"(B, T), got another mask, {tuple(attention_mask.shape)}, such as that of images "
             "whose tokens see each other"
         )
-    causal = kwargs.get("is_causal")
-    if not (getattr(module, "is_causal", True) if causal is None else causal):
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise NotImplementedError("MultiStateCache: expected causal attention, got bidirectional")
     if kwargs.get("sliding_window") is not None:
         raise ValueError(
             "MultiStateCache: expected a layer that attends to all tokens, got one with a sliding "
             "window: pass the config of this model"
         )
+    if attention_mask is None:
+        _check_positions(layer.tokens, query.shape[2], kwargs)
     out = layer.attend(query, key, value, attention_mask, scaling)
     return out.transpose(1, 2).contiguous(), None
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import random
 import warnings
 
 import hypothesis
@@ -159,6 +161,33 @@ def test_prompts(name: str, slots: int, backend: str) -> None:
             run()
     else:
         run()
+
+
+@every_policy
+@pytest.mark.parametrize("slots", [3, 7], ids=lambda n: f"slots{n}")
+@pytest.mark.parametrize("backend", ["kernel", "reference"])
+def test_states_with_holes(name: str, slots: int, backend: str) -> None:
+    """Any slots may be emptied between calls, as msrnn_ops.transformers does for a mask."""
+    state = make(policies(slots)[name], 2, HEADS["gqa2"], torch.float32)
+    rows = [Row(state.policy, 2) for _ in range(2)]
+    for time in (5, 1, 9, 1, 1, 1, 2, 1, 1):
+        q, k, v = draw(2, HEADS["gqa2"], torch.float32, time)
+        with reference() if backend == "reference" else contextlib.nullcontext():
+            if time > 1:
+                out = ms.attend_prompt(q, k, v, state)
+            else:
+                out = ms.attend_evict(q[:, :, 0], k[:, :, 0], v[:, :, 0], state)[:, :, None]
+        for b, row in enumerate(rows):
+            kept = kept_lists(state, b)
+            close(out[b], row.prompt(q[b], k[b], v[b], kept))
+            assert kept == row.kept()
+            for p in random.sample(range(row.visible.shape[1]), row.visible.shape[1] // 3):
+                gone = state.position[b] == p
+                state.position[b].masked_fill_(gone, -1)
+                if state.score.numel():
+                    state.score[b].masked_fill_(gone, 0)
+                row.visible[:, p] = False
+                row.total[:, p] = 0
 
 
 @every_policy

@@ -86,11 +86,17 @@ def output_by_rows(
     """Attention of every query to the kept states and to the prompt up to itself, row by row."""
     if q.numel() == 0:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
-    kept = (position >= 0).sum(-1).tolist()  # (B, G), the same for all groups of a row
+    kept = (position >= 0).sum(-1).tolist()  # (B, G)
     if valid is None and not any(map(any, kept)):
         return _causal(q, k, v, scale).contiguous()
     out = q.new_zeros(q.shape)
     for b in range(q.shape[0]):
+        if len(set(kept[b])) > 1:  # where slots were emptied from outside
+            row = slice(b, b + 1)
+            real = None if valid is None else valid[row]
+            alone = (q[row], k[row], v[row], real, keys[row], values[row], position[row])
+            out[row] = output_by_parts(*alone, scale)
+            continue
         token = slice(None) if valid is None else valid[b].nonzero()[:, 0]
         # Slots of the kept states, in the order of their positions, for every key-value head.
         order = position[b].argsort(-1, descending=True)[:, : kept[b][0]].flip(-1)
