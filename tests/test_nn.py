@@ -542,10 +542,10 @@ def test_errors_of_dtypes_and_devices_name_the_argument(cell: str) -> None:
         layer(x, torch.zeros(1, 3, 6, device="meta"))
     with pytest.raises(TypeError, match=r"MinRNNBase.__init__\(\) missing 1 required"):
         CELLS[cell](4)
-    layer.double()
-    assert layer(x.double(), torch.zeros(1, 3, 6, dtype=torch.float64))[0].dtype == torch.float64
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x)[0].dtype == torch.bfloat16
+    layer.double()
+    assert layer(x.double(), torch.zeros(1, 3, 6, dtype=torch.float64))[0].dtype == torch.float64
 
 
 @pytest.mark.parametrize("cell", CELLS)

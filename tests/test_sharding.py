@@ -78,12 +78,17 @@ def compare_scan(
     h0 = [torch.randn(count, 6, dtype=torch.float64)] if state else []
     grads = [torch.randn(batch, 9, 6).double(), torch.randn(count, 6).double()]
     options: Any = {"cu_seqlens": cu_seqlens, "reverse": reverse, "return_state": True}
+    if random.random() < 0.5:
+        options["resets"] = torch.rand(batch, 9) < 0.3
 
     whole = [x.requires_grad_() for x in (*inputs, *h0)]
     expected = scan(*whole, **options)
     expected_grads = torch.autograd.grad(expected, whole, grads)
 
     mine = [put(x.detach(), mesh, of_scan(x, kinds)).requires_grad_() for x in whole]
+    if "resets" in options and random.random() < 0.5:  # whole, or placed as the rows are
+        rows = [Shard(0) if kind == "rows" else Replicate() for kind in kinds]
+        options["resets"] = put(options["resets"], mesh, rows)
     found = scan(*mine, **options)
     given = random.choice([kinds, ("whole",) * len(kinds)])
     given_grads = [put(x, mesh, of_scan(x, given)) for x in grads]
