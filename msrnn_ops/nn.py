@@ -668,6 +668,7 @@ class BlockState(NamedTuple):
 
 
 _WithState: TypeAlias = tuple[Tensor, BlockState]
+_Sequence: TypeAlias = Tensor | PackedSequence
 
 
 class MinRNNBlock(nn.Module):
@@ -770,7 +771,7 @@ class MinRNNBlock(nn.Module):
         cu_seqlens: Tensor | None = None,
         resets: Tensor | None = None,
         valid: Tensor | None = None,
-    ) -> Any:
+    ) -> _Sequence | tuple[_Sequence, BlockState | None]:
         """Runs over a sequence.
 
         Args:
@@ -810,7 +811,7 @@ class MinRNNBlock(nn.Module):
 
     def _forward_packed(
         self, packed: PackedSequence, state: BlockState | None, return_state: bool
-    ) -> Any:
+    ) -> PackedSequence | tuple[PackedSequence, BlockState | None]:
         data, sizes, order, original = packed
         cu_seqlens, rows, back = packing(sizes, data.device)
         if state is not None and order is not None:
