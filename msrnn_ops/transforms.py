@@ -21,7 +21,7 @@ def nested_forward_mode() -> bool:
 
 
 def batched_outside_of_autograd(*tensors: Tensor | None) -> bool:
-    """Whether one is batched as torch.autograd does it, not torch.func: where gradients are batched,
+    """Whether one is batched as torch.autograd batches gradients, which is not as torch.func does:
     by functional.jacobian(vectorize=True) or grad(is_grads_batched=True).
 
     An autograd.Function records its node for the batch and not for what is in it, so that a second
