@@ -83,6 +83,8 @@ NAMED_ARCHS = {
     "Ada": "8.9+PTX",
     "Hopper": "9.0+PTX",
     "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+    "Ampere+Tegra": "8.7",
+    "Blackwell+Tegra": "11.0",
 }
 
 
@@ -127,18 +129,30 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-def output_of(*command: str) -> str:
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    return run.stdout + run.stderr
+def ask_nvcc(pattern: str, *arguments: str) -> list[str]:
+    """What in nvcc's answer matches the pattern."""
+    command = [nvcc(), *arguments]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        stop(f"cannot run {command[0]} ({error.strerror}); set CUDA_HOME or MSRNN_SKIP_CUDA=1")
+    found = re.findall(pattern, run.stdout + run.stderr)
+    if run.returncode or not found:
+        last = (run.stderr or run.stdout).strip().rpartition("\n")[2]
+        stop(
+            f"expected {' '.join(command)} to answer as nvcc does, got {last!r}; set CUDA_HOME or "
+            "MSRNN_SKIP_CUDA=1"
+        )
+    return found
 
 
 def cuda_version() -> str:
-    return re.search(r"release (\d+\.\d+)", output_of(nvcc(), "--version"))[1]
+    return ask_nvcc(r"release (\d+\.\d+)", "--version")[0]
 
 
 def cuda_archs() -> list[str]:
     """Compute capabilities as "90", those that also keep PTX as "90+PTX"."""
-    known = re.findall(r"compute_(\d+)", output_of(nvcc(), "--list-gpu-arch"))
+    known = ask_nvcc(r"compute_(\d+)", "--list-gpu-arch")
     wanted = re.split(r"[ ;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,"))
     if wanted != [""]:
         return parse_archs(wanted, known)
@@ -199,14 +213,15 @@ def compile_kernel(folder: Path, newest: float, name: str) -> str:
     threads = max(1, JOBS // len(KERNELS))
     command += ["--threads", str(threads), "-c", f"csrc/cuda/{name}.cu", "-o", str(target)]
     print(" ".join(command), flush=True)
-    subprocess.run(command, check=True, cwd=ROOT)
+    if code := subprocess.run(command, cwd=ROOT).returncode:
+        stop(f"nvcc failed with code {code} on csrc/cuda/{name}.cu; what it said is above")
     return str(target)
 
 
 def cuda_extension() -> Extension:
     # Where nvcc itself would look for the runtime, which is linked in: no version to agree on.
-    dry = output_of(nvcc(), "-dryrun", "-x", "cu", "/dev/null", "-o", "/dev/null")
-    libraries = re.findall(r'-L([^"\s]+)', re.search(r"LIBRARIES=(.*)", dry)[1])
+    dry_run = "-dryrun", "-x", "cu", "/dev/null", "-o", "/dev/null"
+    libraries = re.findall(r'-L([^"\s]+)', ask_nvcc("LIBRARIES=(.*)", *dry_run)[0])
     return CppExtension(
         "msrnn_ops._cuda",
         ["csrc/cuda/scan.cpp", "csrc/cuda/multi_state.cpp"],

@@ -2,7 +2,40 @@
 //
 // Python raises the errors that users meet (msrnn_ops/checks.py). The checks here keep a direct
 // call of torch.ops.msrnn_ops.* from reading out of bounds.
+//
+// What torch itself refuses, such as memory that is not there, keeps torch's own words.
 #pragma once
+
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+// Torch's words for the last error of this thread. Torch has the function from 2.13 on, and the
+// stable ABI of 2.11 does not name it, so the loader looks for it.
+extern "C" __attribute__((weak, visibility("default"))) const char*
+torch_exception_get_what_without_backtrace();
+
+namespace msrnn {
+
+// `call` is source text: torch's function, and what it was to do, before the first comma.
+[[noreturn, gnu::noinline]] inline void throw_error_of_torch(const char* call) {
+  if (torch_exception_get_what_without_backtrace != nullptr) {
+    throw std::runtime_error(torch_exception_get_what_without_backtrace());
+  }
+  throw std::runtime_error("PyTorch failed in " + std::string(call, std::strcspn(call, ",")) +
+                           ", often for lack of memory; from 2.13 on it says why");
+}
+
+}  // namespace msrnn
+
+// The headers below check each call of torch by this.
+#undef TORCH_ERROR_CODE_CHECK
+#define TORCH_ERROR_CODE_CHECK(call)      \
+  if ((call) != TORCH_SUCCESS) {          \
+    ::msrnn::throw_error_of_torch(#call); \
+  }
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

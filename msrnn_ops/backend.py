@@ -22,6 +22,17 @@ if not any(_FOLDER.glob("_C*.so")) or not any(_FOLDER.glob("_cpu*.so")):
 
 from msrnn_ops import _C  # noqa: E402
 
+
+def _check_capability() -> None:
+    """The kernels read this variable, and would take any other name for the first of these."""
+    wanted = os.environ.get("MSRNN_CPU_CAPABILITY")
+    known: Any = _C.build_info()["cpu"]
+    if wanted and wanted not in known:
+        names = ", ".join(known)
+        raise ValueError(f"expected MSRNN_CPU_CAPABILITY to be one of {names}, got {wanted!r}")
+
+
+_check_capability()
 _NAMES = ("cuda", "triton", "cpu", "reference")
 _TRITON_INSTALLED = find_spec("triton") is not None
 

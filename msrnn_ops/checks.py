@@ -263,6 +263,8 @@ def _checked_state(
 
 # Multi-state attention.
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 def token(
     caller: str, q: Tensor, k: Tensor, v: Tensor, state: MultiState, scale: float | None
@@ -393,6 +395,8 @@ def _scale_of(caller: str, scale: float | None, q: Tensor) -> float:
         return float(q.shape[-1]) ** -0.5
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"{caller}: expected scale to be a number, got {scale!r}")
+    if not abs(scale) <= _LARGEST:  # also a NaN
+        raise errors.value(caller, "scale to be a finite float32 number", repr(scale))
     return float(scale)
 
 

@@ -45,3 +45,13 @@ def check_int(caller: str, argument: str, number: object, least: int | None = No
         raise TypeError(f"{caller}: expected {argument} to be an int, got {number!r}")
     if least is not None and number < least:
         raise value(caller, f"{argument} >= {least}", number)
+
+
+def of_torch(error: RuntimeError) -> RuntimeError:
+    """What a kernel raised, in the type that PyTorch's own operators have for it.
+
+    Only text crosses LibTorch's stable ABI, but trainers catch torch.OutOfMemoryError.
+    """
+    if type(error) is RuntimeError and " out of memory. Tried to allocate" in str(error):
+        return torch.OutOfMemoryError(str(error))
+    return error

@@ -223,8 +223,9 @@ def attend_sequence(
         first query that can no longer see key j, T if the key stays, and j itself at padding,
         which nothing sees.
 
-    Differentiable in q, k and v for the given expiry: which states are kept is a choice and has no
-    gradient. Work is O(T N), memory O(T) besides the state.
+    Differentiable in q, k and v for the given expiry, any number of times, in forward mode and in
+    torch.func: which states are kept is a choice and has no gradient. Work is O(T N), memory O(T)
+    besides the state; what is not a first derivative by ``backward`` holds T×T weights.
 
     Raises:
         TypeError, ValueError: a wrong shape, dtype or device.

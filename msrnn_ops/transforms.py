@@ -31,17 +31,25 @@ def batched_outside_of_autograd(*tensors: Tensor | None) -> bool:
     return any(x is not None and batched(x) for x in tensors)
 
 
+def any_tangent(args: Iterable[object]) -> bool:
+    """Whether one of them is a dual number of forward mode.
+
+    Compiled forward mode does not tell forward_ad of its level, which is always 0.
+    """
+    return any(
+        torch._VF._unpack_dual(x, level=0).tangent is not None
+        for x in args
+        if isinstance(x, Tensor) and x.is_floating_point()
+    )
+
+
 def refuse_lost_tangents(caller: str, args: Iterable[object]) -> None:
     """Raises where a compiled function has entered a dual level itself.
 
-    torch.compile enters it behind the back of ``forward_ad``, and an autograd.Function then drops
-    the tangents.
+    An autograd.Function, which asks forward_ad, then drops the tangents.
     """
-    if forward_ad._current_level >= 0:
-        return
-    for x in args:
-        if isinstance(x, Tensor) and forward_ad.unpack_dual(x, level=0).tangent is not None:
-            raise RuntimeError(
-                f"{caller}: expected forward mode in a compiled function by torch.func.jvp, got a "
-                "dual level (torch.autograd.forward_ad), whose tangents torch.compile loses"
-            )
+    if forward_ad._current_level < 0 and any_tangent(args):
+        raise RuntimeError(
+            f"{caller}: expected forward mode in a compiled function by torch.func.jvp, got a "
+            "dual level (torch.autograd.forward_ad), whose tangents torch.compile loses"
+        )

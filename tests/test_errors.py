@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
+from processes import fresh_python
+from torch import Tensor
 
 import msrnn_ops as ms
+from msrnn_ops import errors
+from msrnn_ops.operators.multi_state import IN_PLACE, SEQUENCES
 
 x = torch.randn(2, 5, 3)
 packed = torch.randn(1, 5, 3)
@@ -271,6 +276,26 @@ CASES |= {
         ["no gradient", "attend_sequence"],
     ),
     "scale": (lambda: ms.attend_evict(q, k, k, kept, scale="1"), TypeError, ["scale", "'1'"]),
+    "scale nan": (
+        lambda: ms.attend_evict(q, k, k, kept, scale=float("nan")),
+        ValueError,
+        ["scale to be a finite", "nan"],
+    ),
+    "scale inf": (
+        lambda: ms.attend_scores(q, k, k, kept, scale=float("inf")),
+        ValueError,
+        ["scale to be a finite", "inf"],
+    ),
+    "scale large": (
+        lambda: ms.attend_prompt(qs, ks, ks, kept, scale=-1e39),
+        ValueError,
+        ["scale to be a finite float32", "-1e+39"],
+    ),
+    "scale of a sequence": (
+        lambda: ms.attend_sequence(qs, ks, ks, tova, scale=10**400),
+        ValueError,
+        ["scale to be a finite", "1000"],
+    ),
     "batch not an int": (lambda: state(batch="2"), TypeError, ["batch", "'2'"]),
     "h2o slots": (lambda: ms.Policy.h2o("4"), TypeError, ["slots", "'4'"]),
     "a part on another device": (
@@ -338,3 +363,84 @@ def test_backends() -> None:
     h.sum().backward()
     assert leaf.grad is not None
     assert "min_gru" in type(ms.min_gru(leaf, x).grad_fn).__name__
+
+
+def test_unknown_instruction_sets_are_an_error_of_the_import() -> None:
+    """Also those of another machine: silently they would be the slowest."""
+    known = ms.build_info()["cpu"]
+    code = "import msrnn_ops"
+    assert fresh_python(code, MSRNN_CPU_CAPABILITY="") == ""
+    assert fresh_python(code, MSRNN_CPU_CAPABILITY=known[-1]) == ""
+    for wrong in ("sse", "AVX2", "sve"):
+        code = "try:\n    import msrnn_ops\nexcept ValueError as error:\n    print(error)"
+        text = fresh_python(code, MSRNN_CPU_CAPABILITY=wrong)
+        assert text.startswith("expected MSRNN_CPU_CAPABILITY to be ")
+        assert ", ".join(known) in text and text.endswith(f"got '{wrong}'")
+
+
+def without_end(*shape: int) -> Tensor:
+    """A tensor of that shape which has one number in memory."""
+    return torch.zeros(1).expand(shape)
+
+
+large, wide = without_end(1 << 20, 1 << 20, 1 << 8), without_end(1 << 20, 2, 1 << 18, 8)
+long_expiry = torch.zeros(1, dtype=torch.long).expand(1 << 20, 1, 1 << 18)
+one_row = ms.MultiState(tova, batch=1, kv_heads=1, head_dim=8)
+one_token, one_prompt = torch.zeros(1, 1, 8), torch.zeros(1, 1, 1, 8)
+ALLOCATIONS: dict[str, Callable[[], object]] = {
+    "min_gru": lambda: ms.min_gru(large, large),
+    "min_lstm_joint": lambda: ms.min_lstm_joint(without_end(1 << 20, 1 << 20, 3 << 8)),
+    "min_gru_backward": lambda: torch.ops.msrnn_ops.min_gru_backward(
+        large, None, large, large, large, None, None, False, False
+    ),
+    "attend_evict": lambda: ms.attend_evict(
+        without_end(1, 1 << 45, 8), one_token, one_token, one_row
+    ),
+    "attend_scores": lambda: ms.attend_scores(
+        without_end(1, 1 << 45, 8), one_token, one_token, one_row
+    ),
+    "attend_prompt": lambda: ms.attend_prompt(
+        without_end(1, 1 << 45, 1, 8), one_prompt, one_prompt, one_row
+    ),
+    "attend_sequence": lambda: ms.attend_sequence(wide, wide, wide, tova),
+    "attend_sequence_backward": lambda: torch.ops.msrnn_ops.attend_sequence_backward(
+        wide, wide, wide, wide, long_expiry, None, 0.5
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALLOCATIONS)
+def test_memory_that_is_not_there_is_said_in_the_words_of_torch(name: str) -> None:
+    with pytest.raises(RuntimeError) as error:
+        ALLOCATIONS[name]()
+    text = str(error.value)
+    assert "API call failed" not in text and ".h" not in text
+    words = "can't allocate memory: you tried to allocate"
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13) and words not in text:
+        words = 'failed in torch_call_dispatcher( "aten::'
+    assert words in text
+
+
+def test_a_gpu_without_memory_is_an_error_of_the_type_that_trainers_catch() -> None:
+    """The words of torch 2.13, in which only the text crosses the stable ABI."""
+    words = (
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 15.89 GiB "
+        "of which 11.62 GiB is free."
+    )
+    typed = errors.of_torch(RuntimeError(words))
+    assert type(typed) is torch.OutOfMemoryError and str(typed) == words
+    for other in (RuntimeError("expected a policy"), torch.OutOfMemoryError(words)):
+        assert errors.of_torch(other) is other
+
+    def kernel(*_: object) -> None:
+        raise RuntimeError(words)
+
+    operator = copy.copy(SEQUENCES["msrnn_ops"])
+    step = copy.copy(IN_PLACE["msrnn_ops", "attend_evict"])
+    operator.kernel = operator.backward = step.kernel = kernel
+    sequence = (qs, ks, ks, None, 4, False, 1, 0, 0, 0.5)
+    token = (q, k, k, *kept.tensors(), *tova.numbers, 0.5)
+    with torch.no_grad():
+        for call, arguments in ((operator, sequence), (operator.differentiate, ()), (step, token)):
+            with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 20"):
+                call(*arguments)

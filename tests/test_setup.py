@@ -17,7 +17,7 @@ import torch
 
 SETUP = Path(__file__).parents[1] / "setup.py"
 VARIABLES = ("FORCE_CUDA", "MSRNN_SKIP_CUDA", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST")
-KNOWN = ["75", "80", "86", "90", "120"]
+KNOWN = ["75", "80", "86", "87", "90", "120"]
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_number_of_compilers(functions: dict[str, Any], monkeypatch: pytest.Monk
     assert jobs() == os.cpu_count()
     monkeypatch.setenv("MAX_JOBS", "3")
     assert jobs() == 3
-    for wrong in ("all", "0", "-2", "1.5"):
+    for wrong in ("all", "abc", "0", "-2", "1.5"):
         monkeypatch.setenv("MAX_JOBS", wrong)
         assert f"expected MAX_JOBS to be a number from 1 on, got '{wrong}'" in message(jobs)
 
@@ -151,6 +151,8 @@ def test_when_cuda_is_built(
         ("8.0 9.0a, 120", ["80", "90a", "120"]),
         ("Turing;Ampere", ["75+PTX", "80", "86+PTX"]),
         ("Hopper;", ["90+PTX"]),
+        ("8.0+PTX", ["80+PTX"]),
+        ("Ampere+Tegra Hopper", ["87", "90+PTX"]),
     ],
 )
 def test_names_of_gpus(
@@ -165,7 +167,9 @@ def test_names_of_gpus(
     assert functions["cuda_archs"]() == archs
 
 
-@pytest.mark.parametrize("wrong", ["9.9", "Volta", "hopper", "9.0+ptx", "native", "Ada", "sm_90"])
+@pytest.mark.parametrize(
+    "wrong", ["9.9", "Volta", "hopper", "9.0+ptx", "native", "Ada", "sm_90", "all", "Kepler+Tesla"]
+)
 def test_unknown_names_of_gpus(
     fake_nvcc: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
@@ -174,5 +178,48 @@ def test_unknown_names_of_gpus(
     monkeypatch.setenv("FORCE_CUDA", "1")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", f"8.0;{wrong}")
     text = message(runpy.run_path, str(SETUP))
-    assert "that nvcc 13.0 knows (7.5, 8.0, 8.6, 9.0, 12.0; Turing, Ampere, Ada, Hopper" in text
+    assert (
+        "that nvcc 13.0 knows (7.5, 8.0, 8.6, 8.7, 9.0, 12.0; Turing, Ampere, Ada, Hopper" in text
+    )
     assert text.endswith(f"got '{wrong}'")
+
+
+def place_script(folder: Path, script: str) -> None:
+    nvcc = folder / "bin/nvcc"
+    nvcc.parent.mkdir(exist_ok=True)
+    nvcc.write_text(script)
+    nvcc.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("#!/bin/sh\necho cudafe++ is missing >&2; exit 1\n", "got 'cudafe++ is missing'"),
+        ("#!/bin/sh\necho a wrapper of nvcc\n", "got 'a wrapper of nvcc'"),
+        ("#!/no/such/interpreter\n", "cannot run"),
+        ("not a program", "cannot run"),
+    ],
+    ids=["fails", "says something else", "no interpreter", "no program"],
+)
+def test_an_nvcc_that_does_not_answer(
+    functions: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    script: str,
+    words: str,
+) -> None:
+    place_script(tmp_path, script)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    for function in ("wants_cuda", "cuda_archs", "cuda_extension"):
+        text = message(functions[function])
+        assert words in text and "set CUDA_HOME or MSRNN_SKIP_CUDA=1" in text
+
+
+def test_a_kernel_that_nvcc_does_not_compile(
+    functions: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place_script(tmp_path, "#!/bin/sh\n[ $1 = --list-gpu-arch ] && echo compute_90 || exit 2\n")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    text = message(functions["compile_kernel"], tmp_path, float("inf"), "evict")
+    assert text.endswith("nvcc failed with code 2 on csrc/cuda/evict.cu; what it said is above")

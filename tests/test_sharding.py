@@ -211,6 +211,9 @@ def compare_states(policy: ms.Policy, mesh: DeviceMesh, kinds: tuple[str, ...]) 
     found_grads = torch.autograd.grad(found, leaves[1], put(weight, mesh, given))
     for x, y in zip(found_grads, torch.autograd.grad(expected, leaves[0], weight), strict=True):
         same(x, y, places)
+    found, _ = ms.attend_sequence(*leaves[1], policy)
+    with pytest.raises(NotImplementedError, match="no second derivatives"):
+        torch.autograd.grad(found.square().sum(), leaves[1], create_graph=True)
 
 
 def compare_decisions(policy: ms.Policy, mesh: DeviceMesh, kinds: tuple[str, ...]) -> None:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from processes import fresh_python
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from transforms import ALL, COMPILED, QUICK, Composition, clean_up, compositions
 
 import msrnn_ops as ms
+from msrnn_ops.operators import prompt
 
 OPS = torch.ops.msrnn_ops
 
@@ -23,15 +30,15 @@ def in_place_calls() -> dict[str, tuple[object, ...]]:
         ms.attend_evict(torch.randn(2, 4, 16), *torch.randn(2, 2, 2, 16), state)
     kept, numbers = tuple(state.tensors()), state.policy.numbers
     token = (torch.randn(2, 4, 16), *torch.randn(2, 2, 2, 16))
-    prompt = (torch.randn(2, 4, 5, 16), *torch.randn(2, 2, 2, 5, 16), torch.rand(2, 5) > 0.3)
+    tokens = (torch.randn(2, 4, 5, 16), *torch.randn(2, 2, 2, 5, 16), torch.rand(2, 5) > 0.3)
     keys, values, position, score, free, seen, last = kept
     marks = (position, score, free, seen, last)
     return {
         "attend_evict": (*token, *kept, *numbers, 0.25),
         "attend_scores": (*token, keys, values, position, free, seen, 0.25),
         "evict": (torch.rand(position.shape), *marks, *numbers),
-        "attend_prompt": (*prompt, *kept, *numbers, 0.25),
-        "store_prompt": (*prompt, *kept, *numbers, 0.25),
+        "attend_prompt": (*tokens, *kept, *numbers, 0.25),
+        "store_prompt": (*tokens, *kept, *numbers, 0.25),
     }
 
 
@@ -73,25 +80,202 @@ def test_opcheck_of_attend_sequence() -> None:
     torch.library.opcheck(OPS.attend_sequence_backward.default, backward)
 
 
-def test_transforms_of_attend_sequence_are_right_or_errors() -> None:
-    q, k, v = torch.randn(1, 2, 9, 8), *torch.randn(2, 1, 1, 9, 8)
-    policy = ms.Policy.tova(4)
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, expiry: Tensor, valid: Tensor | None = None
+) -> Tensor:
+    """attend_sequence for its choices, in plain PyTorch."""
+    time, sharing = q.shape[2], q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(sharing, 1) for x in (k, v))
+    step = torch.arange(time)
+    visible = (step[:, None] >= step) & (step[:, None] < expiry[:, :, None])
+    if visible.shape[1] > 1:
+        visible = visible.repeat_interleave(sharing, 1)
+    logits = q @ k.mT * q.shape[3] ** -0.5
+    real = torch.ones(time, 1).bool() if valid is None else valid[:, None, :, None]
+    # A query that is padding sees everything here, so that its softmax is one of numbers.
+    weights = logits.masked_fill(~visible & real, -torch.inf).softmax(-1)
+    return (weights @ v).where(real, 0)
 
-    def loss(q: Tensor) -> Tensor:
-        return ms.attend_sequence(q, k, v, policy)[0].square().sum()
 
-    leaf = q.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(loss(leaf), leaf)
-    torch.testing.assert_close(torch.func.grad(loss)(q), expected)
-    with pytest.raises(RuntimeError):
-        torch.func.jvp(loss, (q,), (q,))
-    with pytest.raises(RuntimeError), torch.autograd.forward_ad.dual_level():
-        loss(torch.autograd.forward_ad.make_dual(q, q))
-    with pytest.raises(RuntimeError):
-        torch.vmap(loss)(q[None])
-    (once,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
-    with pytest.raises(RuntimeError):
-        once.sum().backward()
+def small_sequence(
+    policy: ms.Policy, kv_heads: int, valid: Tensor | None = None
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor]:
+    """attend_sequence and masked_attention as functions of one small tensor, and that tensor."""
+    into, back = torch.randn(3, 2, 8), torch.randn(8, 2) / 2
+    x = torch.randn(1, 2, 4, 2)
+
+    def qkv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x @ into[0], (x @ into[1])[:, :kv_heads], (x @ into[2])[:, -kv_heads:]
+
+    _, expiry = ms.attend_sequence(*qkv(x), policy, valid=valid)
+
+    def ours(x: Tensor) -> Tensor:
+        return ms.attend_sequence(*qkv(x), policy, valid=valid)[0] @ back
+
+    return ours, lambda x: masked_attention(*qkv(x), expiry, valid) @ back, x
+
+
+def check_window(composition: Composition) -> None:
+    """Its choices are the same for every input, so it is right in a batch too."""
+    valid = torch.tensor([[True, False, True, True]])
+    composition.check(*small_sequence(ms.Policy.window(1), kv_heads=1, valid=valid))
+
+
+@compositions(QUICK)
+def test_transforms_of_attend_sequence(composition: Composition) -> None:
+    check_window(composition)
+
+
+@pytest.mark.slow
+@compositions(ALL)
+def test_every_transform_of_attend_sequence(composition: Composition) -> None:
+    check_window(composition)
+
+
+@pytest.mark.slow
+@compositions([x for x in ALL if not any(name.startswith("vmap") for name in x.names)])
+def test_every_transform_of_other_policies(composition: Composition) -> None:
+    composition.check(*small_sequence(ms.Policy.tova(2, scope="head"), kv_heads=2))
+    composition.check(*small_sequence(ms.Policy.h2o(2), kv_heads=1))
+
+
+@pytest.mark.slow
+@compositions(COMPILED)
+def test_compiled_transforms_of_attend_sequence(composition: Composition) -> None:
+    check_window(composition)
+
+
+@pytest.mark.parametrize("scope", ["layer", "head"])
+def test_vmap_of_attend_sequence_chooses_for_each_row(scope: str) -> None:
+    """Over tensors with a batch of their own, some of which are shared; forward and backward."""
+    policy = ms.Policy.tova(3, scope=scope)
+    q, k, v = torch.randn(2, 5, 4, 9, 8), torch.randn(5, 2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    valid = torch.rand(5, 2, 9) > 0.3
+
+    def one(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        return ms.attend_sequence(q, k, v, policy, valid=valid)
+
+    def loss(*args: Tensor) -> Tensor:
+        return one(*args)[0].square().sum()
+
+    rows = [(q[:, i], k[i], v, valid[i]) for i in range(5)]
+    outs, expiries = zip(*(one(*row) for row in rows), strict=True)
+    got = torch.vmap(one, in_dims=(1, 0, None, 0))(q, k, v, valid)
+    assert torch.equal(got[0], torch.stack(outs)) and torch.equal(got[1], torch.stack(expiries))
+    grads = torch.func.vmap(torch.func.grad(loss, (0, 1, 2)), (1, 0, None, 0))(q, k, v, valid)
+    for i, row in enumerate(rows):
+        leaves = [x.clone().requires_grad_() for x in row[:3]]
+        expected = torch.autograd.grad(loss(*leaves, row[3]), leaves)
+        for x, y in zip(grads, expected, strict=True):
+            torch.testing.assert_close(x[i], y)
+
+
+@pytest.mark.parametrize("weights", [1 << 25, 2 * 4 * 19 * 7, 1], ids=["whole", "parts", "rows"])
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_operations_of_attend_sequence_equal_its_kernels(
+    weights: int, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many queries meet the keys at once."""
+    monkeypatch.setattr(prompt, "_WEIGHTS_AT_ONCE", weights)
+    q, k, v = torch.randn(2, 4, 19, 16), *torch.randn(2, 2, 2, 19, 16)
+    valid = torch.rand(2, 19) > 0.3 if padded else None
+    for policy in (ms.Policy.tova(5), ms.Policy.h2o(5, scope="head")):
+        out, expiry = ms.attend_sequence(q, k, v, policy, valid=valid)
+        torch.testing.assert_close(prompt.attend_sequence(q, k, v, expiry, valid, 0.25), out)
+        backward = (torch.randn_like(out), q, k, v, expiry, valid, 0.25)
+        for x, y in zip(
+            prompt.attend_sequence_backward(*backward),
+            OPS.attend_sequence_backward(*backward),
+            strict=True,
+        ):
+            torch.testing.assert_close(x, y)
+            assert x.is_contiguous()
+
+
+def test_first_derivatives_of_attend_sequence_are_a_kernel() -> None:
+    """Also where they are compiled: the plain operations are for what no kernel computes."""
+    torch._dynamo.reset()
+    inputs = [torch.randn(1, h, 9, 8, requires_grad=True) for h in (4, 2, 2)]
+    called: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, op: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            called.append(op.name())
+            return op(*args, **(kwargs or {}))
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ms.attend_sequence(q * 1.0, k, v, ms.Policy.tova(4))[0]
+
+    for call in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        called.clear()
+        out = call(*inputs)
+        with Watch():
+            out.square().sum().backward()
+        assert called.count("msrnn_ops::attend_sequence_backward") == 1
+        assert not any("softmax" in name for name in called)
+
+
+def test_attend_sequence_under_autocast_is_differentiated_in_its_dtype() -> None:
+    """Not in torch.func, whose transforms bring autocast back for every operation."""
+    q, k, v = torch.randn(1, 2, 6, 8), *torch.randn(2, 1, 1, 6, 8)
+    policy, device = ms.Policy.window(2), torch.get_default_device().type
+
+    def derivatives() -> tuple[Tensor, Tensor]:
+        with forward_ad.dual_level():
+            out, _ = ms.attend_sequence(forward_ad.make_dual(q, q.cos()), k, v, policy)
+            tangent = forward_ad.unpack_dual(out).tangent
+        leaf = q.clone().requires_grad_()
+        out, _ = ms.attend_sequence(leaf, k, v, policy)
+        (once,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+        return tangent, once.detach()
+
+    exact = derivatives()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        for got, expected in zip(derivatives(), exact, strict=True):
+            assert torch.equal(got, expected)
+
+
+IN_PLACE_TRANSFORMS: dict[str, Callable[..., Any]] = {
+    "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (x,)),
+    "grad": torch.func.grad,
+    "vmap": lambda f: lambda x: torch.vmap(f)(x[None]),
+    "jacfwd": torch.func.jacfwd,
+    "jacrev": torch.func.jacrev,
+    "hessian": torch.func.hessian,
+    "functional.jacobian": lambda f: lambda x: torch.autograd.functional.jacobian(f, x),
+}
+
+
+@pytest.mark.parametrize("transform", IN_PLACE_TRANSFORMS)
+@pytest.mark.parametrize("name", ["attend_evict", "attend_scores", "evict", "attend_prompt"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_transforms_of_what_changes_a_state_are_clear_errors(
+    name: str, transform: str, compiled: bool
+) -> None:
+    torch._dynamo.reset()
+    state = ms.MultiState(ms.Policy.tova(3), batch=1, kv_heads=1, head_dim=8)
+    token, tokens = torch.randn(1, 1, 8), torch.randn(1, 1, 4, 8)
+    calls = {
+        "attend_evict": (token, lambda x: ms.attend_evict(x, token, token, state).sum()),
+        "attend_scores": (token, lambda x: ms.attend_scores(x, token, token, state)[0].sum()),
+        "evict": (torch.rand(1, 1, 4), lambda x: (x.sum(), ms.evict(state, x))[0]),
+        "attend_prompt": (tokens, lambda x: ms.attend_prompt(x, tokens, tokens, state).sum()),
+    }
+    x, function = calls[name]
+    run = IN_PLACE_TRANSFORMS[transform](function)
+    if compiled:
+        run = torch.compile(run, backend="aot_eager")
+    before = [t.clone() for t in state.tensors()]
+    expected = "torch.vmap cannot" if transform == "vmap" else "gradient"
+    try:
+        with pytest.raises(RuntimeError, match=f"{name} changes the state in place.*{expected}"):
+            run(x)
+    finally:
+        clean_up()
+    for t, old in zip(state.tensors(), before, strict=True):
+        assert torch.equal(t.nan_to_num(), old.nan_to_num())
 
 
 @pytest.mark.parametrize("policy", [ms.Policy.tova(6), ms.Policy.h2o(6, scope="head")], ids=repr)
@@ -200,6 +384,19 @@ def test_export_with_a_state() -> None:
         x = torch.randn(1, 2, 8)
         torch.testing.assert_close(program.module()(x, one), ms.attend_evict(x, x, x, other))
     assert torch.equal(one.kept_positions(), other.kept_positions())
+
+
+def test_an_exported_program_runs_in_a_process_that_imports_the_package(tmp_path: Path) -> None:
+    class Attend(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return ms.attend_sequence(x, x, x, ms.Policy.tova(2))[0]
+
+    path, x = tmp_path / "program.pt2", torch.ones(1, 1, 5, 8)
+    torch.export.save(torch.export.export(Attend(), (x,)), path)
+    load = f"program = torch.export.load({str(path)!r})"
+    run = "print(program.module()(torch.ones(1, 1, 5, 8)).shape)"
+    code = f"import torch, msrnn_ops; {load}; {run}"  # torch does not find the operator alone
+    assert fresh_python(code) == "torch.Size([1, 1, 5, 8])"
 
 
 def test_multi_state_to_reset_repr_nbytes() -> None:

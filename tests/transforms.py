@@ -1,4 +1,4 @@
-"""Everything in PyTorch that differentiates a function or runs it over a batch, and its pairs.
+"""All that differentiates a function in PyTorch or runs it over a batch, and all pairs of it.
 
 A transform makes of a function of one tensor another one, so any two can be composed. `check`
 compares what a composition makes of a function with what it makes of the same function in plain
@@ -8,6 +8,7 @@ cancels.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from torch import Tensor
 from torch.autograd import forward_ad, functional
 
 Function = Callable[[Tensor], Tensor]
-TOLERANCE = 1e-3  # of the 2-norm: float32 stays under it, a missing term or factor does not
+# Of the 2-norm. float32 stays under it where terms cancel too, a missing term or factor does not.
+TOLERANCE = 0.02
 
 
 def _direction(x: Tensor) -> Tensor:
@@ -138,7 +140,19 @@ TRANSFORMS: dict[str, Callable[[Function], Function]] = {
     "create_graph": _create_graph,
     "backward": _backward,
 }
+_CORE = ("jvp", "grad", "vmap", "functional.hvp", "create_graph")
 _COMPILED = ("jvp", "vjp", "grad", "jacfwd", "jacrev", "hessian", "vmap", "dual", "create_graph")
+# Some other pairs torch 2.13 cannot compile, whatever the function, and then it compiles none.
+_COMPILED_PAIRS = ("jvp", "grad", "jacrev", "vmap")
+
+
+def clean_up() -> None:
+    """What an exception within torch.compile leaves behind, as of torch 2.13."""
+    torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(0)
+    if torch._C._is_fwd_grad_enabled():
+        with contextlib.suppress(RuntimeError):
+            torch._C._exit_dual_level(level=0)
+    forward_ad._current_level = -1
 
 
 # PyTorch composes these with each other. Where it mixes them with others, it may refuse.
@@ -161,35 +175,38 @@ class Composition:
         return f
 
     def check(self, ours: Function, plain: Function, x: Tensor) -> None:
-        """Ours is right, and an error where PyTorch refuses to do this to the plain function."""
+        """Ours is right. What PyTorch refuses to do to the plain function is skipped."""
+        torch.testing.assert_close(ours(x), plain(x))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 expected = self(plain)(x)
                 size = float(expected.norm())
             except Exception as refused:
+                clean_up()
                 self._skip(f"PyTorch itself refuses: {refused}")
             if size == 0:
                 self._skip("PyTorch itself gives 0")
             got = self(ours)(x)
         assert got.shape == expected.shape
         assert size > 0.01, "this input tells nothing"
-        assert (got - expected).norm() < TOLERANCE * size
+        assert (got - expected).norm() < TOLERANCE * max(size, 0.1)
 
     def _skip(self, reason: str) -> NoReturn:
         names = {*self.names}
+        assert "compile" not in self.names, reason
         assert len(self.names) > 1 and not names <= _TORCH_FUNC and not names <= _REVERSE, reason
         pytest.skip(reason[:200])
 
 
-SINGLES = [Composition((name,)) for name in TRANSFORMS]
-PAIRS = [Composition((a, b)) for a in TRANSFORMS for b in TRANSFORMS]
+_SINGLES = [Composition((name,)) for name in TRANSFORMS]
+QUICK = [*_SINGLES, *(Composition((a, b)) for a in _CORE for b in _CORE)]
+ALL = [*_SINGLES, *(Composition((a, b)) for a in TRANSFORMS for b in TRANSFORMS)]
 COMPILED = [
     *(Composition(("compile", name)) for name in _COMPILED),
     *(Composition((name, "compile")) for name in _COMPILED),
-    *(Composition(("compile", a, b)) for a in _COMPILED for b in _COMPILED),
+    *(Composition(("compile", a, b)) for a in _COMPILED_PAIRS for b in _COMPILED_PAIRS),
 ]
-ALL = [*SINGLES, *PAIRS, *COMPILED]
 
 
 def compositions(chosen: list[Composition]) -> pytest.MarkDecorator:

@@ -20,7 +20,8 @@ enum class Capability { baseline, avx2, avx512, avx512_bf16 };
 inline Capability capability() {
   static const Capability chosen = [] {
     Capability allowed = Capability::avx512_bf16;
-    if (const char* wanted = std::getenv("MSRNN_CPU_CAPABILITY")) {
+    const char* wanted = std::getenv("MSRNN_CPU_CAPABILITY");  // backend.py knows its names
+    if (wanted && *wanted) {
       allowed = !std::strcmp(wanted, "avx512_bf16") ? Capability::avx512_bf16
                 : !std::strcmp(wanted, "avx512")    ? Capability::avx512
                 : !std::strcmp(wanted, "avx2")      ? Capability::avx2

@@ -9,18 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from msrnn_ops import backend
+from msrnn_ops import backend, errors
+from msrnn_ops.dtensor import is_distributed
 from msrnn_ops.operators import prompt
+from msrnn_ops.transforms import any_tangent
 
 
-def _has_tangent(x: Tensor) -> bool:
-    return forward_ad.unpack_dual(x).tangent is not None
+def _below_autograd(kernel: Any, args: Iterable[Any]) -> Any:
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return kernel(*args)
+    except RuntimeError as error:
+        raise errors.of_torch(error) from None
+
+
+def _plain() -> bool:
+    """Whether tensors are just that, so that an operator needs no way through the dispatcher."""
+    return not (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def refuse_gradient(name: str, tensors: Iterable[Tensor]) -> None:
@@ -30,8 +45,16 @@ def refuse_gradient(name: str, tensors: Iterable[Tensor]) -> None:
             f"{name} changes the state in place and has no gradient: call it under torch.no_grad() "
             "or detach its inputs; msrnn_ops.attend_sequence is the differentiable form"
         )
-    if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
-        raise RuntimeError(f"{name} changes the state in place and has no forward-mode gradient")
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(name, tensors)
+
+
+def _refuse_tangents(name: str, args: Iterable[Any]) -> None:
+    if any_tangent(args):
+        raise RuntimeError(
+            f"{name} changes the state in place and has no forward-mode gradient; "
+            "msrnn_ops.attend_sequence is the differentiable form"
+        )
 
 
 class InPlace:
@@ -42,21 +65,30 @@ class InPlace:
         self.kernel = getattr(getattr(torch.ops, namespace), name).default
         arguments = self.kernel._schema.arguments
         self._written = [i for i, x in enumerate(arguments) if x.alias_info is not None]
-        backend.LIBRARIES[namespace].impl(name, self._autograd, "Autograd")
+        library = backend.LIBRARIES[namespace]
+        library.impl(name, self._autograd, "Autograd")
+        torch.library.register_vmap(self.kernel, self._refuse_vmap, lib=library)
 
     def __call__(self, *args: Any) -> Any:
-        """In eager mode there is no way through the dispatcher."""
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return self.kernel(*args)
-        return self._autograd(*args)
+        return self._run(*args) if _plain() else self.kernel(*args)
 
     def _autograd(self, *args: Any) -> Any:
+        _refuse_tangents(self.name, args)
+        return self._run(*args)
+
+    def _run(self, *args: Any) -> Any:
         refuse_gradient(self.name, [x for x in args if isinstance(x, Tensor)])
         # So that a backward pass that has saved one of them says so.
         changed = [args[i] for i in self._written if not args[i].is_inference()]
         torch.autograd.graph.increment_version(changed)
-        with torch._C._AutoDispatchBelowAutograd():
-            return self.kernel(*args)
+        return _below_autograd(self.kernel, args)
+
+    def _refuse_vmap(self, *_: Any) -> NoReturn:
+        raise RuntimeError(
+            f"{self.name} changes the state in place, which torch.vmap cannot: call it without "
+            "torch.vmap, with a MultiState whose batch is all rows; msrnn_ops.attend_sequence "
+            "works under torch.vmap"
+        )
 
 
 class AttendSequence(torch.autograd.Function):
@@ -64,8 +96,7 @@ class AttendSequence(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return args[0].kernel(*args[1:])
+        return _below_autograd(args[0].kernel, args[1:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -75,36 +106,90 @@ class AttendSequence(torch.autograd.Function):
         ctx.operator, ctx.scale = operator, scale
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> Any:
         q, k, v, expiry, valid = ctx.saved_tensors
-        grads = ctx.operator.backward(grad_out, q, k, v, expiry, valid, ctx.scale)
+        grads = ctx.operator.differentiate(grad_out, q, k, v, expiry, valid, ctx.scale)
         return None, *grads, *(None,) * 7
 
 
 class SequenceOperator:
-    """attend_sequence in one namespace."""
+    """attend_sequence in one namespace, and its backward pass.
+
+    The kernels compute values and first derivatives. All others come from PyTorch's operations
+    (prompt.py), which every transform of PyTorch knows, for the choices that a kernel made: in
+    forward mode, in torch.func, and where a backward pass is recorded to be differentiated.
+    """
 
     _function: Any = AttendSequence  # whose `apply` has no types
 
     def __init__(self, namespace: str) -> None:
-        self.kernel = getattr(torch.ops, namespace).attend_sequence.default
-        self.backward = getattr(torch.ops, namespace).attend_sequence_backward.default
-        backend.LIBRARIES[namespace].impl("attend_sequence", self._autograd, "Autograd")
+        operators, library = getattr(torch.ops, namespace), backend.LIBRARIES[namespace]
+        self.kernel = operators.attend_sequence.default
+        self.backward = operators.attend_sequence_backward.default
+        library.impl("attend_sequence", self._autograd, "Autograd")
+        library.impl("attend_sequence_backward", self._autograd_backward, "Autograd")
+        for kernel in (self.kernel, self.backward):
+            torch.library.register_vmap(kernel, _over_batch(kernel), lib=library)
 
     def __call__(self, *args: Any) -> tuple[Tensor, Tensor]:
-        """In eager mode there is no way through the dispatcher."""
-        if torch.compiler.is_compiling():
-            return self.kernel(*args)
-        if torch._C._are_functorch_transforms_active():
-            return self._function.apply(self, *args)
-        return self._autograd(*args)
+        return self._run(*args) if _plain() else self.kernel(*args)
 
-    def _autograd(self, *args: Any) -> tuple[Tensor, Tensor]:
-        needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-        if needed or forward_ad._current_level >= 0:  # forward mode: a clear error, no silent 0
+    def _run(self, *args: Any) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return self._function.apply(self, *args)
         return AttendSequence.forward(self, *args)
+
+    def _autograd(self, *args: Any) -> tuple[Tensor, Tensor]:
+        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        transformed = recorded and torch._C._are_functorch_transforms_active()
+        if not transformed and not any_tangent(args):
+            return self._run(*args)
+        _, expiry = AttendSequence.forward(self, *_detached(args))
+        q, k, v, valid, *_, scale = args
+        return _by_operations(prompt.attend_sequence, q, k, v, expiry, valid, scale), expiry
+
+    def differentiate(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The backward pass; the arguments are those of its schema."""
+        if _plain() and not torch.is_grad_enabled():
+            return _below_autograd(self.backward, args)
+        return self.backward(*args)
+
+    def _autograd_backward(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if not recorded and not any_tangent(args):
+            return _below_autograd(self.backward, args)
+        return _by_operations(prompt.attend_sequence_backward, *args)
+
+
+def _by_operations(function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+    if is_distributed(x):
+        raise NotImplementedError(
+            "attend_sequence: no second derivatives, no forward mode and no torch.func of DTensors"
+        )
+    with torch.autocast(x.device.type, enabled=False):
+        return function(x, *args)
+
+
+def _detached(args: tuple[Any, ...]) -> list[Any]:
+    return [x.detach() if isinstance(x, Tensor) else x for x in args]
+
+
+def _over_batch(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch.vmap makes of an operator whose tensors all start with a batch."""
+
+    def run(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        size = info.batch_size
+
+        def fold(x: Any, dim: int | None) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            return x.flatten(0, 1).contiguous()
+
+        outputs = kernel(*map(fold, args, in_dims))
+        return tuple(x.unflatten(0, (size, -1)) for x in outputs), (0,) * len(outputs)
+
+    return run
 
 
 def _fake_sequence(

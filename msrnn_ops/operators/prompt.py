@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 _WEIGHTS_AT_ONCE = 1 << 25  # of all rows and heads: 128 MB, and what is computed from them
 _QUERIES_AT_ONCE = 256  # rows of a mask, where a prompt meets a state that is not empty
@@ -314,6 +314,38 @@ def store_prompt(
     seen += count
 
 
+def _visible(
+    step: Tensor, start: int, end: int, expiry: Tensor, valid: Tensor | None, sharing: int
+) -> Tensor:
+    """Whether the queries [start, end) of a sequence see the keys before `end`."""
+    times = step[start:end, None]
+    visible = (times >= step[:end]) & (times < expiry[:, :, None, :end])
+    if valid is not None:
+        visible = visible & valid[:, None, start:end, None]
+    return _fold_mask(visible, sharing)
+
+
+def attend_sequence(
+    q: Tensor, k: Tensor, v: Tensor, expiry: Tensor, valid: Tensor | None, scale: float
+) -> Tensor:
+    """Causal attention in which key j is visible to the queries j <= t < expiry[j].
+
+    It can be differentiated in any way and any number of times.
+    """
+    out = [q[:, :, :0]]
+    q, k, v = _real(valid, q, k, v)
+    kv_heads, time = k.shape[1], k.shape[2]
+    sharing = q.shape[1] // kv_heads
+    step = torch.arange(time, device=q.device)
+    for start, end in _parts(q, time):
+        query = _fold(q[:, :, start:end], kv_heads).float()
+        logits = query @ k[:, :, :end].float().transpose(2, 3) * scale
+        weights = _softmax(logits, _visible(step, start, end, expiry, valid, sharing))
+        part = (weights @ v[:, :, :end].float()).unflatten(2, (sharing, -1)).flatten(1, 2)
+        out.append(part.to(q.dtype))
+    return torch.cat(out, 2)
+
+
 def attend_sequence_backward(
     grad_out: Tensor,
     q: Tensor,
@@ -323,30 +355,28 @@ def attend_sequence_backward(
     valid: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of causal attention in which key j is visible to the queries j <= t < expiry[j]."""
+    """Of :func:`attend_sequence`, and differentiable likewise."""
     _check_operands(q, k, v)
     _check_shapes(tuple(q.shape), grad_out)
+    grad_q = [q[:, :, :0]]
     q, k, v, grad_out = _real(valid, q, k, v, grad_out)
     kv_heads, time = k.shape[1], k.shape[2]
     sharing = q.shape[1] // kv_heads
     step = torch.arange(time, device=q.device)
     keys, values = k.float(), v.float()
-    grad_k, grad_v = torch.zeros_like(keys), torch.zeros_like(values)
-    grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    grad_k, grad_v = keys[:, :, :0], values[:, :, :0]
     for start, end in _parts(q, time):
         query, grad = (_fold(x[:, :, start:end], kv_heads).float() for x in (q, grad_out))
-        times = step[start:end, None]
-        visible = (times >= step[:end]) & (times < expiry[:, :, None, :end])
-        if valid is not None:
-            visible = visible & valid[:, None, start:end, None]
         key, value = keys[:, :, :end], values[:, :, :end]
         logits = query @ key.transpose(2, 3) * scale
-        weights = _softmax(logits, _fold_mask(visible, sharing))
-        grad_v[:, :, :end] += weights.transpose(2, 3) @ grad
+        weights = _softmax(logits, _visible(step, start, end, expiry, valid, sharing))
         grad_weights = grad @ value.transpose(2, 3)
         mean = (weights * grad_weights).sum(-1, keepdim=True)
         grad_logits = weights * (grad_weights - mean) * scale
         grad_query = (grad_logits @ key).unflatten(2, (sharing, -1)).flatten(1, 2)
-        grad_q[:, :, start:end] = grad_query.to(q.dtype)
-        grad_k[:, :, :end] += grad_logits.transpose(2, 3) @ query
-    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+        grad_q.append(grad_query.to(q.dtype))
+        more = (0, 0, 0, end - start)  # of the keys that no earlier query sees
+        grad_k = pad(grad_k, more) + grad_logits.transpose(2, 3) @ query
+        grad_v = pad(grad_v, more) + weights.transpose(2, 3) @ grad
+    grads = torch.cat(grad_q, 2), grad_k.to(k.dtype), grad_v.to(v.dtype)
+    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
