@@ -20,7 +20,7 @@ if not any(_FOLDER.glob("_C*.so")) or not any(_FOLDER.glob("_cpu*.so")):
         "source tree, or start Python outside of it to use an installed package"
     )
 
-from msrnn_ops import _C  # noqa: E402
+from msrnn_ops import _C, errors  # noqa: E402
 
 
 def _check_capability() -> None:
@@ -241,3 +241,12 @@ def namespace(op: str, device: torch.device) -> str | None:
 
 if os.environ.get("MSRNN_BACKEND"):
     _chosen = _validated(os.environ["MSRNN_BACKEND"])
+
+
+def below_autograd(kernel: Any, args: Iterable[Any]) -> Any:
+    """What an operator computes, without derivatives; failures in the types that PyTorch has."""
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return kernel(*args)
+    except RuntimeError as error:
+        raise errors.of_torch(error) from None

@@ -42,9 +42,9 @@ def scan(
     resets: Tensor | None,
     reverse: bool,
     activation: str | None,
-    *,
     caller: str = "",
     state: str = "",
+    *,
     whole: bool = True,
 ) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None, tuple[bool, ...], torch.Size | None]:
     """The door of the scans: inputs (B, T, D) in one shape and dtype, h0 in the accumulation dtype,
@@ -82,21 +82,29 @@ def scan_step(
     caller: str, op: Recurrence, inputs: tuple[Tensor, ...], h: Tensor
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """The door of one token: as a scan of one step, inputs (B, 1, D) and the state (B, D)."""
+    shape, regular = getattr(inputs[0], "shape", None), True
     for argument, x in zip((*op.inputs, "h"), (*inputs, h), strict=True):
         if not isinstance(x, Tensor):
             raise errors.kind(caller, argument, "a tensor", x)
+        regular = regular and x.shape == shape
+    if not regular or h.dim() != 2:
+        inputs, h = _step_laid_out(caller, op, inputs, h)
+    return tuple(x.unsqueeze(1) for x in inputs), h
+
+
+def _step_laid_out(
+    caller: str, op: Recurrence, inputs: tuple[Tensor, ...], h: Tensor
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Inputs of other shapes and the state as (B, D)."""
+    for argument, x in zip((*op.inputs, "h"), (*inputs, h), strict=True):
         if x.dim() == 0:
             raise errors.shape(caller, argument, "(B, D)", x)
+    inputs = _broadcast(caller, op, inputs)
     shape = inputs[0].shape
-    if any(x.shape != shape for x in inputs):
-        inputs = _broadcast(caller, op, inputs)
-        shape = inputs[0].shape
     if h.shape != shape:
         raise errors.shape(caller, "h", f"{tuple(shape)}, that of the inputs", h)
-    if len(shape) != 2:
-        rows = (math.prod(shape[:-1]), shape[-1])
-        inputs, h = tuple(x.reshape(rows) for x in inputs), h.reshape(rows)
-    return tuple(x.unsqueeze(1) for x in inputs), h
+    rows = (math.prod(shape[:-1]), shape[-1])
+    return tuple(x.reshape(rows) for x in inputs), h.reshape(rows)
 
 
 def borders(caller: str, cu_seqlens: Tensor, time: int) -> None:

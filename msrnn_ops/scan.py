@@ -55,7 +55,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """h and the last states: checks the arguments, chooses the backend, and calls the operator."""
     inputs, h0, resets, flags, leading = checks.scan(
-        op, inputs, h0, cu_seqlens, resets, reverse, activation, caller=caller, state=state
+        op, inputs, h0, cu_seqlens, resets, reverse, activation, caller, state
     )
     args: tuple[Any, ...] = (*inputs, h0, cu_seqlens, resets, reverse, *flags)
     if is_distributed(inputs[0]):
@@ -435,7 +435,7 @@ def min_lstm_joint(
 def _step(op: Recurrence, inputs: tuple[Tensor, ...], h: Tensor, activation: str) -> Tensor:
     caller = f"{op.name}_step"
     rows, before = checks.scan_step(caller, op, inputs, h)
-    _, last = run(op, rows, before, None, None, False, activation, caller=caller, state="h")
+    _, last = run(op, rows, before, None, None, False, activation, caller, "h")
     return last.to(h.dtype) if h.dim() == 2 else last.to(h.dtype).reshape(h.shape)
 
 

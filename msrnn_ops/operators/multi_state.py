@@ -15,18 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from msrnn_ops import backend, errors
+from msrnn_ops import backend
 from msrnn_ops.dtensor import is_distributed
 from msrnn_ops.operators import prompt
 from msrnn_ops.transforms import any_tangent
-
-
-def _below_autograd(kernel: Any, args: Iterable[Any]) -> Any:
-    try:
-        with torch._C._AutoDispatchBelowAutograd():
-            return kernel(*args)
-    except RuntimeError as error:
-        raise errors.of_torch(error) from None
 
 
 def _plain() -> bool:
@@ -81,7 +73,7 @@ class InPlace:
         # So that a backward pass that has saved one of them says so.
         changed = [args[i] for i in self._written if not args[i].is_inference()]
         torch.autograd.graph.increment_version(changed)
-        return _below_autograd(self.kernel, args)
+        return backend.below_autograd(self.kernel, args)
 
     def _refuse_vmap(self, *_: Any) -> NoReturn:
         raise RuntimeError(
@@ -96,7 +88,7 @@ class AttendSequence(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return _below_autograd(args[0].kernel, args[1:])
+        return backend.below_autograd(args[0].kernel, args[1:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -151,13 +143,13 @@ class SequenceOperator:
     def differentiate(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The backward pass; the arguments are those of its schema."""
         if _plain() and not torch.is_grad_enabled():
-            return _below_autograd(self.backward, args)
+            return backend.below_autograd(self.backward, args)
         return self.backward(*args)
 
     def _autograd_backward(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         if not recorded and not any_tangent(args):
-            return _below_autograd(self.backward, args)
+            return backend.below_autograd(self.backward, args)
         return _by_operations(prompt.attend_sequence_backward, *args)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.functional import softplus
 
-from msrnn_ops import backend, reference, transforms
+from msrnn_ops import backend, errors, reference, transforms
 from msrnn_ops.reference import accumulation_dtype
 
 
@@ -270,8 +270,7 @@ class ScanFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return args[0].forward(*args[1:])
+        return backend.below_autograd(args[0].forward, args[1:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -295,9 +294,11 @@ class ScanFunction(torch.autograd.Function):
             call = Call(operator, cu_seqlens, resets, reverse, flags)
             *grads, grad_h0 = call.backward(grad_h, grad_last, inputs, h, h0)
         else:
-            *grads, grad_h0 = operator.backward(
-                grad_h, grad_last, *inputs, h, h0, cu_seqlens, resets, reverse, *flags
-            )
+            rest = (*inputs, h, h0, cu_seqlens, resets, reverse, *flags)
+            try:
+                *grads, grad_h0 = operator.backward(grad_h, grad_last, *rest)
+            except RuntimeError as error:
+                raise errors.of_torch(error) from None
         return None, *grads, None if h0 is None else grad_h0, *no_gradient
 
     @staticmethod
@@ -364,8 +365,7 @@ class Operator:
             if torch._C._is_tracing():  # the operator goes into the trace, not a Python function
                 return self.forward(*args)
             return self.function.apply(self, *args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return self.forward(*args)
+        return backend.below_autograd(self.forward, args)
 
     def _dispatched(self, *args: Any) -> tuple[Tensor, Tensor]:
         """By the dispatcher: compiled, exported, traced or called directly."""
