@@ -13,6 +13,7 @@ from torch import Tensor
 import msrnn_ops as ms
 from msrnn_ops import errors
 from msrnn_ops.operators.multi_state import IN_PLACE, SEQUENCES
+from msrnn_ops.operators.scan import OPERATORS
 
 x = torch.randn(2, 5, 3)
 packed = torch.randn(1, 5, 3)
@@ -391,7 +392,7 @@ ALLOCATIONS: dict[str, Callable[[], object]] = {
     "min_gru": lambda: ms.min_gru(large, large),
     "min_lstm_joint": lambda: ms.min_lstm_joint(without_end(1 << 20, 1 << 20, 3 << 8)),
     "min_gru_backward": lambda: torch.ops.msrnn_ops.min_gru_backward(
-        large, None, large, large, large, None, None, False, False
+        large, None, large, large, large, None, None, None, False, False
     ),
     "attend_evict": lambda: ms.attend_evict(
         without_end(1, 1 << 45, 8), one_token, one_token, one_row
@@ -440,7 +441,17 @@ def test_a_gpu_without_memory_is_an_error_of_the_type_that_trainers_catch() -> N
     operator.kernel = operator.backward = step.kernel = kernel
     sequence = (qs, ks, ks, None, 4, False, 1, 0, 0, 0.5)
     token = (q, k, k, *kept.tensors(), *tova.numbers, 0.5)
+    scan = copy.copy(OPERATORS["msrnn_ops", "min_gru"])
+    leaf = x.clone().requires_grad_()
+    h, _ = scan(leaf, x, None, None, None, False, False)
+    scan.forward = scan.backward = kernel  # of the graph above, too
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 20"):
+        h.sum().backward()
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 20"):
+        scan(leaf, x, None, None, None, False, False)
     with torch.no_grad():
+        with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 20"):
+            scan(x, x, None, None, None, False, False)
         for call, arguments in ((operator, sequence), (operator.differentiate, ()), (step, token)):
             with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 20"):
                 call(*arguments)
