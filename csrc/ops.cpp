@@ -19,6 +19,15 @@ STABLE_TORCH_LIBRARY(msrnn_ops, m) {
       " Tensor? cu_seqlens, Tensor? resets, bool reverse)"
       " -> (Tensor grad_a, Tensor grad_b, Tensor grad_h0)");
 
+  // Of complex numbers; made of linear_scan (msrnn_ops/operators/complex_scan.py).
+  m.def(
+      "complex_linear_scan(Tensor a, Tensor b, Tensor? h0, Tensor? cu_seqlens, Tensor? resets,"
+      " bool reverse) -> (Tensor h, Tensor last)");
+  m.def(
+      "complex_linear_scan_backward(Tensor? grad_h, Tensor? grad_last, Tensor a, Tensor h,"
+      " Tensor? h0, Tensor? cu_seqlens, Tensor? resets, bool reverse)"
+      " -> (Tensor grad_a, Tensor grad_b, Tensor grad_h0)");
+
   m.def(
       "decay_scan(Tensor log_a, Tensor b, Tensor? h0, Tensor? cu_seqlens, Tensor? resets,"
       " bool reverse) -> (Tensor h, Tensor last)");

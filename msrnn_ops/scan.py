@@ -63,10 +63,9 @@ def run(
     namespace = backend.namespace(op.name, inputs[0].device)
     if namespace is None:
         h, last = op.plain(*args)
-    elif inputs[0].is_complex():
-        h, last = COMPLEX_LINEAR[namespace](*args)
     else:
-        h, last = OPERATORS[namespace, op.name](*args)
+        name = COMPLEX_LINEAR.name if inputs[0].is_complex() else op.name
+        h, last = OPERATORS[namespace, name](*args)
     return (h, last) if leading is None else in_leading(h, last, leading, cu_seqlens)
 
 

@@ -136,3 +136,32 @@ def test_complex_forward_mode_and_vmap() -> None:
     torch.testing.assert_close(got, twice)
     rows = torch.func.vmap(ms.linear_scan)(a[:, None], b[:, None])[:, 0]
     torch.testing.assert_close(rows, ms.linear_scan(a, b))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_complex_numbers_compiled(backend: str) -> None:
+    """A lazy conjugation would be lost there, without a word."""
+    torch._dynamo.reset()
+    a, b, h0 = draw_complex(2, 6, 3) * 0.6, draw_complex(2, 6, 3), draw_complex(2, 3)
+    leaves = [x.requires_grad_() for x in (a, b, h0)]
+
+    def run(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
+        h, last = ms.linear_scan(a, b, h0, return_state=True)
+        return h.abs().square().sum() + last.real.sum()
+
+    got = torch.compile(run, fullgraph=True, backend=backend)(*leaves)
+    with reference():
+        right = run(*leaves)
+    torch.testing.assert_close(got, right)
+    pairs = zip(*(torch.autograd.grad(x, leaves) for x in (got, right)), strict=True)
+    for x, y in pairs:
+        torch.testing.assert_close(x, y)
+
+
+def test_complex_operator() -> None:
+    a, b, h0 = draw_complex(2, 6, 3), draw_complex(2, 6, 3), draw_complex(2, 3)
+    leaves = [x.requires_grad_() for x in (a, b, h0)]
+    resets = torch.rand(2, 6) < 0.3
+    torch.library.opcheck(
+        torch.ops.msrnn_ops.complex_linear_scan.default, (*leaves, None, resets, True)
+    )

@@ -13,33 +13,26 @@ third of the bytes.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from msrnn_ops import backend, transforms
-from msrnn_ops.operators.scan import LINEAR, OPERATORS, Borders, Call, ScanFunction
+from msrnn_ops import backend
+from msrnn_ops.operators.scan import LINEAR, OPERATORS, Borders, Call, Operator
 
-_PHASE = torch.float64
+COMPLEX_LINEAR = replace(LINEAR, name="complex_linear_scan")
 
 
 class ComplexLinear:
-    """What :class:`msrnn_ops.operators.scan.Operator` is for real numbers."""
-
-    recurrence, inputs, saved = LINEAR, 2, LINEAR.saved
-    function: Any = type("complex_linear_scan_function", (ScanFunction,), {})
+    """The operator in one namespace, from the real one."""
 
     def __init__(self, namespace: str) -> None:
         self.real = OPERATORS[namespace, LINEAR.name].forward
-        self.linear = self
-
-    # torch.compile would trace the backward pass through angles, which have none at a = 0.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, *args: Any) -> tuple[Tensor, Tensor]:
-        if transforms.nested_forward_mode():
-            return self.recurrence.plain(*args)
-        return self.function.apply(self, *args)
+        library, name = backend.LIBRARIES[namespace], COMPLEX_LINEAR.name
+        library.impl(name, self.forward, "CompositeExplicitAutograd")
+        library.impl(f"{name}_backward", self.backward, "CompositeExplicitAutograd")
+        self.operator = Operator(COMPLEX_LINEAR, namespace)
 
     def forward(
         self,
@@ -50,7 +43,7 @@ class ComplexLinear:
         resets: Tensor | None,
         reverse: bool,
     ) -> tuple[Tensor, Tensor]:
-        angle = a.angle().to(_PHASE).nan_to_num(0.0)  # a NaN stays in the modulus, and its sequence
+        angle = a.angle().double().nan_to_num(0.0)  # a NaN stays in the modulus, and its sequence
         phase = angle.flip(1).cumsum(1).flip(1) if reverse else angle.cumsum(1)
         turn = torch.polar(torch.ones_like(phase), phase).to(a.dtype)
         borders = Borders(b, cu_seqlens, None, reverse)
@@ -58,12 +51,13 @@ class ComplexLinear:
             entry = (borders.row, borders.entry)
             before = torch.where(borders.empty, 0.0, phase[entry] - angle[entry])
             h0 = h0 * torch.polar(torch.ones_like(before), -before).to(a.dtype)
-        modulus, turned = a.abs(), b * turn.conj()
+        modulus, turned = a.abs(), b * turn.conj_physical()
         planes = [
-            self.real(
-                modulus, part(turned), h0 if h0 is None else part(h0), cu_seqlens, resets, reverse
+            self.real(modulus, part(turned), state, cu_seqlens, resets, reverse)
+            for part, state in (
+                (torch.real, None if h0 is None else h0.real),
+                (torch.imag, None if h0 is None else h0.imag),
             )
-            for part in (torch.real, torch.imag)
         ]
         h, last = (torch.complex(*pair) for pair in zip(*planes, strict=True))
         if a.shape[1]:
@@ -81,8 +75,9 @@ class ComplexLinear:
         resets: Tensor | None,
         reverse: bool,
     ) -> tuple[Tensor, ...]:
-        call = Call(self, cu_seqlens, resets, reverse, ())
+        call = Call(self.operator, cu_seqlens, resets, reverse, ())
         return call.backward(grad_h, grad_last, (a,), h, h0)
 
 
-COMPLEX_LINEAR = {namespace: ComplexLinear(namespace) for namespace in backend.LIBRARIES}
+for _namespace in backend.LIBRARIES:
+    OPERATORS[_namespace, COMPLEX_LINEAR.name] = ComplexLinear(_namespace).operator

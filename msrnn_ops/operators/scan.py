@@ -169,7 +169,7 @@ def _shift(x: Tensor, edge: Tensor, reverse: bool) -> Tensor:
 class Call:
     """The arguments of a call that are not differentiated, and its derivatives in plain PyTorch."""
 
-    operator: Any  # an Operator, or ComplexLinear
+    operator: Operator
     cu_seqlens: Tensor | None
     resets: Tensor | None
     reverse: bool
@@ -185,7 +185,7 @@ class Call:
     ) -> tuple[Tensor, Tensor]:
         """By the kernels of the same namespace; it can be differentiated again."""
         if transforms.batched_outside_of_autograd(a, b, h0):
-            return LINEAR.plain(a, b, h0, self.cu_seqlens, resets, reverse)
+            return self.operator.linear.recurrence.plain(a, b, h0, self.cu_seqlens, resets, reverse)
         return self.operator.linear(a, b, h0, self.cu_seqlens, resets, reverse)
 
     def factors(
@@ -218,7 +218,8 @@ class Call:
         """What the backward kernel computes, from operations that are differentiable again."""
         borders = self.borders(h)
         a, factors = self.factors(inputs, h, h0, borders)
-        a, factors = a.conj(), tuple(factor.conj() for factor in factors)  # of complex numbers
+        # Of complex numbers. A lazy .conj() is lost in an operator that a compiled graph calls.
+        a, factors = a.conj_physical(), tuple(factor.conj_physical() for factor in factors)
         grad = torch.zeros_like(a) if grad_h is None else _wide(grad_h)
         if grad_last is None:
             grad_last = a.new_zeros(sequences_of(h, self.cu_seqlens), h.shape[2])
@@ -332,12 +333,15 @@ class ScanFunction(torch.autograd.Function):
 class Operator:
     """A recurrence in one namespace: its kernels, and what is registered around them."""
 
-    def __init__(self, recurrence: Recurrence, namespace: str) -> None:
+    def __init__(
+        self, recurrence: Recurrence, namespace: str, linear: Operator | None = None
+    ) -> None:
+        """``linear`` is the scan that derivatives are made of; None: this one."""
         name = recurrence.name
         self.recurrence, self.namespace = recurrence, namespace
         self.inputs = len(recurrence.inputs)
         self.saved = self.inputs if recurrence.saved is None else recurrence.saved
-        self.linear: Any = self if recurrence is LINEAR else OPERATORS[namespace, LINEAR.name]
+        self.linear = self if linear is None else linear
         self.forward = getattr(getattr(torch.ops, namespace), name).default
         self.backward = getattr(getattr(torch.ops, namespace), f"{name}_backward").default
         # A class of its own, whose name stands in graphs and in the messages of autograd.
@@ -411,4 +415,5 @@ backend.implement_by_triton(
 OPERATORS: dict[tuple[str, str], Operator] = {}
 for _namespace in backend.LIBRARIES:
     for _recurrence in RECURRENCES:  # the linear scan first, which the others' derivatives use
-        OPERATORS[_namespace, _recurrence.name] = Operator(_recurrence, _namespace)
+        _linear = OPERATORS.get((_namespace, LINEAR.name))
+        OPERATORS[_namespace, _recurrence.name] = Operator(_recurrence, _namespace, _linear)
