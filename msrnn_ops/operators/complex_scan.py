@@ -62,7 +62,7 @@ class ComplexLinear:
         h, last = (torch.complex(*pair) for pair in zip(*planes, strict=True))
         if a.shape[1]:
             last = torch.where(borders.empty, last, last * turn[borders.row, borders.exit])
-        return h * turn, last
+        return (h * turn).contiguous(), last.contiguous()
 
     def backward(
         self,
@@ -76,7 +76,8 @@ class ComplexLinear:
         reverse: bool,
     ) -> tuple[Tensor, ...]:
         call = Call(self.operator, cu_seqlens, resets, reverse, ())
-        return call.backward(grad_h, grad_last, (a,), h, h0)
+        grads = call.backward(grad_h, grad_last, (a,), h, h0)
+        return tuple(x.contiguous() for x in grads)  # as the operator's fake says
 
 
 for _namespace in backend.LIBRARIES:
