@@ -36,7 +36,9 @@
 // Sequences that are packed by cu_seqlens stay one chain. A step that starts a sequence enters the
 // state of that sequence and marks its span, and whatever comes before a marked span is dropped. We
 // do not multiply it by 0, which would turn an infinity into NaN. The start of a batch row is such
-// a step too.
+// a step too, and so are a step behind a reset, which starts from zero, and one that no sequence
+// covers, which is walked as a step that makes the state 0. sequences.h finds these steps and what
+// is to be done with each; a call without cu_seqlens and resets does not look for them.
 //
 // Accuracy. The four steps of a thread are plain. Spans carry both a and 1-a, and the carry from
 // tile to tile is compensated. On the emulator, in float32, with T = 8192 and gates around -8, no
@@ -142,12 +144,12 @@ struct ScanBlock : ScanTile<Op, T, backward> {
       if constexpr (kUnbounded) {
 #pragma unroll
         for (int c = 0; c < kVector; ++c) serial = serial || !Space::usable_span(span[c]);
-        serial = __any_sync(~0u, serial && channels_of(t) > 0);
+        serial = __any_sync(~0u, serial && !mark.any_starts() && channels_of(t) > 0);
         if (threadIdx.x % 32 == 0) warp_unusable()[warp()] = serial;
       }
     }
     scatter_row(span);
-    const uint32_t starting = __ballot_sync(~0u, mark.starts != 0);
+    const uint32_t starting = __ballot_sync(~0u, mark.any_starts());
     if (threadIdx.x % 32 == 0) warp_starts()[warp()] = starting;
 
     // Slots that nobody reads again are refilled for the next tile. One thread draws the tile after
@@ -204,8 +206,7 @@ struct ScanBlock : ScanTile<Op, T, backward> {
       Memory::unpack(slot(source, step), x[source]);
     }
     if constexpr (backward) {
-      if (mark.ends >> step & 1)
-        fetch(t, mark, step, call.h0, false, x[kInputs]);  // the first step of the recurrence
+      if (mark.alone(step)) read_alone(t, mark, step, x);
     }
 #pragma unroll
     for (int c = 0; c < kVector; ++c) {
@@ -228,6 +229,30 @@ struct ScanBlock : ScanTile<Op, T, backward> {
     }
   }
 
+  // Backward, of a step that follows none: its state before is an initial one. What an uncovered
+  // step holds may be NaN; zeros make all of its gradients zero.
+  MSRNN_FN void read_alone(const Tile& t, const Marks& mark, int step,
+                           V (&x)[kSources][kVector]) const {
+    const bool enters = mark.ends(step) && !mark.cut(step);
+    fetch(t, mark, step, enters ? call.h0 : nullptr, false, x[kInputs]);
+    if (!mark.uncovered(step)) return;
+#pragma unroll
+    for (auto& source : x) {
+#pragma unroll
+      for (V& each : source) each = V(0);
+    }
+  }
+
+  // The state with which a step starts that nothing enters from the step before. An uncovered step
+  // becomes one that makes the state, or its logarithm, 0.
+  MSRNN_FN void start(const Tile& t, const Marks& mark, int step, State (&state)[kVector],
+                      Step<V> (&of_step)[kVector]) const {
+    enter_sequence(t, mark, step, state);
+    if (!mark.uncovered(step)) return;
+#pragma unroll
+    for (Step<V>& each : of_step) each = {V(0), V(0)};
+  }
+
   static MSRNN_FN void clamp(Span (&span)[kVector], const V (&a)[kVector], const V (&b)[kVector]) {
 #pragma unroll
     for (int c = 0; c < kVector; ++c) span[c].kept = clamp_product(span[c].kept, a[c], b[c]);
@@ -247,7 +272,7 @@ struct ScanBlock : ScanTile<Op, T, backward> {
   // Walks from zero: the span of this thread's steps.
   MSRNN_FN void first_walk(const Tile& t, const Marks& mark, Step<V> (&steps)[kScanSteps][kVector],
                            Span (&span)[kVector]) const {
-    const uint32_t starts = mark.starts;
+    const Marks here{mark.bits, 0};  // in a register
 #pragma unroll
     for (Span& x : span) x = Space::template no_steps<V>();
 #pragma unroll
@@ -271,9 +296,9 @@ struct ScanBlock : ScanTile<Op, T, backward> {
       if constexpr (kClamped) {
         if (!ordinary) clamp(span, before, own);
       }
-      if (starts >> s & 1) {
+      if (here.starts(s)) {
         State state[kVector];
-        enter_sequence(t, mark, s, state);
+        start(t, mark, s, state, steps[s]);
 #pragma unroll
         for (int c = 0; c < kVector; ++c) span[c].state = Space::walk(state[c], steps[s][c]);
       }
@@ -288,7 +313,7 @@ struct ScanBlock : ScanTile<Op, T, backward> {
   // Walks from the state that enters: the results.
   MSRNN_FN void second_walk(const Tile& t, const Marks& mark, Step<V> (&steps)[kScanSteps][kVector],
                             State (&state)[kVector]) const {
-    const uint32_t starts = mark.starts, ends = mark.ends;
+    const Marks here{mark.bits, 0};
     constexpr int kTargets = backward ? Op::inputs : 1;
     Cursor to[kTargets];
 #pragma unroll
@@ -298,10 +323,10 @@ struct ScanBlock : ScanTile<Op, T, backward> {
 #pragma unroll
     for (int s = 0; s < kScanSteps; ++s) {
       if (s >= count_of(t)) break;
-      if (starts >> s & 1) enter_sequence(t, mark, s, state);
       V out[kTargets][kVector];
       Backward b;
       recall(t, mark, s, steps[s], b);
+      if (here.starts(s)) start(t, mark, s, state, steps[s]);
 #pragma unroll
       for (int c = 0; c < kVector; ++c) {
         if constexpr (backward) {
@@ -318,7 +343,7 @@ struct ScanBlock : ScanTile<Op, T, backward> {
         store(t, v, call.wide[backward ? 5 + i : 3], to[i].at, out[i]);
         to[i].at += to[i].step;
       }
-      if (ends >> s & 1) leave_sequence(t, mark, s, state);
+      if (here.ends(s)) leave_sequence(t, mark, s, state);
     }
   }
 
@@ -469,7 +494,7 @@ struct ScanBlock : ScanTile<Op, T, backward> {
           if (s >= count_of(t)) break;
           Backward b;
           recall(t, mark, s, steps[s], b);
-          if (mark.starts >> s & 1) enter_sequence(t, mark, s, now);
+          if (mark.starts(s)) start(t, mark, s, now, steps[s]);
           for (int c = 0; c < kVector; ++c) now[c] = Space::walk(now[c], steps[s][c]);
         }
         for (int c = 0; c < kVector; ++c) running[c] = now[c];
@@ -566,10 +591,14 @@ cudaError_t launch_scan_kernel(ScanCall call, cudaStream_t stream) {
   call.shared = ScanBlock<Op, T, backward>::lay_out_shared(p);
   const auto shared = static_cast<size_t>(call.shared.bytes);
   if (auto e = allow_shared(kernel, shared)) return e;
+  constexpr int64_t scalar = sizeof(typename Stored<T>::V::Scalar);
   int64_t blocks = p.chains;
+  if (call.cu_seqlens) {  // where it decreases, some sequences end at no step
+    if (auto e = cudaMemsetAsync(call.leaving, 0, call.sequences * call.channels * scalar, stream))
+      return e;
+  }
   if (p.look_back) {
-    const int64_t cleared =
-        lay_out(p, sizeof(typename Stored<T>::V::Scalar), nullptr, nullptr).cleared;
+    const int64_t cleared = lay_out(p, scalar, nullptr, nullptr).cleared;
     if (auto e = cudaMemsetAsync(call.exchange.ticket, 0, cleared, stream)) return e;
     int most;
     if (auto e = resident_blocks(&most, kernel, threads, shared)) return e;
