@@ -189,7 +189,11 @@ def test_what_no_sequence_covers_is_zero_and_never_read(
         grads[1][torch.tensor(lengths) == 0] = 0.0
     clean = _run(scan, inputs, h0, grads, options)
     spoilt = _run(
-        scan, [_spoil(x, outside) for x in inputs], h0, [_spoil(grads[0], outside), grads[1]], options
+        scan,
+        [_spoil(x, outside) for x in inputs],
+        h0,
+        [_spoil(grads[0], outside), grads[1]],
+        options,
     )
     for x, y in zip(clean, spoilt, strict=True):
         torch.testing.assert_close(y, x, rtol=1e-6, atol=1e-6)
@@ -216,9 +220,7 @@ def test_no_sequence_at_all_is_zeros(scan: Scan, reverse: bool) -> None:
 @directions
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=["nan", "inf"])
 @pytest.mark.parametrize("channels", [5, 70])
-def test_nothing_leaks_across_a_reset(
-    scan: Scan, reverse: bool, bad: float, channels: int
-) -> None:
+def test_nothing_leaks_across_a_reset(scan: Scan, reverse: bool, bad: float, channels: int) -> None:
     """What is NaN or infinite before a border stays on its side, in states and gradients."""
     time = _LONG if channels < 10 else 60
     border = time // 2 + 1
@@ -350,7 +352,9 @@ def test_wrong_ends_leave_nothing_unwritten(scan: Scan, reverse: bool) -> None:
     time = 60
     inputs = scan.inputs(1, time, 9, torch.float32)
     for ends in ([0, 50, 10, 60], [60, 0], [-7, 20, 99], [30, 30, 5], [90, 95, 99], [-9, -5, -2]):
-        flags = (scan.function.keywords["activation"] == "identity",) if "identity" in scan.name else ()
+        flags = (
+            (scan.function.keywords["activation"] == "identity",) if "identity" in scan.name else ()
+        )
         if scan.name.startswith("min_") and not flags:
             flags = (False,)
         name = scan.name.removesuffix("_identity")

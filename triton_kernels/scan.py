@@ -201,9 +201,9 @@ def forward(
         shape, None if packed else h0, op is LOG, h,
         {
             **_named("x", inputs), "h": h, "strides_h": h.stride(), "h0": h0, "last": last,
-            "first": first, "sequence": sequence, **_reset_arguments(resets), "OP": op.code, "IDENTITY": identity,
-            "REVERSE": reverse, "PACKED": packed, "HAS_H0": h0 is not None,
-            "INPUTS": op.inputs,
+            "first": first, "sequence": sequence, **_reset_arguments(resets),
+            "OP": op.code, "IDENTITY": identity, "REVERSE": reverse, "PACKED": packed,
+            "HAS_H0": h0 is not None, "INPUTS": op.inputs,
         },
     )  # fmt: skip
     return h, last

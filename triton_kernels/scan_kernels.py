@@ -21,6 +21,10 @@ program waits for another:
 Look-back, which would spare the first reading, needs programs that wait for each other, and Triton
 promises neither the order in which they start nor that a waiting one makes room.
 
+A state may also start within time, where cu_seqlens begins a sequence or `resets` cuts (MARKED).
+The span of such a step is `fresh`: what came before it is dropped, never multiplied by 0. Steps
+that no sequence covers are not read, and zeros are written there.
+
 Time runs either way by what a step's address is, so that no kernel depends on the scan's own
 `reverse`, which has been wrong in some versions of Triton.
 """
@@ -263,9 +267,7 @@ def _store(view, t, strides, mask, x):
 
 
 @triton.jit
-def _reset_before(
-    resets, row, step, inside, time, strides, REVERSED: tl.constexpr
-):
+def _reset_before(resets, row, step, inside, time, strides, REVERSED: tl.constexpr):
     """Whether a reset lies on the border before a step of this walk, (SEGMENTS, 1)."""
     t = time - step if REVERSED else step
     at = row * strides[0] + t.to(tl.int64) * strides[1]

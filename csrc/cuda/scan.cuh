@@ -36,9 +36,9 @@
 // Sequences that are packed by cu_seqlens stay one chain. A step that starts a sequence enters the
 // state of that sequence and marks its span, and whatever comes before a marked span is dropped. We
 // do not multiply it by 0, which would turn an infinity into NaN. The start of a batch row is such
-// a step too, and so are a step behind a reset, which starts from zero, and one that no sequence
-// covers, which is walked as a step that makes the state 0. sequences.h finds these steps and what
-// is to be done with each; a call without cu_seqlens and resets does not look for them.
+// a step too, and so is one behind a reset, which starts from zero, and one that no sequence
+// covers: it gets inputs that make its state 0. sequences.h finds these steps; a call without
+// cu_seqlens and resets does not look for them.
 //
 // Accuracy. The four steps of a thread are plain. Spans carry both a and 1-a, and the carry from
 // tile to tile is compensated. On the emulator, in float32, with T = 8192 and gates around -8, no
@@ -112,7 +112,7 @@ struct ScanBlock : ScanTile<Op, T, backward> {
 
   // and what goes to memory and comes from it.
   using Base::enter_sequence, Base::leave_sequence, Base::fetch, Base::initial;
-  using Base::load_tile, Base::store, Base::park, Base::unpark;
+  using Base::load_tile, Base::fill_uncovered, Base::store, Base::park, Base::unpark;
 
   // Whether a decay may be infinite, so that a span may be of no use.
   static constexpr bool kUnbounded = !Op::gated || (kLogarithmic && !backward);
@@ -140,11 +140,12 @@ struct ScanBlock : ScanTile<Op, T, backward> {
       const Tile t = tile(turn);
       mark = marks(walk, t.batch, first_of(t), count_of(t));
       copies_done();
+      if (mark.any_uncovered()) fill_uncovered(mark);
       first_walk(t, mark, steps, span);
       if constexpr (kUnbounded) {
 #pragma unroll
         for (int c = 0; c < kVector; ++c) serial = serial || !Space::usable_span(span[c]);
-        serial = __any_sync(~0u, serial && !mark.any_starts() && channels_of(t) > 0);
+        serial = __any_sync(~0u, serial && channels_of(t) > 0);
         if (threadIdx.x % 32 == 0) warp_unusable()[warp()] = serial;
       }
     }
@@ -206,7 +207,8 @@ struct ScanBlock : ScanTile<Op, T, backward> {
       Memory::unpack(slot(source, step), x[source]);
     }
     if constexpr (backward) {
-      if (mark.alone(step)) read_alone(t, mark, step, x);
+      if (mark.alone(step))
+        fetch(t, mark, step, mark.cut(step) ? nullptr : call.h0, false, x[kInputs]);
     }
 #pragma unroll
     for (int c = 0; c < kVector; ++c) {
@@ -227,30 +229,6 @@ struct ScanBlock : ScanTile<Op, T, backward> {
       }
       lost[c] = g.lost;
     }
-  }
-
-  // Backward, of a step that follows none: its state before is an initial one. What an uncovered
-  // step holds may be NaN; zeros make all of its gradients zero.
-  MSRNN_FN void read_alone(const Tile& t, const Marks& mark, int step,
-                           V (&x)[kSources][kVector]) const {
-    const bool enters = mark.ends(step) && !mark.cut(step);
-    fetch(t, mark, step, enters ? call.h0 : nullptr, false, x[kInputs]);
-    if (!mark.uncovered(step)) return;
-#pragma unroll
-    for (auto& source : x) {
-#pragma unroll
-      for (V& each : source) each = V(0);
-    }
-  }
-
-  // The state with which a step starts that nothing enters from the step before. An uncovered step
-  // becomes one that makes the state, or its logarithm, 0.
-  MSRNN_FN void start(const Tile& t, const Marks& mark, int step, State (&state)[kVector],
-                      Step<V> (&of_step)[kVector]) const {
-    enter_sequence(t, mark, step, state);
-    if (!mark.uncovered(step)) return;
-#pragma unroll
-    for (Step<V>& each : of_step) each = {V(0), V(0)};
   }
 
   static MSRNN_FN void clamp(Span (&span)[kVector], const V (&a)[kVector], const V (&b)[kVector]) {
@@ -298,7 +276,7 @@ struct ScanBlock : ScanTile<Op, T, backward> {
       }
       if (here.starts(s)) {
         State state[kVector];
-        start(t, mark, s, state, steps[s]);
+        enter_sequence(t, mark, s, state);
 #pragma unroll
         for (int c = 0; c < kVector; ++c) span[c].state = Space::walk(state[c], steps[s][c]);
       }
@@ -323,10 +301,10 @@ struct ScanBlock : ScanTile<Op, T, backward> {
 #pragma unroll
     for (int s = 0; s < kScanSteps; ++s) {
       if (s >= count_of(t)) break;
+      if (here.starts(s)) enter_sequence(t, mark, s, state);
       V out[kTargets][kVector];
       Backward b;
       recall(t, mark, s, steps[s], b);
-      if (here.starts(s)) start(t, mark, s, state, steps[s]);
 #pragma unroll
       for (int c = 0; c < kVector; ++c) {
         if constexpr (backward) {
@@ -494,7 +472,7 @@ struct ScanBlock : ScanTile<Op, T, backward> {
           if (s >= count_of(t)) break;
           Backward b;
           recall(t, mark, s, steps[s], b);
-          if (mark.starts(s)) start(t, mark, s, now, steps[s]);
+          if (mark.starts(s)) enter_sequence(t, mark, s, now);
           for (int c = 0; c < kVector; ++c) now[c] = Space::walk(now[c], steps[s][c]);
         }
         for (int c = 0; c < kVector; ++c) running[c] = now[c];

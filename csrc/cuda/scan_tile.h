@@ -193,6 +193,24 @@ struct ScanTile {
     }
   }
 
+  // Puts inputs into the slots of the steps that no sequence covers with which they make the state
+  // 0, and backward gradients of 0, whatever the tensors hold there.
+  MSRNN_FN void fill_uncovered(const Marks& mark) const {
+    // A gate that is closed lets a state of 0 stay; in log-space log h = log b = 0.
+    constexpr int kGate = !backward && Op::gated && !kLogarithmic ? kInputs - 2 : -1;
+#pragma unroll 1
+    for (int step = 0; step < kScanSteps; ++step) {
+      if (!mark.uncovered(step)) continue;
+#pragma unroll
+      for (int source = 0; source < kSources; ++source) {
+        V x[kVector];
+#pragma unroll
+        for (V& each : x) each = source == kGate ? V::minus_infinity() : V(0);
+        slot(source, step) = Memory::pack(x);
+      }
+    }
+  }
+
   MSRNN_FN void store(const Tile& t, const View& v, bool wide, char* to,
                       const V (&x)[kVector]) const {
     const Chunk chunk = Memory::pack(x);

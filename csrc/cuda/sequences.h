@@ -1,5 +1,5 @@
-// Where sequences start and end and where resets cut them, as a tile walks over the steps of a batch
-// row.
+// Where sequences start and end and where resets cut them, as a tile walks over the steps of a
+// batch row.
 #pragma once
 
 #include "device.h"
@@ -50,29 +50,40 @@ struct Walk {
   }
 };
 
-// What is special about a thread's steps: a bit for each, in groups, as the pass at work meets them.
+// What is special about a thread's steps, as the pass at work meets them: groups of a bit for each.
 struct Marks {
   uint32_t bits;
   int sequence;  // of the first step
 
-  // Whether nothing of what came before the step is left, and whether the state of a sequence enters.
+  // Whether nothing is left of what came before a step, and whether a sequence's state enters
+  // there.
   MSRNN_FN bool starts(int step) const { return bits >> step & 1; }
   MSRNN_FN bool any_starts() const { return bits & ((1u << kScanSteps) - 1); }
   MSRNN_FN bool enters(int step) const { return bits >> (kScanSteps + step) & 1; }
-  // Whether a sequence ends behind the step, and so its state leaves.
+  // Whether a sequence ends with the step, so that its state leaves.
   MSRNN_FN bool ends(int step) const { return bits >> (2 * kScanSteps + step) & 1; }
-  // Backward: whether the step of the recurrence does not follow the one that is walked next, since
-  // a sequence ends, a reset cuts or no sequence covers the step.
+  // Backward, whether the next step of the walk does not hold the state before this one, since a
+  // sequence ends here or, which also says cut(), a reset lies behind the step.
   MSRNN_FN bool alone(int step) const { return bits >> (3 * kScanSteps + step) & 1; }
   MSRNN_FN bool cut(int step) const { return bits >> (4 * kScanSteps + step) & 1; }
   MSRNN_FN bool uncovered(int step) const { return bits >> (5 * kScanSteps + step) & 1; }
+  MSRNN_FN bool any_uncovered() const { return bits >> 5 * kScanSteps; }
 };
+
+MSRNN_FN Marks pack(uint32_t starts, uint32_t enters, uint32_t ends, uint32_t cut,
+                    uint32_t uncovered, int sequence) {
+  const uint32_t alone = ends | cut;
+  return {starts | enters << kScanSteps | ends << 2 * kScanSteps | alone << 3 * kScanSteps |
+              cut << 4 * kScanSteps | uncovered << 5 * kScanSteps,
+          sequence};
+}
 
 MSRNN_FN Marks marks(const Walk& walk, int batch, int first, int count) {
   const ScanCall& call = walk.call;
   const int last = static_cast<int>(call.time) - 1 - first;
   uint32_t enters = first == 0 && count > 0;
   uint32_t ends = last >= 0 && last < count ? 1u << last : 0;
+  if (!call.cu_seqlens && !call.resets) return pack(enters, enters, ends, 0, 0, batch);
   uint32_t uncovered = 0, resets = 0;
   int sequence = batch;
   if (call.cu_seqlens) {
@@ -98,16 +109,13 @@ MSRNN_FN Marks marks(const Walk& walk, int batch, int first, int count) {
       if (s <= count && walk.resets_before(batch, first + s)) resets |= 1u << s;
     }
   }
-  // A reset at the first step of a sequence keeps the initial state out, and backward its gradient
-  // in. Where the recurrence runs in reverse, it lies behind the last step and means nothing.
+  // Forward, a reset at the first step of a sequence keeps its initial state out, and backward the
+  // gradient of that in. In reverse it lies behind the last step and means nothing.
   const uint32_t all = (1u << count) - 1;
   const uint32_t starts = enters | uncovered | (resets & all);
   const uint32_t cut = resets >> 1 & all & (call.reverse ? ~ends : ~0u);
   if (!call.reverse && !walk.descending) enters &= ~resets;
-  const uint32_t alone = ends | cut | uncovered;
-  return {starts | enters << kScanSteps | ends << 2 * kScanSteps | alone << 3 * kScanSteps |
-              cut << 4 * kScanSteps | uncovered << 5 * kScanSteps,
-          sequence};
+  return pack(starts, enters, ends, cut, uncovered, sequence);
 }
 
 }  // namespace gpu

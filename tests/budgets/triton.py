@@ -167,7 +167,7 @@ def _call_scan(
     cu_seqlens = torch.empty(9, dtype=torch.int64, device="meta") if packed else None
     flags = (False,) if name.startswith("min_") else ()
     saved = 1 if name == "linear_scan" else _INPUTS[name]
-    options = (h0, cu_seqlens, packed, *flags)
+    options = (h0, cu_seqlens, None, packed, *flags)
     if backward:
         scan.OPERATORS[f"{name}_backward"](x, h0, *[x] * saved, x, *options)
     else:
