@@ -61,9 +61,9 @@
 //
 //                     instructions   of those       special     of those
 //                        taken      that fit in    functions   that fit in
-//   minGRU forward         48            47           4.0          5.8
+//   minGRU forward         45            47           4.0          5.8
 //   minGRU backward        80            93           6.1         11.7
-//   minLSTM forward        58            62           5.0          7.8
+//   minLSTM forward        59            62           5.0          7.8
 //   minLSTM backward      115           125           8.1         15.6
 //   log_scan forward       54            47           3.3          5.8
 //
