@@ -72,6 +72,8 @@ def plan(
         segments, tile_rows, block_d, warps = SCANS[key]
         if size == 8 or (marked and segments == 1):  # more registers a row
             tile_rows = max(1, tile_rows // 2)
+        if marked and segments > 1 and backward and size == 2:  # else a few words are spilled
+            warps *= 2
         block_d = min(block_d, triton.next_power_of_2(channels))
         tile = segments * tile_rows
         steps = triton.cdiv(triton.cdiv(time, chunks), tile) * tile

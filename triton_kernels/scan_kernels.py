@@ -368,7 +368,7 @@ def scan_forward(
                     if REVERSE:  # it lies behind the sequence
                         reset = reset & ~starts
                     own_a = tl.where(reset, _start(k, SPACE)[0], own_a)
-                starts = (starts | reset) & in_row
+                starts = starts | reset
             if MARKED:
                 a, b = tl.where(starts, own_a, a), tl.where(starts, own_b, b)
                 fresh = tl.where(starts, 1, fresh)
@@ -552,7 +552,7 @@ def scan_backward(
             if RESETS:
                 inside = (step < end) & (step > 0)
                 reset = _reset_before(resets, row, step, inside, time, strides_resets, not REVERSE)
-                starts = (starts | reset) & in_row
+                starts = starts | reset
             if MARKED:
                 a = tl.where(starts, own, a)
                 fresh = tl.where(starts, 1, fresh)
