@@ -39,12 +39,12 @@ test-cpu: $(VENV)/ready
 test-cuda: $(VENV)/ready
 	@echo "== $@: the CUDA kernels on the emulator, in float32; they are compiled first where they changed"
 	@MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/library.py) MSRNN_TEST_EXAMPLES=5 \
-		$(PYTEST) tests/test_scan.py tests/test_multi_state.py -m "$(QUICK)"
+		$(PYTEST) tests/test_scan.py tests/test_borders.py tests/test_multi_state.py -m "$(QUICK)"
 
 test-triton: $(VENV)/triton-$(lastword $(TRITON))
 	@echo "== $@: Triton's kernels on its interpreter, in float32"
 	@$(INTERPRETED) $(subst $(BIN),$</bin,$(PYTEST)) tests/test_triton.py tests/test_scan.py \
-		tests/test_multi_state.py -m "$(QUICK)"
+		tests/test_borders.py tests/test_multi_state.py -m "$(QUICK)"
 
 # The whole ladder (csrc/README.md), in an hour or so: what the quick tests leave out, the emulator,
 # schedules, sanitizers and planted bugs, Triton's versions, budgets, and every build. .ci/run takes
@@ -59,7 +59,7 @@ slow: $(VENV)/ready
 emulate: $(VENV)/ready
 	@echo "== $@: most tests of the CPU's kernels, on the emulated CUDA kernels"
 	@MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/library.py) MSRNN_TEST_EXAMPLES=20 \
-		$(PYTEST) tests/test_scan.py tests/test_torch.py -m "not large and $(FEW_OPS)"
+		$(PYTEST) tests/test_scan.py tests/test_borders.py tests/test_torch.py -m "not large and $(FEW_OPS)"
 	@MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/library.py) MSRNN_TEST_EXAMPLES=20 \
 		$(PYTEST) tests/test_multi_state.py -m "not large and not threads and not bfloat16 and not reference"
 
@@ -84,7 +84,7 @@ triton: $(addprefix triton-,$(TRITON))
 triton-%: $(VENV)/triton-%
 	@echo "== $@: the tests on the interpreter of Triton $*"
 	@$(INTERPRETED) $(subst $(BIN),$</bin,$(PYTEST)) tests/test_triton.py tests/test_scan.py \
-		tests/test_multi_state.py -m "$(SHORT)"
+		tests/test_borders.py tests/test_multi_state.py -m "$(SHORT)"
 	@test $* != $(lastword $(TRITON)) || $</bin/python tests/budgets/triton.py --check --quick
 
 # What nvcc makes of the CUDA kernels, against a stored table: half an hour for all of them.
@@ -105,7 +105,7 @@ sanitize: $(VENV)/ready
 	@echo "== $@: the CPU's kernels, instrumented"
 	MSRNN_SANITIZE=address,undefined $(BIN)/pip install -q --no-build-isolation --no-deps \
 		--upgrade --target build/sanitized .
-	@cd build/sanitized && $(SANITIZED) ../../tests/test_scan.py ../../tests/test_errors.py \
+	@cd build/sanitized && $(SANITIZED) ../../tests/test_scan.py ../../tests/test_borders.py ../../tests/test_errors.py \
 		-m "not long and not bfloat16 and not float64"
 	@cd build/sanitized && $(SANITIZED) ../../tests/test_multi_state.py \
 		-m "not flex and not float32 and not float16 and not bfloat16"

@@ -82,17 +82,20 @@ def test_the_environment_chooses_it() -> None:
 
 @usable
 def test_direct_calls_are_checked() -> None:
-    x = torch.randn(1, 4, 3)
+    x, resets = torch.randn(1, 4, 3), torch.zeros(1, 4, dtype=torch.bool)
     ops = torch.ops.msrnn_triton
     for call in (
-        lambda: ops.min_gru(x, x[:, :3], None, None, False, False),
-        lambda: ops.min_gru(x, x.double(), None, None, False, False),
-        lambda: ops.min_gru_joint(x, None, None, False, False),
-        lambda: ops.min_gru(x, x, x[0], None, False, False),
-        lambda: ops.min_gru_backward(x, None, x, x, x[:, :2], None, None, False, False),
-        lambda: ops.min_gru_backward(x[:, :2], None, x, x, x, None, None, False, False),
+        lambda: ops.min_gru(x, x[:, :3], None, None, None, False, False),
+        lambda: ops.min_gru(x, x.double(), None, None, None, False, False),
+        lambda: ops.min_gru_joint(x, None, None, None, False, False),
+        lambda: ops.min_gru(x, x, x[0], None, None, False, False),
+        lambda: ops.min_gru(x, x, None, None, resets[:, :3], False, False),
+        lambda: ops.min_gru(x, x, None, None, resets.int(), False, False),
+        lambda: ops.min_gru_backward(x, None, x, x, x[:, :2], None, None, None, False, False),
+        lambda: ops.min_gru_backward(x[:, :2], None, x, x, x, None, None, None, False, False),
+        lambda: ops.min_gru_backward(x, None, x, x, x, None, None, resets[:, :3], False, False),
     ):
-        with pytest.raises(RuntimeError, match="expected"):
+        with pytest.raises(RuntimeError, match=r"^expected"):
             call()
 
 
@@ -127,12 +130,12 @@ if ms.backends()["triton"] == "ok":
         size=st.sampled_from([2, 4, 8]),
         inputs=st.sampled_from([2, 3]),
         backward=st.booleans(),
-        packed=st.booleans(),
+        marked=st.booleans(),
     )
     def test_a_scan_plan_covers_its_shape(
-        rows: int, time: int, channels: int, size: int, inputs: int, backward: bool, packed: bool
+        rows: int, time: int, channels: int, size: int, inputs: int, backward: bool, marked: bool
     ) -> None:
-        plan = scan.plan(backward, size, inputs, packed, rows, time, channels)
+        plan = scan.plan(backward, size, inputs, marked, rows, time, channels)
         assert (plan.chunks - 1) * plan.chunk_steps < time <= plan.chunks * plan.chunk_steps
         assert plan.chunk_steps % (plan.segments * plan.rows) == 0
         assert plan.form == "chunks" or plan.chunks == 1

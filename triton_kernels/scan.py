@@ -60,15 +60,20 @@ class Plan:
 
 
 def plan(
-    backward: bool, size: int, inputs: int, packed: bool, rows: int, time: int, channels: int
+    backward: bool, size: int, inputs: int, marked: bool, rows: int, time: int, channels: int
 ) -> Plan:
-    """Of elements of so many bytes. The fewer rows and channels, the more is parallel in time."""
+    """Of elements of so many bytes, `marked` if states may start anywhere in time.
+
+    The fewer rows and channels, the more is parallel in time.
+    """
 
     def tuned(form: str, chunks: int = 1) -> Plan:
         key = ("backward" if backward else "forward", form, min(size, 4), inputs)
         segments, tile_rows, block_d, warps = SCANS[key]
-        if size == 8 or (packed and segments == 1):  # more registers a row
+        if size == 8 or (marked and segments == 1):  # more registers a row
             tile_rows = max(1, tile_rows // 2)
+        if marked and segments > 1 and backward and size == 2:  # else a few words are spilled
+            warps *= 2
         block_d = min(block_d, triton.next_power_of_2(channels))
         tile = segments * tile_rows
         steps = triton.cdiv(triton.cdiv(time, chunks), tile) * tile
@@ -86,8 +91,9 @@ def plan(
 
 
 def _check(
-    tensors: Sequence[Tensor], states: Sequence[Tensor | None], count: int, packed: bool
-) -> None:
+    tensors: Sequence[Tensor], states: Sequence[Tensor | None], count: int, packed: bool,
+    resets: Tensor | None,
+) -> None:  # fmt: skip
     """For direct calls of the operators; the public functions have clearer words."""
     first = tensors[0]
     if first.dim() != 3 or any(x.shape != first.shape or x.dtype != first.dtype for x in tensors):
@@ -100,6 +106,8 @@ def _check(
     for x in states:
         if x is not None and (x.shape != (count, first.shape[2]) or x.dtype != dtype):
             raise RuntimeError("expected a state (sequences, D) in the accumulation dtype")
+    if resets is not None and (resets.shape != first.shape[:2] or resets.dtype != torch.bool):
+        raise RuntimeError("expected resets (B, T) of bool")
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -107,14 +115,25 @@ def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def _marks(cu_seqlens: Tensor | None, time: int, starts: bool) -> tuple[Tensor | None, ...]:
-    """For each step whether its sequence starts, or ends, there; and the sequence's number."""
+    """For each step whether its sequence starts, or ends, there; and the sequence's number.
+
+    A step that no sequence covers is one of its own, of number -1.
+    """
     if cu_seqlens is None:
         return None, None
     step = torch.arange(time, device=cu_seqlens.device)
     number = torch.searchsorted(cu_seqlens[1:].contiguous(), step, right=True)
-    number = number.clamp_max(max(cu_seqlens.shape[0] - 2, 0))
-    edge = cu_seqlens[number] == step if starts else cu_seqlens[number + 1] == step + 1
-    return edge.to(torch.int32), number.to(torch.int32)
+    number = number.clamp_max(cu_seqlens.shape[0] - 2)
+    begin, end = cu_seqlens[number], cu_seqlens[number + 1]
+    covered = (begin <= step) & (step < end)
+    edge = begin == step if starts else end == step + 1
+    return (edge | ~covered).to(torch.int32), torch.where(covered, number, -1).to(torch.int32)
+
+
+def _reset_arguments(resets: Tensor | None) -> dict[str, Any]:
+    if resets is None:
+        return {"resets": None, "strides_resets": (0, 0), "RESETS": False}
+    return {"resets": resets.view(torch.uint8), "strides_resets": resets.stride(), "RESETS": True}
 
 
 def _run(
@@ -168,7 +187,7 @@ def forward(
 ) -> Outputs:  # fmt: skip
     packed = cu_seqlens is not None
     count = inputs[0].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    _check(inputs, [h0], count, packed)
+    _check(inputs, [h0], count, packed, resets)
     shape = _, time, channels = tuple(inputs[0].shape)
     h = inputs[0].new_empty(shape)
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
@@ -176,16 +195,17 @@ def forward(
     none = -torch.inf if op is LOG else 0.0
     last = h.new_full((count, channels), none, dtype=dtype) if h0 is None else h0.clone()
     if h.numel() == 0 or count == 0:
-        return h, last
+        return h.zero_(), last
     first, sequence = _marks(cu_seqlens, time, starts=not reverse)
+    marked = packed or resets is not None
     _run(
-        scan_kernels.scan_forward, plan(False, h.element_size(), op.inputs, packed, *shape),
+        scan_kernels.scan_forward, plan(False, h.element_size(), op.inputs, marked, *shape),
         shape, None if packed else h0, op is LOG, h,
         {
             **_named("x", inputs), "h": h, "strides_h": h.stride(), "h0": h0, "last": last,
-            "first": first, "sequence": sequence, "OP": op.code, "IDENTITY": identity,
-            "REVERSE": reverse, "PACKED": packed, "HAS_H0": h0 is not None,
-            "INPUTS": op.inputs,
+            "first": first, "sequence": sequence, **_reset_arguments(resets),
+            "OP": op.code, "IDENTITY": identity, "REVERSE": reverse, "PACKED": packed,
+            "HAS_H0": h0 is not None, "INPUTS": op.inputs,
         },
     )  # fmt: skip
     return h, last
@@ -200,7 +220,7 @@ def backward(
     packed = cu_seqlens is not None
     count = h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tensors = [h, *saved, *([] if grad_h is None else [grad_h])]
-    _check(tensors, [h0, grad_last], count, packed)
+    _check(tensors, [h0, grad_last], count, packed, resets)
     shape = _, time, channels = tuple(h.shape)
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     if grad_last is None:
@@ -208,19 +228,22 @@ def backward(
     else:
         grad_h0 = grad_last.clone(memory_format=torch.contiguous_format)
     if h.numel() == 0 or count == 0:
+        for gradient in gradients:
+            gradient.zero_()
         return grad_h0
     h0 = None if h0 is None else h0.contiguous()
     grad_last = None if grad_last is None else grad_last.contiguous()
     ends, sequence = _marks(cu_seqlens, time, starts=reverse)
+    marked = packed or resets is not None
     _run(
-        scan_kernels.scan_backward, plan(True, h.element_size(), op.inputs, packed, *shape),
+        scan_kernels.scan_backward, plan(True, h.element_size(), op.inputs, marked, *shape),
         shape, None if packed else grad_last, False, h,
         {
             **_named("x", saved), **_named("grad", gradients), "h": h, "strides_h": h.stride(),
             "h0": h0, "grad_h": grad_h,
             "strides_grad_h": (0, 0, 0) if grad_h is None else grad_h.stride(),
             "grad_last": grad_last, "grad_h0": grad_h0, "first": ends, "sequence": sequence,
-            "OP": op.code, "IDENTITY": identity, "REVERSE": reverse,
+            **_reset_arguments(resets), "OP": op.code, "IDENTITY": identity, "REVERSE": reverse,
             "PACKED": packed, "HAS_H0": h0 is not None,
             "HAS_GRAD_H": grad_h is not None, "HAS_GRAD_LAST": grad_last is not None,
             "SAVED": op.saved, "INPUTS": op.inputs,

@@ -21,6 +21,10 @@ program waits for another:
 Look-back, which would spare the first reading, needs programs that wait for each other, and Triton
 promises neither the order in which they start nor that a waiting one makes room.
 
+A state may also start within time, where cu_seqlens begins a sequence or `resets` cuts (MARKED).
+The span of such a step is `fresh`: what came before it is dropped, never multiplied by 0. Steps
+that no sequence covers are not read, and zeros are written there.
+
 Time runs either way by what a step's address is, so that no kernel depends on the scan's own
 `reverse`, which has been wrong in some versions of Triton.
 """
@@ -78,7 +82,7 @@ def _start(x, SPACE: tl.constexpr):
 
 @triton.jit
 def _no_steps(x, SPACE: tl.constexpr):
-    """The span of no steps: kept, lost, state, mark of a new sequence."""
+    """The span of no steps: kept, lost, state, mark that a state starts in it."""
     kept = tl.full(x.shape, 0.0 if SPACE == LOG_STATE else 1.0, x.dtype)
     a, b = _start(x, SPACE)
     return kept, tl.zeros_like(x), a, b, tl.zeros(x.shape, tl.int32)
@@ -112,12 +116,12 @@ def _enter(value, rest, SPACE: tl.constexpr):
 
 @triton.jit
 def _compose_segments(
-    kept, lost, a, b, fresh, SPACE: tl.constexpr, BRIEF: tl.constexpr, PACKED: tl.constexpr
+    kept, lost, a, b, fresh, SPACE: tl.constexpr, BRIEF: tl.constexpr, MARKED: tl.constexpr
 ):
     """The spans from the tile's start to the end of every segment."""
-    if PACKED and SPACE == LOG_STATE:
+    if MARKED and SPACE == LOG_STATE:
         kept, a, b, fresh = tl.associative_scan((kept, a, b, fresh), 0, then_log_packed)
-    elif PACKED:
+    elif MARKED:
         kept, lost, a, fresh = tl.associative_scan((kept, lost, a, fresh), 0, then_packed)
     elif SPACE == LOG_STATE:
         kept, a, b = tl.associative_scan((kept, a, b), 0, then_log)
@@ -138,12 +142,12 @@ def _from_before(leaves, enters, SEGMENTS: tl.constexpr):
 
 @triton.jit
 def _through_rows(
-    a, b, steps, SPACE: tl.constexpr, BRIEF: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr
+    a, b, steps, SPACE: tl.constexpr, BRIEF: tl.constexpr, MARKED: tl.constexpr, ROWS: tl.constexpr
 ):
     """The states after the rows of every segment."""
     for r in tl.static_range(ROWS):
         kept, added, starts, own_a, own_b = steps[r]
-        if PACKED:
+        if MARKED:
             a, b = tl.where(starts, own_a, a), tl.where(starts, own_b, b)
         a, b = _walk(a, b, kept, added, SPACE, BRIEF)
     return a, b
@@ -152,7 +156,7 @@ def _through_rows(
 @triton.jit
 def _enter_segments(
     steps, kept, lost, a, b, fresh, value, rest,
-    SPACE: tl.constexpr, BRIEF: tl.constexpr, PACKED: tl.constexpr,
+    SPACE: tl.constexpr, BRIEF: tl.constexpr, MARKED: tl.constexpr,
     SEGMENTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The states that enter the segments, from their composed spans and the carry."""
@@ -165,7 +169,7 @@ def _enter_segments(
         usable = kept < _INFINITY
     else:
         leaves_a, leaves_b = apply(kept, lost, a, first_a, BRIEF), b
-    if PACKED:
+    if MARKED:
         leaves_a, leaves_b = tl.where(fresh != 0, a, leaves_a), tl.where(fresh != 0, b, leaves_b)
     if SPACE != LOG_STATE:
         usable = tl.abs(leaves_a) < _INFINITY
@@ -177,7 +181,7 @@ def _enter_segments(
         # 0 times infinity: products of decays have no meaning here. One segment after another.
         for _ in range(SEGMENTS):
             leaves_a, leaves_b = _through_rows(
-                enters_a, enters_b, steps, SPACE, BRIEF, PACKED, ROWS
+                enters_a, enters_b, steps, SPACE, BRIEF, MARKED, ROWS
             )
             enters_a = _from_before(leaves_a, first_a, SEGMENTS)
             if SPACE == LOG_STATE:
@@ -263,6 +267,14 @@ def _store(view, t, strides, mask, x):
 
 
 @triton.jit
+def _reset_before(resets, row, step, inside, time, strides, REVERSED: tl.constexpr):
+    """Whether a reset lies on the border before a step of this walk, (SEGMENTS, 1)."""
+    t = time - step if REVERSED else step
+    at = row * strides[0] + t.to(tl.int64) * strides[1]
+    return tl.load(resets + at, inside & (t < time), 0) != 0
+
+
+@triton.jit
 def _store_span(spans, slot, part, kept, lost, a, b, fresh, in_row):
     tl.store(spans + slot, kept, in_row)
     tl.store(spans + slot + part, lost, in_row)
@@ -286,20 +298,22 @@ def _pad1(OP: tl.constexpr):
 def scan_forward(
     x0, x1, x2, strides0, strides1, strides2,
     h, strides_h, h0, last,
-    first, sequence, spans, flags,
+    first, sequence, resets, strides_resets, spans, flags,
     rows, time, channels, chunk_steps,
     OP: tl.constexpr, IDENTITY: tl.constexpr, REVERSE: tl.constexpr, PHASE: tl.constexpr,
-    PACKED: tl.constexpr, HAS_H0: tl.constexpr, INPUTS: tl.constexpr,
+    PACKED: tl.constexpr, RESETS: tl.constexpr, HAS_H0: tl.constexpr, INPUTS: tl.constexpr,
     BRIEF: tl.constexpr, WIDE: tl.constexpr,
     SEGMENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """h and the last states of a row and some channels; or, with SPANS, the span of a chunk.
 
-    first (T) marks the first step of a sequence, sequence (T) is its number; PACKED only.
+    first (T) marks the first step of a sequence and every step that none covers, sequence (T) is
+    its number, or -1; PACKED only. resets (B, T); RESETS only.
     spans (chunks, 5, rows, channels): a chunk's span; then the carry that enters it.
     flags (programs): with WALK and not None, only programs with a flag have work.
     """
     SPACE: tl.constexpr = LOG_STATE if OP == LOG else STATE
+    MARKED: tl.constexpr = PACKED or RESETS
     if PHASE == WALK and flags is not None:
         if tl.load(flags + tl.program_id(0)) == 0:
             return
@@ -327,6 +341,8 @@ def scan_forward(
             step = first_step + r
             t = time - 1 - step if REVERSE else step
             mask = (step < end) & in_row
+            if PACKED:
+                mask &= tl.load(sequence + t, step < end, 0) >= 0
             p = _load(view0, t, strides0, mask, _pad0(OP), WIDE)
             q = _load(view1, t, strides1, mask, _pad1(OP), WIDE)
             c = _load(view2, t, strides2, mask, 0.0, WIDE) if INPUTS > 2 else q
@@ -337,20 +353,30 @@ def scan_forward(
             k, gone, added = gates(raw[r][0], raw[r][1], raw[r][2], OP, IDENTITY, BRIEF)
             own_a, own_b = _start(k, SPACE)
             starts = False
+            step = first_step + r
             if PACKED:
-                step = first_step + r
                 t = time - 1 - step if REVERSE else step
                 starts = (tl.load(first + t, step < end, 0) != 0) & in_row
                 if HAS_H0:
-                    number = tl.load(sequence + t, step < end, 0).to(tl.int64)
-                    own_a = tl.load(h0 + number * channels + d, starts, 0.0).to(WIDE)
+                    number = tl.load(sequence + t, step < end, -1).to(tl.int64)
+                    enters = starts & (number >= 0)
+                    own_a = tl.load(h0 + number * channels + d, enters, 0.0).to(WIDE)
+            if RESETS:
+                inside = step < end
+                reset = _reset_before(resets, row, step, inside, time, strides_resets, REVERSE)
+                if PACKED:
+                    if REVERSE:  # it lies behind the sequence
+                        reset = reset & ~starts
+                    own_a = tl.where(reset, _start(k, SPACE)[0], own_a)
+                starts = starts | reset
+            if MARKED:
                 a, b = tl.where(starts, own_a, a), tl.where(starts, own_b, b)
                 fresh = tl.where(starts, 1, fresh)
             kept, lost, a, b = _extend(kept, lost, a, b, k, gone, added, SPACE, BRIEF)
             steps = steps + ((k, added, starts, own_a, own_b),)
         if SEGMENTS > 1:
             kept, lost, a, b, fresh = _compose_segments(
-                kept, lost, a, b, fresh, SPACE, BRIEF and PHASE != SPANS, PACKED
+                kept, lost, a, b, fresh, SPACE, BRIEF and PHASE != SPANS, MARKED
             )
         if PHASE == SPANS:
             span_kept, span_lost, span_a, span_b, span_fresh = _add_tile(
@@ -359,24 +385,27 @@ def scan_forward(
             )  # fmt: skip
         else:
             state_a, state_b = _enter_segments(
-                steps, kept, lost, a, b, fresh, value, rest, SPACE, BRIEF, PACKED, SEGMENTS, ROWS
+                steps, kept, lost, a, b, fresh, value, rest, SPACE, BRIEF, MARKED, SEGMENTS, ROWS
             )
             for r in tl.static_range(ROWS):
                 step = first_step + r
                 t = time - 1 - step if REVERSE else step
                 mask = (step < end) & in_row
                 k, added, starts, own_a, own_b = steps[r]
-                if PACKED:
+                if MARKED:
                     state_a = tl.where(starts, own_a, state_a)
                     state_b = tl.where(starts, own_b, state_b)
                 state_a, state_b = _walk(state_a, state_b, k, added, SPACE, BRIEF)
                 state = state_a + tl.log(state_b) if SPACE == LOG_STATE else state_a
+                if PACKED:
+                    number = tl.load(sequence + t, step < end, -1).to(tl.int64)
+                    state = tl.where(number >= 0, state, 0.0)
                 _store(view_h, t, strides_h, mask, state)
                 if PACKED:
                     following = first + (t - 1 if REVERSE else t + 1)
                     ends = tl.load(following, (step < end) & (step + 1 < time), 1) != 0
-                    number = tl.load(sequence + t, step < end, 0).to(tl.int64)
-                    tl.store(last + number * channels + d, state, ends & mask)
+                    ends = ends & mask & (number >= 0)
+                    tl.store(last + number * channels + d, state, ends)
             value, rest = _behind_tile(
                 value, rest, kept, lost, a, b, fresh, state_a, state_b, SPACE, BRIEF, SEGMENTS
             )
@@ -426,10 +455,10 @@ def scan_backward(
     x0, x1, x2, strides0, strides1, strides2,
     grad0, grad1, grad2, strides_grad0, strides_grad1, strides_grad2,
     h, strides_h, h0, grad_h, strides_grad_h, grad_last, grad_h0,
-    first, sequence, spans, flags,
+    first, sequence, resets, strides_resets, spans, flags,
     rows, time, channels, chunk_steps,
     OP: tl.constexpr, IDENTITY: tl.constexpr, REVERSE: tl.constexpr, PHASE: tl.constexpr,
-    PACKED: tl.constexpr, HAS_H0: tl.constexpr, HAS_GRAD_H: tl.constexpr,
+    PACKED: tl.constexpr, RESETS: tl.constexpr, HAS_H0: tl.constexpr, HAS_GRAD_H: tl.constexpr,
     HAS_GRAD_LAST: tl.constexpr, SAVED: tl.constexpr, INPUTS: tl.constexpr,
     BRIEF: tl.constexpr, WIDE: tl.constexpr,
     SEGMENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -440,6 +469,7 @@ def scan_backward(
     step turns it into a_t times (it + the gradient of h_t alone), which arrives at h_{t-1}. first
     marks, as seen from this side, the last step of a sequence.
     """
+    MARKED: tl.constexpr = PACKED or RESETS
     if PHASE == WALK and flags is not None:
         if tl.load(flags + tl.program_id(0)) == 0:
             return
@@ -456,6 +486,7 @@ def scan_backward(
     elif HAS_GRAD_LAST and not PACKED:
         value = tl.load(grad_last + state_at, in_row, 0.0).to(WIDE)
     none = _start(nothing, LOG_STATE if OP == LOG else STATE)[0]  # h_{t-1} where there is no h0
+    afresh = none
     if HAS_H0 and not PACKED:
         none = tl.load(h0 + state_at, in_row, 0.0).to(WIDE)
     view0, view_h = _view(x0, row, d, strides0), _view(h, row, d, strides_h)
@@ -475,6 +506,8 @@ def scan_backward(
             t = step if REVERSE else time - 1 - step
             earlier = t + 1 if REVERSE else t - 1  # in the direction of the scan
             mask = (step < end) & in_row
+            if PACKED:
+                mask &= tl.load(sequence + t, step < end, 0) >= 0
             p = _load(view0, t, strides0, mask, _pad0(OP), WIDE)
             q = _load(view1, t, strides1, mask, _pad1(OP), WIDE) if SAVED > 1 else p
             c = _load(view2, t, strides2, mask, 0.0, WIDE) if SAVED > 2 else p
@@ -488,6 +521,12 @@ def scan_backward(
                 before = tl.where(begins, own, before)
             else:
                 before = tl.where(begins, none, before)
+            if RESETS:
+                behind, inside = step + 1, step < end
+                cut = _reset_before(resets, row, behind, inside, time, strides_resets, not REVERSE)
+                if REVERSE:  # that of the next sequence
+                    cut = cut & ~begins
+                before = tl.where(cut, afresh, before)
             grad = tl.zeros((SEGMENTS, BLOCK_D), WIDE)
             if HAS_GRAD_H:
                 grad = _load(view_grad_h, t, strides_grad_h, mask, 0.0, WIDE)
@@ -500,14 +539,21 @@ def scan_backward(
             k, gone, factor0, factor1, factor2 = adjoint(p, q, c, before, OP, IDENTITY, BRIEF)
             starts = False
             own = grad
-            if PACKED:  # nothing arrives at the last step of a sequence from beyond it
-                step = first_step + r
+            step = first_step + r
+            if MARKED:  # nothing arrives from beyond the last step of a sequence, or a reset
+                own = tl.zeros((SEGMENTS, BLOCK_D), WIDE)
+            if PACKED:
                 t = step if REVERSE else time - 1 - step
                 starts = (tl.load(first + t, step < end, 0) != 0) & in_row
-                own = tl.zeros((SEGMENTS, BLOCK_D), WIDE)
                 if HAS_GRAD_LAST:
-                    number = tl.load(sequence + t, step < end, 0).to(tl.int64)
-                    own = tl.load(grad_last + number * channels + d, starts, 0.0).to(WIDE)
+                    number = tl.load(sequence + t, step < end, -1).to(tl.int64)
+                    enters = starts & (number >= 0)
+                    own = tl.load(grad_last + number * channels + d, enters, 0.0).to(WIDE)
+            if RESETS:
+                inside = (step < end) & (step > 0)
+                reset = _reset_before(resets, row, step, inside, time, strides_resets, not REVERSE)
+                starts = starts | reset
+            if MARKED:
                 a = tl.where(starts, own, a)
                 fresh = tl.where(starts, 1, fresh)
             kept, lost, a, b = _extend(kept, lost, a, b, k, gone, grad, ADJOINT, BRIEF)
@@ -515,7 +561,7 @@ def scan_backward(
             factors = factors + ((factor0, factor1, factor2),)
         if SEGMENTS > 1:
             kept, lost, a, b, fresh = _compose_segments(
-                kept, lost, a, b, fresh, ADJOINT, BRIEF and PHASE != SPANS, PACKED
+                kept, lost, a, b, fresh, ADJOINT, BRIEF and PHASE != SPANS, MARKED
             )
         if PHASE == SPANS:
             span_kept, span_lost, span_a, span_b, span_fresh = _add_tile(
@@ -524,14 +570,14 @@ def scan_backward(
             )  # fmt: skip
         else:
             arrives, _ = _enter_segments(
-                steps, kept, lost, a, b, fresh, value, rest, ADJOINT, BRIEF, PACKED, SEGMENTS, ROWS
+                steps, kept, lost, a, b, fresh, value, rest, ADJOINT, BRIEF, MARKED, SEGMENTS, ROWS
             )
             for r in tl.static_range(ROWS):
                 step = first_step + r
                 t = step if REVERSE else time - 1 - step
                 mask = (step < end) & in_row
                 k, grad, starts, own, _ = steps[r]
-                if PACKED:
+                if MARKED:
                     arrives = tl.where(starts, own, arrives)
                 grad = arrives + grad
                 _store(view_grad0, t, strides_grad0, mask, grad * factors[r][0])
@@ -542,8 +588,14 @@ def scan_backward(
                 if PACKED:
                     earlier = t + 1 if REVERSE else t - 1
                     begins = tl.load(first + earlier, (step < end) & (step + 1 < time), 1) != 0
-                    number = tl.load(sequence + t, step < end, 0).to(tl.int64)
-                    tl.store(grad_h0 + number * channels + d, arrives, begins & mask)
+                    number = tl.load(sequence + t, step < end, -1).to(tl.int64)
+                    begins = begins & mask & (number >= 0)
+                    leaves = arrives
+                    if RESETS and not REVERSE:
+                        behind, inside = step + 1, step < end
+                        cut = _reset_before(resets, row, behind, inside, time, strides_resets, True)
+                        leaves = tl.where(cut, 0.0, arrives)
+                    tl.store(grad_h0 + number * channels + d, leaves, begins)
             value, rest = _behind_tile(
                 value, rest, kept, lost, a, b, fresh, arrives, arrives, ADJOINT, BRIEF, SEGMENTS
             )
@@ -551,4 +603,7 @@ def scan_backward(
         _store_span(spans, slot, part, span_kept, span_lost, span_a, span_b, span_fresh, in_row)
     elif not PACKED:
         if end == time:
-            tl.store(grad_h0 + state_at, value + rest, in_row)
+            leaves = value + rest
+            if RESETS and not REVERSE:
+                leaves = tl.where(tl.load(resets + row * strides_resets[0]) != 0, 0.0, leaves)
+            tl.store(grad_h0 + state_at, leaves, in_row)

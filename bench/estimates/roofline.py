@@ -78,18 +78,19 @@ INSERTIONS = {
     "«MSRNN_FN void rare() { __trap(); __builtin_unreachable(); }\n"
     'template <int n> MSRNN_FN void note() { asm volatile("pmevent %0;" ::"n"(n)); }\n»'
     "// The sequences as a tile walks": 1,  # in sequences.h
-    # Packed sequences, no gradient of h, unaligned views, the end of the sequence.
-    "  «rare(); »int n = m.sequence =": 1,
+    # Packed sequences and resets, no gradient of h, unaligned views, the end of the sequence.
+    "  «rare(); »uint32_t uncovered = 0, resets = 0;": 1,
     "b.adjoint[c] = «true || »call.grad_state.data": 1,
     "!v.data) «{ rare(); } else if (false) »continue;": 1,
     "} else {\n«rare();\n»#pragma unroll 1\n        for (int step = 0; step < count;": 1,
     "    «rare(); »memcpy(staged(), &chunk,": 1,
     "if (s >= count_of(t)) «{ rare(); } else if (false) »break;": 3,
     # The first and the last step of a sequence.
-    "starts >> s & 1) {\n«rare();\n»        State": 1,
-    "«rare(), »enter_sequence(t, mark, s, state);\n      V out": 1,
+    "if (here.starts(s)) {\n«rare();\n»        State": 1,
+    "if (here.starts(s)) «rare(), »enter_sequence(t, mark, s, state);": 1,
     "«rare(), »leave_sequence(t, mark, s, state);": 1,
-    "«rare(), »fetch(t, mark, step, call.h0,": 1,
+    "if (mark.alone(step))\n«rare(), »": 1,
+    "if (mark.any_uncovered()) «rare(), »": 1,
     # Products that vanish, decays that are infinite, the exchange between blocks.
     "«rare(), »clamp(span, before, own);": 1,
     "if (serial) {\n«rare();\n»": 1,

@@ -28,7 +28,8 @@ int64_t count_sequences(const Shape& shape, const OptionalTensor& cu_seqlens) {
   return cu_seqlens->size(0) - 1;
 }
 
-ScanCall describe(const Inputs& in, OptionalTensor& cu_seqlens, bool reverse, bool backward) {
+ScanCall describe(const Inputs& in, OptionalTensor& cu_seqlens, const OptionalTensor& resets,
+                  bool reverse, bool backward) {
   const int64_t size = size_of(in.dtype);
   // Positions are 32 bits wide in the kernel.
   constexpr int64_t kMost = (int64_t{1} << 31) - 1024;
@@ -47,12 +48,20 @@ ScanCall describe(const Inputs& in, OptionalTensor& cu_seqlens, bool reverse, bo
     call.cu_seqlens = cu_seqlens->data_ptr();
     call.long_ends = cu_seqlens->scalar_type() == ScalarType::Long;
   }
+  if (resets) {
+    STD_TORCH_CHECK(resets->dim() == 2 && resets->size(0) == call.rows &&
+                        resets->size(1) == call.time && resets->scalar_type() == ScalarType::Bool,
+                    "expected resets (B, T) of bool");
+    call.resets = resets->data_ptr();
+    call.resets_row = resets->stride(0);
+    call.resets_time = resets->stride(1);
+  }
   STD_TORCH_CHECK(call.plan.chains < kMost, "expected fewer rows and channels");
   return call;
 }
 
 void run(ScanOp op, DType dtype, bool backward, const Tensor& like, ScanCall& call) {
-  if (call.rows == 0 || call.channels == 0 || call.sequences == 0) return;
+  if (call.rows == 0 || call.channels == 0) return;  // there is nothing to write
   const View* views[8] = {&call.input[0],      &call.input[1],     &call.input[2],
                           &call.state,         &call.grad_state,   &call.grad_input[0],
                           &call.grad_input[1], &call.grad_input[2]};
@@ -75,7 +84,7 @@ struct Cuda {
   static std::tuple<Tensor, Tensor> forward(ScanOp op, const Inputs& in, const Tensor& like,
                                             OptionalTensor h0, OptionalTensor cu_seqlens,
                                             OptionalTensor resets, bool reverse) {
-    ScanCall call = describe(in, cu_seqlens, reverse, false);
+    ScanCall call = describe(in, cu_seqlens, resets, reverse, false);
     const ScalarType carry = accumulation_type(in.dtype);
     check_state(h0, call.sequences, call.channels, carry);
     Tensor h = torch::stable::new_empty(like, {call.rows, call.time, call.channels});
@@ -90,7 +99,7 @@ struct Cuda {
   static Tensor backward(ScanOp op, const Inputs& in, const Inputs& gradients, const Tensor& h,
                          OptionalTensor grad_h, OptionalTensor grad_last, OptionalTensor h0,
                          OptionalTensor cu_seqlens, OptionalTensor resets, bool reverse) {
-    ScanCall call = describe(in, cu_seqlens, reverse, true);
+    ScanCall call = describe(in, cu_seqlens, resets, reverse, true);
     const ScalarType carry = accumulation_type(in.dtype);
     check_state(h0, call.sequences, call.channels, carry);
     check_state(grad_last, call.sequences, call.channels, carry);

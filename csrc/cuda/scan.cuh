@@ -36,7 +36,9 @@
 // Sequences that are packed by cu_seqlens stay one chain. A step that starts a sequence enters the
 // state of that sequence and marks its span, and whatever comes before a marked span is dropped. We
 // do not multiply it by 0, which would turn an infinity into NaN. The start of a batch row is such
-// a step too.
+// a step too, and so is one behind a reset, which starts from zero, and one that no sequence
+// covers: it gets inputs that make its state 0. sequences.h finds these steps; a call without
+// cu_seqlens and resets does not look for them.
 //
 // Accuracy. The four steps of a thread are plain. Spans carry both a and 1-a, and the carry from
 // tile to tile is compensated. On the emulator, in float32, with T = 8192 and gates around -8, no
@@ -59,9 +61,9 @@
 //
 //                     instructions   of those       special     of those
 //                        taken      that fit in    functions   that fit in
-//   minGRU forward         48            47           4.0          5.8
+//   minGRU forward         45            47           4.0          5.8
 //   minGRU backward        80            93           6.1         11.7
-//   minLSTM forward        58            62           5.0          7.8
+//   minLSTM forward        59            62           5.0          7.8
 //   minLSTM backward      115           125           8.1         15.6
 //   log_scan forward       54            47           3.3          5.8
 //
@@ -110,7 +112,7 @@ struct ScanBlock : ScanTile<Op, T, backward> {
 
   // and what goes to memory and comes from it.
   using Base::enter_sequence, Base::leave_sequence, Base::fetch, Base::initial;
-  using Base::load_tile, Base::store, Base::park, Base::unpark;
+  using Base::load_tile, Base::fill_uncovered, Base::store, Base::park, Base::unpark;
 
   // Whether a decay may be infinite, so that a span may be of no use.
   static constexpr bool kUnbounded = !Op::gated || (kLogarithmic && !backward);
@@ -138,6 +140,7 @@ struct ScanBlock : ScanTile<Op, T, backward> {
       const Tile t = tile(turn);
       mark = marks(walk, t.batch, first_of(t), count_of(t));
       copies_done();
+      if (mark.any_uncovered()) fill_uncovered(mark);
       first_walk(t, mark, steps, span);
       if constexpr (kUnbounded) {
 #pragma unroll
@@ -147,7 +150,7 @@ struct ScanBlock : ScanTile<Op, T, backward> {
       }
     }
     scatter_row(span);
-    const uint32_t starting = __ballot_sync(~0u, mark.starts != 0);
+    const uint32_t starting = __ballot_sync(~0u, mark.any_starts());
     if (threadIdx.x % 32 == 0) warp_starts()[warp()] = starting;
 
     // Slots that nobody reads again are refilled for the next tile. One thread draws the tile after
@@ -204,8 +207,8 @@ struct ScanBlock : ScanTile<Op, T, backward> {
       Memory::unpack(slot(source, step), x[source]);
     }
     if constexpr (backward) {
-      if (mark.ends >> step & 1)
-        fetch(t, mark, step, call.h0, false, x[kInputs]);  // the first step of the recurrence
+      if (mark.alone(step))
+        fetch(t, mark, step, mark.cut(step) ? nullptr : call.h0, false, x[kInputs]);
     }
 #pragma unroll
     for (int c = 0; c < kVector; ++c) {
@@ -247,7 +250,7 @@ struct ScanBlock : ScanTile<Op, T, backward> {
   // Walks from zero: the span of this thread's steps.
   MSRNN_FN void first_walk(const Tile& t, const Marks& mark, Step<V> (&steps)[kScanSteps][kVector],
                            Span (&span)[kVector]) const {
-    const uint32_t starts = mark.starts;
+    const Marks here{mark.bits, 0};  // in a register
 #pragma unroll
     for (Span& x : span) x = Space::template no_steps<V>();
 #pragma unroll
@@ -271,7 +274,7 @@ struct ScanBlock : ScanTile<Op, T, backward> {
       if constexpr (kClamped) {
         if (!ordinary) clamp(span, before, own);
       }
-      if (starts >> s & 1) {
+      if (here.starts(s)) {
         State state[kVector];
         enter_sequence(t, mark, s, state);
 #pragma unroll
@@ -288,7 +291,7 @@ struct ScanBlock : ScanTile<Op, T, backward> {
   // Walks from the state that enters: the results.
   MSRNN_FN void second_walk(const Tile& t, const Marks& mark, Step<V> (&steps)[kScanSteps][kVector],
                             State (&state)[kVector]) const {
-    const uint32_t starts = mark.starts, ends = mark.ends;
+    const Marks here{mark.bits, 0};
     constexpr int kTargets = backward ? Op::inputs : 1;
     Cursor to[kTargets];
 #pragma unroll
@@ -298,7 +301,7 @@ struct ScanBlock : ScanTile<Op, T, backward> {
 #pragma unroll
     for (int s = 0; s < kScanSteps; ++s) {
       if (s >= count_of(t)) break;
-      if (starts >> s & 1) enter_sequence(t, mark, s, state);
+      if (here.starts(s)) enter_sequence(t, mark, s, state);
       V out[kTargets][kVector];
       Backward b;
       recall(t, mark, s, steps[s], b);
@@ -318,7 +321,7 @@ struct ScanBlock : ScanTile<Op, T, backward> {
         store(t, v, call.wide[backward ? 5 + i : 3], to[i].at, out[i]);
         to[i].at += to[i].step;
       }
-      if (ends >> s & 1) leave_sequence(t, mark, s, state);
+      if (here.ends(s)) leave_sequence(t, mark, s, state);
     }
   }
 
@@ -469,7 +472,7 @@ struct ScanBlock : ScanTile<Op, T, backward> {
           if (s >= count_of(t)) break;
           Backward b;
           recall(t, mark, s, steps[s], b);
-          if (mark.starts >> s & 1) enter_sequence(t, mark, s, now);
+          if (mark.starts(s)) enter_sequence(t, mark, s, now);
           for (int c = 0; c < kVector; ++c) now[c] = Space::walk(now[c], steps[s][c]);
         }
         for (int c = 0; c < kVector; ++c) running[c] = now[c];
@@ -566,10 +569,14 @@ cudaError_t launch_scan_kernel(ScanCall call, cudaStream_t stream) {
   call.shared = ScanBlock<Op, T, backward>::lay_out_shared(p);
   const auto shared = static_cast<size_t>(call.shared.bytes);
   if (auto e = allow_shared(kernel, shared)) return e;
+  constexpr int64_t scalar = sizeof(typename Stored<T>::V::Scalar);
   int64_t blocks = p.chains;
+  if (call.cu_seqlens) {  // where it decreases, some sequences end at no step
+    if (auto e = cudaMemsetAsync(call.leaving, 0, call.sequences * call.channels * scalar, stream))
+      return e;
+  }
   if (p.look_back) {
-    const int64_t cleared =
-        lay_out(p, sizeof(typename Stored<T>::V::Scalar), nullptr, nullptr).cleared;
+    const int64_t cleared = lay_out(p, scalar, nullptr, nullptr).cleared;
     if (auto e = cudaMemsetAsync(call.exchange.ticket, 0, cleared, stream)) return e;
     int most;
     if (auto e = resident_blocks(&most, kernel, threads, shared)) return e;

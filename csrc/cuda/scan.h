@@ -114,6 +114,10 @@ struct ScanCall {
   const void* cu_seqlens;  // (sequences + 1) of int32, or int64 with `long_ends`; or null
   bool long_ends;
   int64_t sequences;
+  // (rows, time) of bytes, with these strides, or null: where one is set, nothing crosses the
+  // border before its step.
+  const void* resets;
+  int64_t resets_row, resets_time;
 
   ScanExchange exchange;  // look-back only
   ScanShared shared;      // filled in by the launch

@@ -107,14 +107,14 @@ struct ScanTile {
   // [4]: the last tile, which some warp may still be at, the one at work, the next one, and the one
   // after it. They stay in shared memory, since registers are short.
   MSRNN_FN Tile& tile(int turn) const { return in_shared<Tile>(call.shared.tiles)[turn & 3]; }
-  // [warp]: the threads, a bit each, whose steps start a sequence. [part]: whether its rows start
-  // one, and whether a part before it does.
+  // [warp]: the threads, a bit each, that have a step with which a state starts. [part]: whether
+  // its rows have one, and whether a part before it does.
   MSRNN_FN uint32_t* warp_starts() const { return in_shared<uint32_t>(call.shared.warp_starts); }
   MSRNN_FN uint32_t* part_starts() const { return in_shared<uint32_t>(call.shared.part_starts); }
   MSRNN_FN uint32_t* part_started() const { return part_starts() + kParts; }
   // [warp]: whether one of its spans is of no use.
   MSRNN_FN uint32_t* warp_unusable() const { return in_shared<uint32_t>(call.shared.unusable); }
-  // Which steps of this thread start and end a sequence.
+  // What is special about the steps of this thread.
   MSRNN_FN Marks& own_marks() const { return in_shared<Marks>(call.shared.marks)[threadIdx.x]; }
 
   // This thread's place.
@@ -189,6 +189,24 @@ struct ScanTile {
             to[c] = c < present ? *reinterpret_cast<const T*>(from.at + c * v.channel) : T{};
           }
         }
+      }
+    }
+  }
+
+  // Puts inputs into the slots of the steps that no sequence covers with which they make the state
+  // 0, and backward gradients of 0, whatever the tensors hold there.
+  MSRNN_FN void fill_uncovered(const Marks& mark) const {
+    // A gate that is closed lets a state of 0 stay; in log-space log h = log b = 0.
+    constexpr int kGate = !backward && Op::gated && !kLogarithmic ? kInputs - 2 : -1;
+#pragma unroll 1
+    for (int step = 0; step < kScanSteps; ++step) {
+      if (!mark.uncovered(step)) continue;
+#pragma unroll
+      for (int source = 0; source < kSources; ++source) {
+        V x[kVector];
+#pragma unroll
+        for (V& each : x) each = source == kGate ? V::minus_infinity() : V(0);
+        slot(source, step) = Memory::pack(x);
       }
     }
   }
@@ -305,7 +323,7 @@ struct ScanTile {
   MSRNN_FN void enter_sequence(const Tile& t, const Marks& mark, int step,
                                State (&state)[kVector]) const {
     V h[kVector];
-    fetch(t, mark, step, call.entering, backward, h);
+    fetch(t, mark, step, mark.enters(step) ? call.entering : nullptr, backward, h);
 #pragma unroll
     for (int c = 0; c < kVector; ++c) state[c] = Space::enter(h[c]);
   }
@@ -313,7 +331,9 @@ struct ScanTile {
                                const State (&state)[kVector]) const {
     if (!call.leaving) return;
 #pragma unroll
-    for (int c = 0; c < kVector; ++c) staged()[c] = Space::value_of(state[c]).v;
+    for (int c = 0; c < kVector; ++c) {
+      staged()[c] = (backward && mark.cut(step) ? V(0) : Space::value_of(state[c])).v;
+    }
     S* to =
         static_cast<S*>(call.leaving) + sequence_of(t, mark, step) * call.channels + channel_of(t);
 #pragma unroll 1

@@ -50,6 +50,7 @@ _TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.bool: "*i1",
+    torch.uint8: "*u8",
 }
 
 
@@ -158,16 +159,22 @@ _INPUTS = {"linear_scan": 2, "log_scan": 2, "min_gru": 2, "min_lstm": 3}
 
 
 def _call_scan(
-    name: str, shape: tuple[int, int, int], dtype: torch.dtype, backward: bool, packed: bool = False
+    name: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    backward: bool,
+    packed: bool = False,
+    reset: bool = False,
 ) -> None:
-    """`packed`: eight sequences in reverse, with initial states."""
+    """`packed`: eight sequences in reverse, with initial states. `reset`: with resets."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x = torch.empty(shape, dtype=dtype, device="meta")
     h0 = torch.empty(8, shape[2], dtype=wide, device="meta") if packed else None
     cu_seqlens = torch.empty(9, dtype=torch.int64, device="meta") if packed else None
     flags = (False,) if name.startswith("min_") else ()
     saved = 1 if name == "linear_scan" else _INPUTS[name]
-    options = (h0, cu_seqlens, packed, *flags)
+    resets = torch.empty(shape[:2], dtype=torch.bool, device="meta") if reset else None
+    options = (h0, cu_seqlens, resets, packed, *flags)
     if backward:
         scan.OPERATORS[f"{name}_backward"](x, h0, *[x] * saved, x, *options)
     else:
@@ -208,6 +215,11 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
                 size = f"{heads[0]}:{heads[1]}x{head_dim}x{policy.slots}"
                 name = f"attend_evict/{label}/{size}/{policy.score}"
                 yield name, partial(_call_step, heads, head_dim, policy, dtype)
+    for label, dtype in dtypes.items():
+        for form, shape in _SHAPES.items():
+            for which in ("forward", "backward"):
+                call = partial(_call_scan, "min_gru", shape, dtype, which == "backward", reset=True)
+                yield f"min_gru/{label}/{form}/resets {which}", call
 
 
 def measure(launch: Launch, arch: str) -> Budget:

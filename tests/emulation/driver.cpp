@@ -60,6 +60,8 @@ struct Case {
   Layout layout;
   int64_t offset;                // elements by which tensors miss their alignment
   std::vector<int64_t> lengths;  // of packed sequences; empty: not packed
+  int64_t lead;                  // steps before the first of them, which none covers
+  double resets;                 // how likely one is
   bool long_ends;
   bool infinite;    // a decay is infinite: spans are of no use
   double slowness;  // added to gates, so that states live long
@@ -116,6 +118,13 @@ void set_packed(Case& c) {
   c.lengths.push_back(0);
 }
 
+// No sequence covers the first steps and the last ones: whole tiles and a part of one.
+void set_uncovered(Case& c) {
+  set_packed(c), set_state(c);
+  c.lead = c.lengths[3], c.lengths[3] = 0;
+  c.lengths.pop_back(), c.lengths.pop_back();
+}
+
 const Feature kFeatures[] = {
     {"plain", [](Case&) {}},
     {"state", set_state},
@@ -127,6 +136,12 @@ const Feature kFeatures[] = {
      [](Case& c) { set_state(c), c.layout = Layout::strided, c.gradient = false; }},
     {"unaligned", [](Case& c) { set_state(c), c.channels -= 3, c.offset = 1; }},
     {"packed_unaligned", [](Case& c) { set_packed(c), set_state(c), c.channels = 3; }},
+    {"resets", [](Case& c) { set_state(c), c.resets = 0.02; }},
+    {"resets_reverse", [](Case& c) { set_state(c), c.reverse = true, c.resets = 0.2; }},
+    {"packed_resets", [](Case& c) { set_packed(c), set_state(c), c.resets = 0.5; }},
+    {"uncovered", set_uncovered},
+    {"uncovered_reverse",
+     [](Case& c) { set_uncovered(c), c.reverse = c.long_ends = true, c.resets = 0.02; }},
 };
 constexpr int kFeatureCount = std::size(kFeatures);
 
@@ -226,6 +241,7 @@ void add_corners(std::vector<Case>& cases) {
     add("one_channel", backward, 1, 700, 1);
     add("empty_sequences", backward, 1, 0, 9, {0, 0, 0});
     add("many_chains", backward, 132, 700, 64);
+    add("short_sequences", backward, 1, 600, 9, {100, 0, 100});
   }
 }
 
@@ -318,6 +334,11 @@ struct Data {
   std::unique_ptr<Tensor> h, grad_h, h0, entering, leaving;
   std::vector<int64_t> long_ends;
   std::vector<int32_t> ends;
+  std::vector<uint8_t> resets;  // every second byte
+
+  bool reset(const Case& c, int64_t row, int64_t time) const {
+    return !resets.empty() && resets[2 * (row * c.time + time)];
+  }
 };
 
 DType state_dtype(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
@@ -372,9 +393,22 @@ Data make_data(const Case& c) {
     d.grad_h->fill([&] { return random.uniform(-1, 1); });
   }
   if (!c.lengths.empty()) {
-    d.long_ends = {0};
+    d.long_ends = {c.lead};
     for (int64_t n : c.lengths) d.long_ends.push_back(d.long_ends.back() + n);
     d.ends.assign(d.long_ends.begin(), d.long_ends.end());
+    for (int64_t t = 0; t < c.time; ++t) {  // what no sequence covers may hold anything
+      if (d.ends.front() <= t && t < d.ends.back()) continue;
+      for (int64_t channel = 0; channel < c.channels; ++channel) {
+        for (const auto& x : d.input) x->set(0, t, channel, NAN);
+        if (d.grad_h) d.grad_h->set(0, t, channel, NAN);
+      }
+    }
+  }
+  if (c.resets) {
+    d.resets.assign(2 * c.rows * c.time, 1);
+    for (size_t i = 0; i < d.resets.size(); i += 2) d.resets[i] = random.uniform(0, 1) < c.resets;
+    for (int32_t first : d.ends) d.resets[2 * (first < c.time ? first : 0)] = 1;
+    if (d.ends.empty()) d.resets[0] = 1;
   }
   return d;
 }
@@ -399,6 +433,8 @@ class Truth {
       auto state = Space::enter(Double(entering ? entering->get(0, n, channel) : initial()));
       for (int64_t s = begin; s < end; ++s) {
         const int64_t t = c_.reverse ? begin + end - 1 - s : s;
+        const int64_t border = c_.reverse ? t + 1 : t;
+        if (border < end && d_.reset(c_, row, border)) state = Space::enter(Double(initial()));
         Double x[Op::inputs];
         for (int i = 0; i < Op::inputs; ++i) x[i] = Double(d_.input[i]->get(row, t, channel));
         state = Space::walk(state, Space::reduce(Op::gates(x)));
@@ -417,14 +453,16 @@ class Truth {
         Double x[Op::saved], factor[Op::inputs];
         for (int i = 0; i < Op::saved; ++i) x[i] = Double(d_.input[i]->get(row, t, channel));
         const bool first = before < begin || before >= end;
+        const int64_t border = c_.reverse ? t + 1 : t;
+        const bool cut = border < end && d_.reset(c_, row, border);
         const double given = d_.h0 ? d_.h0->get(0, n, channel) : initial();
-        const Double h(first ? given : d_.h->get(row, before, channel));
+        const Double h(cut ? initial() : first ? given : d_.h->get(row, before, channel));
         const Gates<Double> g = Op::adjoint(x, h, factor);
         const Double adjoint = Double(d_.grad_h ? d_.grad_h->get(row, t, channel) : 0) + carry;
         for (int i = 0; i < Op::inputs; ++i) {
           grad_input[i]->set(row, t, channel, (adjoint * factor[i]).v);
         }
-        carry = g.kept * adjoint;
+        carry = cut ? Double(0) : g.kept * adjoint;
       }
       leaving.set(0, n, channel, carry.v);
     });
@@ -456,16 +494,24 @@ class Truth {
 template <class Op>
 Tensors expect(Case c, const Data& d) {
   const Truth<Op> truth(c, d);
-  if (c.backward) truth.forward(d.h0.get(), *d.h, nullptr);
+  const auto zeros = [&] {
+    auto x = tensor_of(c);
+    x->fill([] { return 0; });
+    return x;
+  };
+  if (c.backward) {
+    d.h->fill([] { return 0; });
+    truth.forward(d.h0.get(), *d.h, nullptr);
+  }
   c.dtype = DType::float64;
   Tensors expected;
   if (!c.backward) {
     expected.push_back(states_of(c));
-    expected.push_back(tensor_of(c));
+    expected.push_back(zeros());
     truth.forward(d.entering.get(), *expected[1], expected[0].get());
     return expected;
   }
-  for (int i = 0; i < Op::inputs; ++i) expected.push_back(tensor_of(c));
+  for (int i = 0; i < Op::inputs; ++i) expected.push_back(zeros());
   expected.push_back(states_of(c));
   truth.backward(expected, *expected.back());
   return expected;
@@ -517,6 +563,11 @@ const char* launch(const Case& c, const Data& d, const Memory& workspace, ScanCa
     call.cu_seqlens = d.long_ends.data();
   } else if (!d.ends.empty()) {
     call.cu_seqlens = d.ends.data();
+  }
+  if (!d.resets.empty()) {
+    call.resets = d.resets.data();
+    call.resets_row = 2 * c.time;
+    call.resets_time = 2;
   }
   if (workspace.bytes() > 0) {
     lay_out(call.plan, size_of(state_dtype(c.dtype)), workspace.data(), &call.exchange);

@@ -32,7 +32,9 @@ from bench.step_peers import Heads, Tokens, error_of_step, full_state
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _SANITIZED: tuple[Shape, ...] = ((2, 300, 40), (1, 3000, 64), (3, 77, 33), (1, 1, 5))
-_PACKED = (0, 1, 130, 130, 701, 900)  # ends of sequences side by side: one step, none, odd lengths
+# Ends of sequences side by side: one step, none, odd lengths; and how many steps there are.
+_PACKED = (9, 10, 130, 130, 701, 890)
+_PACKED_STEPS = 900
 _HEADS = (Heads(8, 2, 64), Heads(6, 1, 136), Heads(4, 4, 8))
 _STRESSED: tuple[Shape, ...] = ((1, 1 << 20, 64), (2, 300_000, 100))
 # Batch and slots: a grid that fits, one that takes tickets, and rows too large for either.
@@ -55,14 +57,16 @@ def _sanitize(
     inputs = [x.detach().to(device).requires_grad_() for x in op.draw(shape, dtype)]
     state = torch.zeros(rows, shape[-1]).to(device).requires_grad_()
     ends = torch.tensor(_PACKED).to(device) if packed else None
+    resets = (torch.rand(shape[:2]) < 0.02).to(device)
     grads = torch.randn(shape).to(dtype).to(device), torch.randn(rows, shape[-1]).to(device)
     for reverse in (False, True):
-        outputs = op.ours(*inputs, state, reverse=reverse, cu_seqlens=ends, return_state=True)
+        options = {"reverse": reverse, "cu_seqlens": ends, "resets": resets if reverse else None}
+        outputs = op.ours(*inputs, state, **options, return_state=True)
         torch.autograd.grad(outputs, (*inputs, state), grads)
 
 
 def scans(device: torch.device) -> None:
-    shapes = [(shape, False) for shape in _SANITIZED] + [((1, _PACKED[-1], 40), True)]
+    shapes = [(shape, False) for shape in _SANITIZED] + [((1, _PACKED_STEPS, 40), True)]
     cases = list(itertools.product(peers.OPS.values(), shapes, _DTYPES))
     for op, (shape, packed), dtype in cases:
         _sanitize(op, shape, dtype, device, packed)

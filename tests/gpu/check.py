@@ -39,7 +39,8 @@ Result = dict[str, Any]
 _ROOT = Path(__file__).resolve().parents[2]
 _SECONDS = 525.0  # of all steps together
 _TESTS = tuple(
-    f"tests/test_{name}.py" for name in ("scan", "torch", "multi_state", "torch_multi_state")
+    f"tests/test_{name}.py"
+    for name in ("scan", "borders", "torch", "multi_state", "torch_multi_state")
 )
 # Not initcheck of steps: their blocks poll flags that nobody has written yet, on purpose.
 _TOOLS = {
