@@ -119,10 +119,10 @@ def shard_time(module: _Module, group: dist.ProcessGroup | DeviceMesh | None) ->
 
     From then on every :class:`msrnn_ops.nn.MinGRU`, ``MinLSTM`` and ``MinRNNBlock`` in it takes the
     steps of this rank, in the order of the ranks, of which there may be none, and returns its
-    outputs of these steps. ``hx``, ``h_n``, ``BlockState`` and ``cu_seqlens`` are those of the whole
-    sequence, the same on every rank; ``resets`` and ``valid`` those of the steps here. Every rank of
-    the group calls the module, forward and backward. What else in it mixes over time, such as
-    attention, is not told.
+    outputs of these steps. ``hx``, ``h_n``, ``BlockState`` and ``cu_seqlens`` are those of the
+    whole sequence, the same on every rank; ``resets`` and ``valid`` those of the steps here. Every
+    rank of the group calls the module, forward and backward. What else in it mixes over time, such
+    as attention, is not told.
 
     Args:
         module: changed in place. Its copies are sharded, too; pickling it is an error.
