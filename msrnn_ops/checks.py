@@ -53,7 +53,7 @@ def scan(
     Where the time axis is not ``whole``, other ranks have to be asked before :func:`borders`. The
     caller and the name of its state are those of the op, or of the function that it is called by.
     """
-    caller, state = caller or op.name, state or ("log_h0" if op is LOG else "h0")
+    caller = caller or op.name
     autocast = isinstance(inputs[0], Tensor) and autocast_enabled(inputs[0].device.type)
     if autocast:
         inputs = _promote(inputs)
@@ -198,6 +198,7 @@ def _laid_out(
     if isinstance(h0, Tensor) and cu_seqlens is None:
         states = (*leading, channels // op.parts)
         if h0.shape != states:
+            state = state or _state_of(op)
             raise errors.shape(caller, state, states, h0, _one_for_all(state, h0, leading))
         h0 = h0.reshape((math.prod(leading), states[-1]))
     if isinstance(resets, Tensor):
@@ -210,6 +211,10 @@ def _laid_out(
     else:
         inputs = tuple(x.unsqueeze(0) for x in inputs)
     return inputs, h0, resets, torch.Size(leading)
+
+
+def _state_of(op: Recurrence) -> str:
+    return "log_h0" if op is LOG else "h0"
 
 
 def _one_for_all(name: str, h0: Tensor, leading: Sequence[int]) -> str:
@@ -255,6 +260,7 @@ def _checked_state(
     name: str,
 ) -> Tensor:
     """h0 in the accumulation dtype."""
+    name = name or _state_of(op)
     if not isinstance(h0, Tensor):
         raise errors.kind(caller, name, "a tensor", h0)
     expected = (sequences_of(x, cu_seqlens), x.shape[2] // op.parts)

@@ -96,14 +96,16 @@ def real_steps(
     return ((cu_seqlens[0] <= step) & (step < cu_seqlens[-1]))[None, :, None]
 
 
-def check_steps(caller: str, x: Tensor, given: Mapping[str, Tensor | None], layout: str) -> None:
+def check_steps(
+    caller: str,
+    x: Tensor,
+    cu_seqlens: Tensor | None,
+    resets: Tensor | None,
+    valid: Tensor | None,
+    layout: str,
+) -> None:
     """resets and valid: bool, in the layout of the input; valid not with cu_seqlens."""
-    ends = given["cu_seqlens"]
-    if ends is not None and not (isinstance(ends, Tensor) and ends.dim() == 1 and len(ends)):
-        got = tuple(ends.shape) if isinstance(ends, Tensor) else type(ends).__name__
-        raise errors.value(caller, "cu_seqlens of shape (N + 1,)", got)
-    for argument in ("resets", "valid"):
-        mask = given[argument]
+    for argument, mask in (("resets", resets), ("valid", valid)):
         if mask is None:
             continue
         if not isinstance(mask, Tensor):
@@ -114,7 +116,13 @@ def check_steps(caller: str, x: Tensor, given: Mapping[str, Tensor | None], layo
             raise errors.shape(caller, argument, f"{layout} = {tuple(x.shape[:-1])}", mask)
         if mask.device != x.device:
             raise errors.device(caller, argument, "input", x.device, mask.device)
-    if ends is not None and given["valid"] is not None:
+    if cu_seqlens is None:
+        return
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or not len(cu_seqlens):
+        kind = isinstance(cu_seqlens, Tensor)
+        got = tuple(cu_seqlens.shape) if kind else type(cu_seqlens).__name__
+        raise errors.value(caller, "cu_seqlens of shape (N + 1,)", got)
+    if valid is not None:
         raise ValueError(
             f"{caller}: expected valid or cu_seqlens, got both; steps that cu_seqlens do not cover "
             "are padding"
@@ -122,12 +130,17 @@ def check_steps(caller: str, x: Tensor, given: Mapping[str, Tensor | None], layo
 
 
 def check_alone(
-    caller: str, kind: str, time_axis: WholeTime, given: Mapping[str, Tensor | None]
+    caller: str,
+    kind: str,
+    time_axis: WholeTime,
+    cu_seqlens: Tensor | None,
+    resets: Tensor | None,
+    valid: Tensor | None,
 ) -> None:
     """An input that knows its sequences comes without other borders, and in one process."""
     if not time_axis.whole:
         raise TypeError(f"{caller}: expected a tensor, as its time is sharded, got {kind}")
-    for argument, x in given.items():
+    for argument, x in (("cu_seqlens", cu_seqlens), ("resets", resets), ("valid", valid)):
         if x is not None:
             raise ValueError(f"{caller}: expected no {argument} with {kind}, got one")
 
@@ -319,18 +332,22 @@ class MinRNNBase(nn.Module):
     def _check(self, x: Tensor, shape: str, *dims: int) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"{self.mode}: expected a tensor, got {type(x).__name__}")
-        weight, _ = self._parameters_of("l0")
         if x.dim() not in dims:
             expected = f"{shape} with {self.input_size} features"
             raise errors.shape(self.mode, "input", expected, x)
         if x.shape[-1] != self.input_size:
             expected = f"{shape} with {self.input_size} features"
             raise self._wrong_size(errors.shape(self.mode, "input", expected, x))
+
+    def _project(self, x: Tensor, suffix: str) -> Tensor:
+        """The linear layer of one recurrence."""
+        weight, bias = self._parameters_of(suffix)
         if x.dtype != weight.dtype and not autocast_enabled(x.device.type):
             expected = f"input in {weight.dtype}, the dtype of its weights"
             raise errors.value(self.mode, expected, x.dtype)
         if x.device != weight.device:
             raise errors.device(self.mode, "input", "its weights", weight.device, x.device)
+        return F.linear(x, weight, bias)
 
     def _check_state(self, x: Tensor, h: Tensor, *batch: int) -> None:
         if not isinstance(h, Tensor):
@@ -375,7 +392,7 @@ class MinRNNBase(nn.Module):
                 x = F.dropout(x, self.dropout, self.training)
             outputs = []
             for k in range(directions * i, directions * (i + 1)):
-                projection = F.linear(x, *self._parameters_of(suffixes[k]))
+                projection = self._project(x, suffixes[k])
                 if valid is not None and real is not None:
                     projection = torch.where(real, projection, self._idle(projection))
                 h, state = joint(
@@ -407,23 +424,25 @@ class MinRNNBase(nn.Module):
         resets: Tensor | None,
         valid: Tensor | None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
-        given = {"cu_seqlens": cu_seqlens, "resets": resets, "valid": valid}
         if isinstance(x, PackedSequence) or (isinstance(x, Tensor) and x.is_nested):
             kind = "a nested tensor" if isinstance(x, Tensor) else "a PackedSequence"
-            check_alone(self.mode, kind, self.time_axis, given)
+            check_alone(self.mode, kind, self.time_axis, cu_seqlens, resets, valid)
             if isinstance(x, Tensor):
                 return self._forward_nested(x, h0)
             return self._forward_packed(x, h0)
         self.check_input(x)
-        layout = "(B, T)" if self.batch_first else "(T, B)"
-        check_steps(self.mode, x, given, layout if x.dim() == 3 else "(T,)")
-        batched, time_major = x.dim() == 3, x.dim() == 3 and not self.batch_first
+        batched = x.dim() == 3
+        time_major = batched and not self.batch_first
+        layout = "(T,)" if not batched else "(T, B)" if time_major else "(B, T)"
+        check_steps(self.mode, x, cu_seqlens, resets, valid, layout)
         if not batched:
             x = x.unsqueeze(0)
-            resets, valid = (None if m is None else m.unsqueeze(0) for m in (resets, valid))
+            resets = None if resets is None else resets.unsqueeze(0)
+            valid = None if valid is None else valid.unsqueeze(0)
         if time_major:  # one copy here and one there: the linear layers would make more
             x = x.transpose(0, 1).contiguous()
-            resets, valid = (None if m is None else m.t() for m in (resets, valid))
+            resets = None if resets is None else resets.t()
+            valid = None if valid is None else valid.t()
         one = not batched and cu_seqlens is None  # a sequence whose state has no batch
         if h0 is not None:
             self._check_state(x, h0, *(() if one else (sequences_of(x, cu_seqlens),)))
@@ -474,7 +493,7 @@ class MinRNNBase(nn.Module):
         for i, suffix in enumerate(self._suffixes()):
             if i:
                 x = F.dropout(x, self.dropout, self.training)
-            projection = F.linear(x, *self._parameters_of(suffix))
+            projection = self._project(x, suffix)
             parts = projection.chunk(self._parts, -1)
             after.append(self._one_step(*parts, h[i], activation=self.activation))
             x = after[-1].to(projection.dtype)
@@ -786,13 +805,12 @@ class MinRNNBlock(nn.Module):
             valid: (B, T) bool: which steps are real. The others are as if they were not there, and
                 their outputs and gradients are 0. Not with cu_seqlens.
         """
-        given = {"cu_seqlens": cu_seqlens, "resets": resets, "valid": valid}
         name = "MinRNNBlock"
         if isinstance(x, PackedSequence):
-            check_alone(name, "a PackedSequence", self.time_axis, given)
+            check_alone(name, "a PackedSequence", self.time_axis, cu_seqlens, resets, valid)
             return self._forward_packed(x, state, return_state)
         if isinstance(x, Tensor) and x.is_nested:
-            check_alone(name, "a nested tensor", self.time_axis, given)
+            check_alone(name, "a nested tensor", self.time_axis, cu_seqlens, resets, valid)
             values, offsets = jagged(name, x)
             y, after = self._run(values.unsqueeze(0), state, return_state, offsets)
             y = torch.nested.nested_tensor_from_jagged(y.squeeze(0), offsets)
@@ -800,7 +818,7 @@ class MinRNNBlock(nn.Module):
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != self.width:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name}: expected x of shape (B, T, {self.width}), got {got}")
-        check_steps(name, x, given, "(B, T)")
+        check_steps(name, x, cu_seqlens, resets, valid, "(B, T)")
         if cu_seqlens is not None and resets is not None:
             raise ValueError(f"{name}: expected resets or cu_seqlens, got both")
         if cu_seqlens is not None and x.shape[0] != 1:

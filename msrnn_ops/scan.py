@@ -64,7 +64,8 @@ def run(
     if namespace is None:
         h, last = op.plain(*args)
     else:
-        name = COMPLEX_LINEAR.name if inputs[0].is_complex() else op.name
+        complex_numbers = op is LINEAR and inputs[0].is_complex()
+        name = COMPLEX_LINEAR.name if complex_numbers else op.name
         h, last = OPERATORS[namespace, name](*args)
     return (h, last) if leading is None else in_leading(h, last, leading, cu_seqlens)
 
