@@ -565,7 +565,7 @@ class MinGRU(MinRNNBase):
 
         Args:
             input: (T, B, F), with ``batch_first`` (B, T, F), without a batch (T, F); or a
-                PackedSequence, or a nested tensor (B, *, F) with layout torch.jagged.
+                PackedSequence, or a nested tensor (B, ``*``, F) with layout torch.jagged.
             hx: initial states, (layers x directions, B, H), without a batch (layers x directions,
                 H); in linear space. None: 0, or what was learnt with ``learnable_h0``.
             cu_seqlens: (N+1,), the borders of sequences packed along time (B = 1), as in
@@ -794,7 +794,7 @@ class MinRNNBlock(nn.Module):
         """Runs over a sequence.
 
         Args:
-            x: (B, T, D); or a PackedSequence, or a nested tensor (B, *, D) with layout
+            x: (B, T, D); or a PackedSequence, or a nested tensor (B, ``*``, D) with layout
                 torch.jagged.
             state: what an earlier call returned; its h is float32 in 16-bit models. None: 0.
             return_state: also return the state after the last real step.
