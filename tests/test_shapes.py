@@ -138,7 +138,7 @@ def test_complex_forward_mode_and_vmap() -> None:
     torch.testing.assert_close(rows, ms.linear_scan(a, b))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_complex_numbers_compiled(backend: str) -> None:
     """A lazy conjugation would be lost there, without a word."""
     torch._dynamo.reset()
