@@ -103,7 +103,7 @@ MSRNN_FN Marks marks(const Walk& walk, int batch, int first, int count) {
       if (walk.descending ? opens : closes) ends |= 1u << s;
     }
   }
-  if (call.resets) {
+  if (call.resets && count > 0) {  // else the walk is over, and the border may lie before time 0
 #pragma unroll
     for (int s = 0; s <= kScanSteps; ++s) {
       if (s <= count && walk.resets_before(batch, first + s)) resets |= 1u << s;
