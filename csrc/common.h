@@ -44,11 +44,24 @@ namespace msrnn {
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
+#include <sstream>
 
 #include "dtype.h"
 #include "scan.h"
 
+// Torch's own check says in which file of the machine that built this it stands.
+#undef STD_TORCH_CHECK
+#define STD_TORCH_CHECK(condition, ...) \
+  if (!(condition)) throw std::runtime_error(::msrnn::words(__VA_ARGS__));
+
 namespace msrnn {
+
+template <class... Parts>
+std::string words(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;

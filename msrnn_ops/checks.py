@@ -41,6 +41,7 @@ def scan(
     cu_seqlens: Tensor | None,
     resets: Tensor | None,
     reverse: bool,
+    return_state: bool,
     activation: str | None,
     caller: str = "",
     state: str = "",
@@ -61,8 +62,9 @@ def scan(
     if not _check_inputs(caller, op, inputs):
         inputs, h0, resets, leading = _laid_out(caller, op, inputs, h0, cu_seqlens, resets, state)
     first = inputs[0]
-    if not isinstance(reverse, bool):
-        raise errors.kind(caller, "reverse", "a bool", reverse)
+    if not (isinstance(reverse, bool) and isinstance(return_state, bool)):
+        wrong = return_state if isinstance(reverse, bool) else reverse
+        raise errors.kind(caller, "reverse and return_state", "bools", wrong)
     if cu_seqlens is not None:
         _check_cu_seqlens(caller, op, first, cu_seqlens)
         if whole:
@@ -191,7 +193,7 @@ def _laid_out(
             got = f"{tuple(x.shape)} with {x.dim()} dimensions"
             raise errors.value(caller, f"{argument} of shape (B, T, D), (..., T, D) or (T, D)", got)
         if is_distributed(x):
-            expected = f"DTensors (B, T, D) of one shape, that of {op.inputs[0]}"
+            expected = f"DTensors with three dimensions, (B, T, D), in the shape of {op.inputs[0]}"
             raise errors.value(caller, expected, tuple(x.shape))
     inputs = _broadcast(caller, op, inputs)
     *leading, time, channels = inputs[0].shape
@@ -230,6 +232,9 @@ def _check_cu_seqlens(caller: str, op: Recurrence, x: Tensor, cu_seqlens: Tensor
         raise errors.kind(caller, "cu_seqlens", "a tensor", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise errors.dtype(caller, "cu_seqlens", "int32 or int64", cu_seqlens.dtype)
+    if torch._C._functorch.is_batchedtensor(cu_seqlens):
+        expected = "the same cu_seqlens for the whole batch of torch.vmap"
+        raise errors.value(caller, expected, "others for each element")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise errors.shape(caller, "cu_seqlens", "(N + 1,)", cu_seqlens)
     if cu_seqlens.device != x.device:

@@ -47,11 +47,15 @@ def check_int(caller: str, argument: str, number: object, least: int | None = No
         raise value(caller, f"{argument} >= {least}", number)
 
 
-def of_torch(error: RuntimeError) -> RuntimeError:
+def of_torch(error: RuntimeError) -> Exception:
     """What a kernel raised, in the type that PyTorch's own operators have for it.
 
     Only text crosses LibTorch's stable ABI, but trainers catch torch.OutOfMemoryError.
     """
+    if isinstance(error, NotImplementedError) and "Sparse" in str(error):
+        return TypeError(
+            f"expected strided tensors, got sparse ones: {str(error).split(chr(10))[0]}"
+        )
     if type(error) is RuntimeError and " out of memory. Tried to allocate" in str(error):
         return torch.OutOfMemoryError(str(error))
     return error

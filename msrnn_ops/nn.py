@@ -60,6 +60,10 @@ class WholeTime:
         """Borders of packed sequences, counted from the first of the steps that are here."""
         return cu_seqlens
 
+    def real_before(self, valid: Tensor) -> Tensor:
+        """Of each row, whether it has a real step before those that are here, (B, 1)."""
+        return torch.zeros_like(valid[:, :1])
+
     def convolve(
         self,
         conv: nn.Conv1d,
@@ -385,6 +389,13 @@ class MinRNNBase(nn.Module):
         dtype = x.dtype if h0 is None else h0.dtype
         if h0 is None:
             h0 = self._start(sequences_of(x, cu_seqlens))
+        behind = resets
+        if resets is not None and valid is not None:  # a step that is not there resets nothing
+            resets = resets & valid
+            behind = resets
+            if directions == 2:  # nor is there a border before the first one that is
+                earlier = (valid.long().cumsum(1) > 1) | self.time_axis.real_before(valid)
+                behind = resets & earlier
         if real is not None:  # whatever lies there, times a gradient of 0, must be 0
             x = torch.where(real, x, 0.0)
         for i in range(self.num_layers):
@@ -401,7 +412,7 @@ class MinRNNBase(nn.Module):
                     activation=self.activation,
                     reverse=k % directions == 1,
                     cu_seqlens=cu_seqlens,
-                    resets=resets,
+                    resets=behind if k % directions else resets,
                     return_state=True,
                 )
                 outputs.append(h)
@@ -859,6 +870,8 @@ class MinRNNBlock(nn.Module):
             self._check_state(state, rows)
         if real is not None:  # whatever lies there, times a gradient of 0, must be 0
             x = torch.where(real, x, 0.0)
+        if resets is not None and valid is not None:  # a step that is not there resets nothing
+            resets = resets & valid
         y = self.norm(x)
         inputs = y.new_zeros(rows, 0, self.width)
         if self.conv is not None:

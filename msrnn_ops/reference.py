@@ -89,6 +89,10 @@ def scan(
     before = after = 0  # steps that no sequence covers
     if cu_seqlens is not None:
         ends = cu_seqlens.tolist()
+        if ends != sorted(ends) or ends[0] < 0 or ends[-1] > time:
+            raise ValueError(
+                f"expected cu_seqlens from 0 to T = {time}, not to decrease, got {ends}"
+            )
         rows = [(0, begin, end) for begin, end in itertools.pairwise(ends)]
         before, after = ends[0], time - ends[-1]
     nothing = inputs[0].new_full((channels,), start)

@@ -49,13 +49,14 @@ def run(
     cu_seqlens: Tensor | None,
     resets: Tensor | None,
     reverse: bool,
+    return_state: bool = True,
     activation: str | None = None,
     caller: str = "",
     state: str = "",
 ) -> tuple[Tensor, Tensor]:
     """h and the last states: checks the arguments, chooses the backend, and calls the operator."""
     inputs, h0, resets, flags, leading = checks.scan(
-        op, inputs, h0, cu_seqlens, resets, reverse, activation, caller, state
+        op, inputs, h0, cu_seqlens, resets, reverse, return_state, activation, caller, state
     )
     args: tuple[Any, ...] = (*inputs, h0, cu_seqlens, resets, reverse, *flags)
     if is_distributed(inputs[0]):
@@ -137,7 +138,7 @@ def linear_scan(
     >>> ms.linear_scan(torch.full((1, 4, 1), 0.5), torch.ones(1, 4, 1)).flatten()
     tensor([1.0000, 1.5000, 1.7500, 1.8750])
     """
-    h, last = run(LINEAR, (a, b), h0, cu_seqlens, resets, reverse)
+    h, last = run(LINEAR, (a, b), h0, cu_seqlens, resets, reverse, return_state)
     return (h, last) if return_state else h
 
 
@@ -187,7 +188,7 @@ def decay_scan(
     >>> ms.decay_scan(log_a, torch.tensor([1.0, -1.0, 0.0]).view(1, 3, 1)).flatten()
     tensor([ 1.0000, -0.5000, -0.2500])
     """
-    h, last = run(DECAY, (log_a, b), h0, cu_seqlens, resets, reverse)
+    h, last = run(DECAY, (log_a, b), h0, cu_seqlens, resets, reverse, return_state)
     return (h, last) if return_state else h
 
 
@@ -239,7 +240,7 @@ def log_scan(
     >>> log_h[0, -1].exp()
     tensor([1.])
     """
-    h, last = run(LOG, (log_a, log_b), log_h0, cu_seqlens, resets, reverse)
+    h, last = run(LOG, (log_a, log_b), log_h0, cu_seqlens, resets, reverse, return_state)
     return (h, last) if return_state else h
 
 
@@ -296,7 +297,8 @@ def min_gru(
     >>> h.flatten(), last
     (tensor([0.7500, 1.1250, 1.3125]), tensor([[1.3125]]))
     """
-    h, last = run(MIN_GRU, (gate, candidate), h0, cu_seqlens, resets, reverse, activation)
+    switches = (reverse, return_state)
+    h, last = run(MIN_GRU, (gate, candidate), h0, cu_seqlens, resets, *switches, activation)
     return (h, last) if return_state else h
 
 
@@ -336,7 +338,8 @@ def min_gru_joint(
     >>> ms.min_gru_joint(torch.zeros(1, 2, 6)).shape
     torch.Size([1, 2, 3])
     """
-    h, last = run(MIN_GRU_JOINT, (projection,), h0, cu_seqlens, resets, reverse, activation)
+    switches = (reverse, return_state)
+    h, last = run(MIN_GRU_JOINT, (projection,), h0, cu_seqlens, resets, *switches, activation)
     return (h, last) if return_state else h
 
 
@@ -390,7 +393,8 @@ def min_lstm(
     tensor([0.7500, 1.1250])
     """
     inputs = (forget, input, candidate)
-    h, last = run(MIN_LSTM, inputs, h0, cu_seqlens, resets, reverse, activation)
+    switches = (reverse, return_state)
+    h, last = run(MIN_LSTM, inputs, h0, cu_seqlens, resets, *switches, activation)
     return (h, last) if return_state else h
 
 
@@ -429,14 +433,15 @@ def min_lstm_joint(
     >>> ms.min_lstm_joint(torch.zeros(1, 2, 6)).shape
     torch.Size([1, 2, 2])
     """
-    h, last = run(MIN_LSTM_JOINT, (projection,), h0, cu_seqlens, resets, reverse, activation)
+    switches = (reverse, return_state)
+    h, last = run(MIN_LSTM_JOINT, (projection,), h0, cu_seqlens, resets, *switches, activation)
     return (h, last) if return_state else h
 
 
 def _step(op: Recurrence, inputs: tuple[Tensor, ...], h: Tensor, activation: str) -> Tensor:
     caller = f"{op.name}_step"
     rows, before = checks.scan_step(caller, op, inputs, h)
-    _, last = run(op, rows, before, None, None, False, activation, caller, "h")
+    _, last = run(op, rows, before, None, None, False, True, activation, caller, "h")
     return last.to(h.dtype) if h.dim() == 2 else last.to(h.dtype).reshape(h.shape)
 
 

@@ -27,6 +27,8 @@ def batched_outside_of_autograd(*tensors: Tensor | None) -> bool:
     An autograd.Function records its node for the batch and not for what is in it, so that a second
     derivative would leave it out.
     """
+    if torch.compiler.is_compiling():
+        return False
     batched = torch._C._functorch.is_legacy_batchedtensor
     return any(x is not None and batched(x) for x in tensors)
 

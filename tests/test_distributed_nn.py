@@ -136,6 +136,18 @@ def _layers(rank: int, seed: int) -> None:
         compare(MODULES[name]().double(), shares, group, random.random() < 0.7, kind)
 
 
+def _batched_gradients(rank: int) -> None:
+    """Collectives would send the batch as one gradient."""
+    for module in (MinGRU(WIDTH, 3, batch_first=True), MinRNNBlock(WIDTH)):
+        x = torch.randn(BATCH, 4, WIDTH, requires_grad=True)
+        y = shard_time(module, dist.group.WORLD)(x)
+        y = y[0] if isinstance(y, tuple) else y
+        with pytest.raises(NotImplementedError, match="no batched gradients"):
+            torch.autograd.grad(y, x, torch.ones(2, *y.shape), is_grads_batched=True)
+        with pytest.raises(NotImplementedError, match="no forward mode and no torch"):
+            torch.func.jvp(module, (x.detach(),), (x.detach(),))
+
+
 def _compiled(rank: int) -> None:
     """Where no rank needs the last states, and the last one no gradients from later ones."""
     block = shard_time(MinRNNBlock(WIDTH), init_device_mesh("cpu", (2,)))
@@ -220,6 +232,7 @@ def _four_ranks(rank: int, seed: int, folder: Path) -> None:
 
 
 def _two_ranks(rank: int, seed: int, folder: Path) -> None:
+    _batched_gradients(rank)
     _training(rank, folder, load=True)
     seeded(seed)
     _compiled(rank)

@@ -117,7 +117,33 @@ CASES: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
     "reverse not a bool": (
         lambda: ms.log_scan(x, x, reverse="yes"),
         TypeError,
-        ["log_scan: expected reverse to be a bool", "str"],
+        ["log_scan: expected reverse and return_state to be bools", "str"],
+    ),
+    "return_state not a bool": (
+        lambda: ms.min_gru_joint(torch.cat([x, x], -1), return_state="no"),
+        TypeError,
+        ["min_gru_joint: expected reverse and return_state to be bools", "str"],
+    ),
+    "sparse": (
+        lambda: ms.min_gru(x.to_sparse(), x.to_sparse()),
+        TypeError,
+        ["expected strided tensors, got sparse ones", "msrnn_ops::min_gru"],
+    ),
+    "cu_seqlens for each element of vmap": (
+        lambda: torch.func.vmap(lambda ends: ms.min_gru(packed, packed, cu_seqlens=ends))(
+            torch.tensor([[0, 5], [0, 4]])
+        ),
+        ValueError,
+        ["min_gru: expected the same cu_seqlens for the whole batch of torch.vmap"],
+    ),
+    "resets for each element of vmap, and cu_seqlens": (
+        lambda: torch.func.vmap(
+            lambda resets: ms.min_gru(
+                packed, packed, cu_seqlens=torch.tensor([0, 5]), resets=resets
+            )
+        )(torch.ones(2, 1, 5, dtype=torch.bool)),
+        ValueError,
+        ["min_gru: expected the same resets for the whole batch of torch.vmap"],
     ),
     "activation None": (
         lambda: ms.min_lstm(x, x, x, activation=None),

@@ -160,6 +160,22 @@ def test_a_reset_starts_afresh(name: str, with_state: bool, rate: float) -> None
 
 
 @modules
+def test_a_step_that_is_not_valid_resets_nothing(name: str) -> None:
+    """And the first real step of a row is its first step, in both directions."""
+    module = made(name)
+    valid, resets = torch.rand(3, 8) < 0.6, torch.rand(3, 8) < 0.4
+    valid[0], resets[0, 2] = torch.arange(8) > 1, True
+    x = torch.randn(3, 8, WIDTH, dtype=torch.float64)
+    state = draw_state(module, 3)
+    y, after = call(module, x, state, valid=valid, resets=resets)
+    for n in range(3):
+        real = valid[n]
+        mine, last = call(module, x[n, real][None], row_of(state, n), resets=resets[n, real][None])
+        torch.testing.assert_close(y[n, real], mine[0], rtol=1e-9, atol=1e-9)
+        assert_same([part[n : n + 1] for part in flat(after)], flat(last))
+
+
+@modules
 @pytest.mark.parametrize("with_state", [False, True], ids=["from 0", "with a state"])
 @pytest.mark.parametrize(
     "ends", [[0, 4, 4, 10], [2, 2, 3, 7], [0, 0, 0, 0], [10, 10, 10, 10]], ids=str

@@ -83,10 +83,18 @@ def test_torch_func(scan: Scan) -> None:
     torch.testing.assert_close(hessian, reverse)
 
 
-def test_vmap_over_packed_sequences_is_a_clear_error() -> None:
-    x, ends = torch.randn(2, 2, 1, 4, 3), torch.tensor([0, 4])
-    with pytest.raises(ValueError, match="vmap with cu_seqlens"):
-        torch.vmap(lambda a, b: ms.linear_scan(a, b, cu_seqlens=ends))(*x)
+@scans
+def test_vmap_over_packed_sequences(scan: Scan) -> None:
+    """The batch lies beside the channels, wherever it lay."""
+    ends, resets = torch.tensor([0, 2, 2, 5]), torch.rand(1, 6) < 0.3
+    batch = [scan.inputs(1, 6, 3, torch.float64) for _ in range(4)]
+    h0 = torch.randn(4, 3, 3, dtype=torch.float64)
+    options = {"cu_seqlens": ends, "resets": resets, "return_state": True}
+    right = [scan(*inputs, h, **options) for inputs, h in zip(batch, h0, strict=True)]
+    stacked = [torch.stack(x, -1) for x in zip(*batch, strict=True)]
+    got = torch.vmap(lambda *x: scan(*x, **options), (*[-1] * len(stacked), 0))(*stacked, h0)
+    for x, y in zip(got, zip(*right, strict=True), strict=True):
+        torch.testing.assert_close(x, torch.stack(y))
 
 
 @scans

@@ -110,8 +110,8 @@ Segments segments_of(const Shape& shape, const OptionalTensor& cu_seqlens,
   for (int64_t n = 0; n < cu.size(0); ++n) {
     const int64_t end = value(n);
     STD_TORCH_CHECK(all.end <= end && 0 <= end && end <= shape.time,
-                    "expected cu_seqlens from 0 to T = ", shape.time, ", not to decrease, got ",
-                    end, " at index ", n);
+                    "scan: expected cu_seqlens from 0 to T = ", shape.time,
+                    ", not to decrease, got ", end, " at index ", n);
     if (n) cut(all, resets, {0, all.end, end - all.end, n - 1, false, false}, reverse);
     all.end = end;
   }

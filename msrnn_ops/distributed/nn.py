@@ -37,6 +37,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        scan.refuse_batched("MinRNNBlock", grad)
         return None, ctx.exchange.total(grad)[ctx.exchange.rank]
 
 
@@ -56,6 +57,11 @@ class TimeShards(WholeTime):
         lengths = exchange.gather(cu_seqlens.new_full((1,), steps))
         return cu_seqlens - lengths[: exchange.rank].sum()
 
+    def real_before(self, valid: Tensor) -> Tensor:
+        exchange = Exchange.among("shard_time", self.group)
+        found = exchange.gather(valid.any(1).long())
+        return found[: exchange.rank].sum(0).unsqueeze(1) > 0
+
     def convolve(
         self,
         conv: nn.Conv1d,
@@ -65,6 +71,7 @@ class TimeShards(WholeTime):
         resets: Tensor | None,
         valid: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        scan.check_plain("MinRNNBlock", first, y)
         exchange = Exchange.among("MinRNNBlock", self.group)
         if cu_seqlens is None:
             before, last = self._before(exchange, first, y, resets, valid)

@@ -51,6 +51,7 @@ from msrnn_ops.operators.scan import (
 )
 from msrnn_ops.reference import accumulation_dtype
 from msrnn_ops.scan import GateOptions, ScanOptions, WithState, in_leading, run
+from msrnn_ops.transforms import batched_outside_of_autograd
 
 # So many channels or more are summarised in two halves: the summary of one is on its way while the
 # other is scanned. More parts would pay the latency of the exchange once each.
@@ -150,7 +151,7 @@ def _local(
     activation = ("identity" if flags[0] else "g") if flags else None
     cu_seqlens, resets = options.get("cu_seqlens"), options.get("resets")
     reverse = options.get("reverse", False)
-    return run(op, tuple(inputs), h0, cu_seqlens, resets, reverse, activation)
+    return run(op, tuple(inputs), h0, cu_seqlens, resets, reverse, True, activation)
 
 
 @dataclass(frozen=True)
@@ -335,6 +336,7 @@ class _Sharded(torch.autograd.Function):
     def backward(ctx: Any, grad_h: Tensor | None, grad_last: Tensor | None) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise NotImplementedError(f"{ctx.shard.name}: no second derivatives over ranks")
+        refuse_batched(ctx.shard.name, grad_h, grad_last)
         shard = ctx.shard
         place = shard.place
         weight, state, h, resets, out, *rest = ctx.saved_tensors
@@ -393,6 +395,12 @@ def check_plain(name: str, *tensors: Tensor | None) -> None:
         raise NotImplementedError(f"{name}: no forward mode and no torch.func over ranks")
 
 
+def refuse_batched(name: str, *grads: Tensor | None) -> None:
+    """Collectives would send the batch as if it were one gradient."""
+    if batched_outside_of_autograd(*grads):
+        raise NotImplementedError(f"{name}: no batched gradients (is_grads_batched) over ranks")
+
+
 def _run(
     op: Recurrence,
     inputs: tuple[Tensor, ...],
@@ -407,11 +415,11 @@ def _run(
     """Checks the arguments and runs."""
     exchange = Exchange.among(op.name, group)
     if exchange.ranks == 1:
-        h, last = run(op, inputs, h0, cu_seqlens, resets, reverse, activation)
+        h, last = run(op, inputs, h0, cu_seqlens, resets, reverse, return_state, activation)
         return (h, last) if return_state else h
     check_plain(op.name, *inputs, h0)
     inputs, h0, resets, flags, leading = checks.scan(
-        op, inputs, h0, cu_seqlens, resets, reverse, activation, whole=False
+        op, inputs, h0, cu_seqlens, resets, reverse, return_state, activation, whole=False
     )
     x = inputs[0]
     if x.is_complex():

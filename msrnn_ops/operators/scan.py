@@ -312,22 +312,37 @@ class ScanFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], operator: Operator, *args: Any) -> Any:
-        n = operator.inputs
-        if args[n + 1] is not None:
-            raise ValueError(
-                f"{operator.recurrence.name}: torch.vmap with cu_seqlens is not supported"
-            )
-        size = info.batch_size
+        """The batch becomes rows or, where the rows are sequences behind each other, channels."""
+        n, size = operator.inputs, info.batch_size
+        packed = args[n + 1] is not None
 
-        def fold(x: Tensor | None, dim: int | None) -> Tensor | None:
+        def lead(x: Tensor | None, dim: int | None) -> Tensor | None:
             if x is None:
                 return None
-            x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-            return x.flatten(0, 1)
+            return x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
-        *folded, resets = (fold(args[i], in_dims[1 + i]) for i in (*range(n + 1), n + 2))
-        h, last = operator.function.apply(operator, *folded, None, resets, *args[n + 3 :])
-        return (h.unflatten(0, (size, -1)), last.unflatten(0, (size, -1))), (0, 0)
+        def beside(x: Tensor | None, parts: int) -> Tensor | None:
+            if x is None:
+                return None
+            channels = x.shape[-1] // parts
+            x = x.unflatten(-1, (parts, channels)).movedim(0, -2)
+            return x.reshape(*x.shape[:-3], parts * size * channels)
+
+        *led, resets = (lead(args[i], in_dims[1 + i]) for i in (*range(n + 1), n + 2))
+        if not packed:
+            folded = [x if x is None else x.flatten(0, 1) for x in (*led, resets)]
+            given = (*folded[:-1], None, folded[-1], *args[n + 3 :])
+            h, last = operator.function.apply(operator, *given)
+            return (h.unflatten(0, (size, -1)), last.unflatten(0, (size, -1))), (0, 0)
+        if in_dims[n + 3] is not None:
+            name = operator.recurrence.name
+            expected = "the same resets for the whole batch of torch.vmap, with cu_seqlens"
+            raise errors.value(name, expected, "others for each element")
+        parts = operator.recurrence.parts
+        inputs = [beside(x, parts) for x in led[:-1]]
+        found = operator.function.apply(operator, *inputs, beside(led[-1], 1), *args[n + 1 :])
+        channels = found[0].shape[-1] // size
+        return tuple(x.unflatten(-1, (size, channels)) for x in found), (2, 1)
 
 
 class Operator:
