@@ -62,7 +62,7 @@ def check_number(
         raise TypeError(f"{caller}: expected {argument} to be a number, got {number!r}")
     if not math.isfinite(number):
         raise value(caller, f"{argument} to be finite", number)
-    if not least <= number <= most:
+    if not least <= float(number) <= most:
         bounds = f">= {least}" if most == math.inf else f"in [{least}, {most}]"
         raise value(caller, f"{argument} {bounds}", number)
 

@@ -481,7 +481,7 @@ def test_errors_of_pairs_and_blocks() -> None:
     for pair, got in [((h, h, h), "tuple of Tensor, Tensor, Tensor"), ([h], "list of Tensor")]:
         with pytest.raises(TypeError, match=f"a tensor or a pair of tensors, got a {got}$"):
             layer(torch.randn(5, 3, 4), pair)
-    with pytest.raises(TypeError, match="got a tuple of NoneType, NoneType$"):
+    with pytest.raises(TypeError, match=r"got a tuple of NoneType, NoneType$"):
         layer(torch.randn(5, 3, 4), (None, None))
     wrong: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (ValueError, "cell 'gru' or 'lstm', got 'rnn'", {"cell": "rnn"}),
@@ -609,7 +609,7 @@ def test_errors_of_what_a_block_is_given(conv: int) -> None:
         block(torch.nested.nested_tensor(list(narrow), layout=torch.jagged))
     with torch.autocast("cpu", torch.bfloat16):
         assert block(x.bfloat16(), ms.nn.BlockState(h, inputs)).shape == x.shape
-        with pytest.raises(ValueError, match="x in torch.float32, .* got torch.int32"):
+        with pytest.raises(ValueError, match=r"x in torch.float32, .* got torch.int32"):
             block(x.int())
 
 

@@ -289,7 +289,7 @@ def test_packed_time_major_has_a_batch_of_one() -> None:
     layer, ends = ms.nn.MinGRU(WIDTH, 5), torch.tensor([0, 2, 6])
     assert layer(torch.randn(6, 1, WIDTH), cu_seqlens=ends)[1].shape == (1, 2, 5)
     assert layer(torch.randn(6, WIDTH), cu_seqlens=ends)[1].shape == (1, 2, 5)
-    with pytest.raises(ValueError, match="MinGRU: expected B = 1 .*, got B = 6"):
+    with pytest.raises(ValueError, match=r"MinGRU: expected B = 1 .*, got B = 6"):
         layer(torch.randn(1, 6, WIDTH), cu_seqlens=ends)
     with pytest.raises(ValueError, match="MinGRU: expected cu_seqlens within 0 to T = 5, got 0 to"):
         layer(torch.randn(5, 1, WIDTH), cu_seqlens=ends)
