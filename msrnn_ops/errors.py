@@ -5,6 +5,9 @@ Each function makes an exception, and its caller raises it: a check that holds c
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -26,6 +29,10 @@ def dtype(caller: str, argument: str, expected: object, got: torch.dtype) -> Typ
     return TypeError(f"{caller}: expected {argument} in {expected}, got {got}")
 
 
+def layout(caller: str, argument: str, got: Tensor) -> TypeError:
+    return TypeError(f"{caller}: expected {argument} to be a strided tensor, got {got.layout}")
+
+
 def device(
     caller: str, argument: str, owner: str, expected: torch.device, got: torch.device
 ) -> ValueError:
@@ -45,6 +52,19 @@ def check_int(caller: str, argument: str, number: object, least: int | None = No
         raise TypeError(f"{caller}: expected {argument} to be an int, got {number!r}")
     if least is not None and number < least:
         raise value(caller, f"{argument} >= {least}", number)
+
+
+def check_number(
+    caller: str, argument: str, number: object, least: float = -math.inf, most: float = math.inf
+) -> None:
+    """Raises unless it is a finite number from ``least`` to ``most``."""
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{caller}: expected {argument} to be a number, got {number!r}")
+    if not math.isfinite(number):
+        raise value(caller, f"{argument} to be finite", number)
+    if not least <= float(number) <= most:
+        bounds = f">= {least}" if most == math.inf else f"in [{least}, {most}]"
+        raise value(caller, f"{argument} {bounds}", number)
 
 
 def of_torch(error: RuntimeError) -> Exception:

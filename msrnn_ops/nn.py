@@ -15,9 +15,11 @@ from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Unpack
 
 from msrnn_ops import convolution, errors
-from msrnn_ops.checks import autocast_enabled
+from msrnn_ops.checks import autocast_enabled, borders
+from msrnn_ops.dtensor import is_distributed
 from msrnn_ops.operators.scan import sequences_of
 from msrnn_ops.scan import min_gru_joint, min_gru_step, min_lstm_joint, min_lstm_step
+from msrnn_ops.state import DTYPES
 
 __all__ = ["BlockState", "MinGRU", "MinLSTM", "MinRNNBlock", "load_mingru_pytorch"]
 
@@ -106,9 +108,12 @@ def check_steps(
     cu_seqlens: Tensor | None,
     resets: Tensor | None,
     valid: Tensor | None,
-    layout: str,
+    time: int,
 ) -> None:
-    """resets and valid: bool, in the layout of the input; valid not with cu_seqlens."""
+    """resets and valid: bool, in the layout of the input; valid not with cu_seqlens.
+
+    ``time`` is the dimension of x that is it.
+    """
     for argument, mask in (("resets", resets), ("valid", valid)):
         if mask is None:
             continue
@@ -116,7 +121,10 @@ def check_steps(
             raise errors.kind(caller, argument, "a tensor", mask)
         if mask.dtype != torch.bool:
             raise errors.dtype(caller, argument, "torch.bool", mask.dtype)
+        if mask.layout != torch.strided:
+            raise errors.layout(caller, argument, mask)
         if mask.shape != x.shape[:-1]:
+            layout = "(T,)" if x.dim() == 2 else "(B, T)" if time else "(T, B)"
             raise errors.shape(caller, argument, f"{layout} = {tuple(x.shape[:-1])}", mask)
         if mask.device != x.device:
             raise errors.device(caller, argument, "input", x.device, mask.device)
@@ -126,11 +134,41 @@ def check_steps(
         kind = isinstance(cu_seqlens, Tensor)
         got = tuple(cu_seqlens.shape) if kind else type(cu_seqlens).__name__
         raise errors.value(caller, "cu_seqlens of shape (N + 1,)", got)
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise errors.dtype(caller, "cu_seqlens", "int32 or int64", cu_seqlens.dtype)
+    if cu_seqlens.layout != torch.strided:
+        raise errors.layout(caller, "cu_seqlens", cu_seqlens)
+    if cu_seqlens.device != x.device:
+        raise errors.device(caller, "cu_seqlens", "input", x.device, cu_seqlens.device)
+    if x.dim() == 3 and x.shape[1 - time] != 1:
+        expected = "B = 1 with cu_seqlens (sequences packed along time)"
+        raise errors.value(caller, expected, f"B = {x.shape[1 - time]}")
     if valid is not None:
         raise ValueError(
             f"{caller}: expected valid or cu_seqlens, got both; steps that cu_seqlens do not cover "
             "are padding"
         )
+
+
+def blame_steps(
+    caller: str,
+    x: Tensor,
+    cu_seqlens: Tensor | None,
+    resets: Tensor | None,
+    valid: Tensor | None,
+    time_axis: WholeTime,
+) -> None:
+    """After a run over x (B, T, F) failed: raises if the reason lies in its steps.
+
+    The operators check that, too, in their own names; to ask before would cost every call.
+    """
+    for argument, mask in (("resets", resets), ("valid", valid)):
+        if mask is not None and is_distributed(mask) != is_distributed(x):
+            kinds = ("a plain tensor", "a DTensor")
+            expected, got = kinds[is_distributed(x)], kinds[is_distributed(mask)]
+            raise errors.value(caller, f"{argument} to be {expected} like the input", got)
+    if cu_seqlens is not None and time_axis.whole:
+        borders(caller, cu_seqlens, x.shape[1])
 
 
 def check_alone(
@@ -165,6 +203,20 @@ def _check_whole(module: MinRNNBase | MinRNNBlock) -> None:
         raise ValueError(
             f"{type(module).__name__}: expected time not to be sharded for step, call "
             "shard_time(module, None) first"
+        )
+
+
+def _check_options(
+    caller: str, dropout: float, activation: str, forget_bias: float, dtype: torch.dtype | None
+) -> None:
+    """What layers and blocks have in common."""
+    errors.check_number(caller, "dropout", dropout, 0, 1)
+    errors.check_number(caller, "forget_bias", forget_bias)
+    if activation not in ("g", "identity"):
+        raise errors.value(caller, "activation 'g' or 'identity'", repr(activation))
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(
+            f"{caller}: expected dtype to be float32, float64, bfloat16 or float16, got {dtype!r}"
         )
 
 
@@ -204,14 +256,9 @@ class MinRNNBase(nn.Module):
         for argument, switch in {**switches, "learnable_h0": learnable_h0}.items():
             if not isinstance(switch, bool):
                 raise errors.kind(name, argument, "a bool", switch)
-        if isinstance(dropout, bool) or not isinstance(dropout, int | float):
-            raise TypeError(f"{name}: expected dropout to be a number, got {dropout!r}")
-        if not 0 <= dropout <= 1:
-            raise errors.value(name, "dropout in [0, 1]", dropout)
         if proj_size:
             raise errors.value(name, "proj_size=0, its state is not projected", proj_size)
-        if activation not in ("g", "identity"):
-            raise errors.value(name, "activation 'g' or 'identity'", repr(activation))
+        _check_options(name, dropout, activation, forget_bias, dtype)
         if forget_bias and not bias:
             raise ValueError(f"{name}: expected bias=True with forget_bias={forget_bias}")
         if dropout and num_layers == 1:
@@ -335,7 +382,9 @@ class MinRNNBase(nn.Module):
 
     def _check(self, x: Tensor, shape: str, *dims: int) -> None:
         if not isinstance(x, Tensor):
-            raise TypeError(f"{self.mode}: expected a tensor, got {type(x).__name__}")
+            raise errors.kind(self.mode, "input", "a tensor", x)
+        if x.layout != torch.strided:
+            raise errors.layout(self.mode, "input", x)
         if x.dim() not in dims:
             expected = f"{shape} with {self.input_size} features"
             raise errors.shape(self.mode, "input", expected, x)
@@ -356,6 +405,8 @@ class MinRNNBase(nn.Module):
     def _check_state(self, x: Tensor, h: Tensor, *batch: int) -> None:
         if not isinstance(h, Tensor):
             raise errors.kind(self.mode, "hx", "a tensor", h)
+        if h.layout != torch.strided:
+            raise errors.layout(self.mode, "hx", h)
         expected = (self.num_layers * (1 + self.bidirectional), *batch, self.hidden_size)
         self.check_hidden_size(h, expected)
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -444,8 +495,8 @@ class MinRNNBase(nn.Module):
         self.check_input(x)
         batched = x.dim() == 3
         time_major = batched and not self.batch_first
-        layout = "(T,)" if not batched else "(T, B)" if time_major else "(B, T)"
-        check_steps(self.mode, x, cu_seqlens, resets, valid, layout)
+        time = 1 if batched and self.batch_first else 0
+        check_steps(self.mode, x, cu_seqlens, resets, valid, time)
         if not batched:
             x = x.unsqueeze(0)
             resets = None if resets is None else resets.unsqueeze(0)
@@ -459,7 +510,11 @@ class MinRNNBase(nn.Module):
             self._check_state(x, h0, *(() if one else (sequences_of(x, cu_seqlens),)))
             h0 = h0.unsqueeze(1) if one else h0
         real = real_steps(x, cu_seqlens, valid, self.time_axis)
-        output, last = self._run(x, h0, cu_seqlens, resets, valid, real)
+        try:
+            output, last = self._run(x, h0, cu_seqlens, resets, valid, real)
+        except Exception:
+            blame_steps(self.mode, x, cu_seqlens, resets, valid, self.time_axis)
+            raise
         if not batched:
             return output.squeeze(0), last.squeeze(1) if one else last
         return output.transpose(0, 1).contiguous() if time_major else output, last
@@ -645,8 +700,10 @@ class MinLSTM(MinRNNBase):
         if not isinstance(hx, tuple | list):
             return hx
         if len(hx) != 2 or not all(isinstance(x, Tensor) for x in hx):
+            got = ", ".join(type(x).__name__ for x in hx) or "nothing"
             raise TypeError(
-                f"{type(self).__name__}: expected hx to be a tensor or a pair of tensors"
+                f"{type(self).__name__}: expected hx to be a tensor or a pair of tensors, got a "
+                f"{type(hx).__name__} of {got}"
             )
         if hx[0].shape != hx[1].shape:
             raise ValueError(
@@ -747,14 +804,19 @@ class MinRNNBlock(nn.Module):
         forget_bias: float = 0.0,
     ) -> None:
         super().__init__()
-        if cell not in _CELLS:
-            raise errors.value("MinRNNBlock", "cell 'gru' or 'lstm'", repr(cell))
-        errors.check_int("MinRNNBlock", "width", width, 1)
-        for label, value in (("conv", conv), ("mlp", mlp)):
-            if value < 0:
-                raise errors.value("MinRNNBlock", f"{label} >= 0", value)
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        name = "MinRNNBlock"
+        if cell not in tuple(_CELLS):
+            raise errors.value(name, "cell 'gru' or 'lstm'", repr(cell))
+        errors.check_int(name, "width", width, 1)
+        errors.check_int(name, "conv", conv, 0)
+        errors.check_number(name, "expansion", expansion, 0)
+        errors.check_number(name, "mlp", mlp, 0)
+        _check_options(name, dropout, activation, forget_bias, dtype)
         inner, hidden = round(expansion * width), round(mlp * width)
+        if inner < 1:
+            expected = f"expansion that leaves a channel, round(expansion x {width}) >= 1"
+            raise errors.value(name, expected, expansion)
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.width = width
         self.norm = nn.RMSNorm(width, **made)
         self.conv = nn.Conv1d(width, width, conv, groups=width, **made) if conv else None
@@ -817,42 +879,97 @@ class MinRNNBlock(nn.Module):
                 their outputs and gradients are 0. Not with cu_seqlens.
         """
         name = "MinRNNBlock"
+        if not isinstance(return_state, bool):
+            raise errors.kind(name, "return_state", "a bool", return_state)
         if isinstance(x, PackedSequence):
             check_alone(name, "a PackedSequence", self.time_axis, cu_seqlens, resets, valid)
             return self._forward_packed(x, state, return_state)
         if isinstance(x, Tensor) and x.is_nested:
             check_alone(name, "a nested tensor", self.time_axis, cu_seqlens, resets, valid)
             values, offsets = jagged(name, x)
-            y, after = self._run(values.unsqueeze(0), state, return_state, offsets)
+            self._check_rows(values)
+            y, after = self._attempt(values.unsqueeze(0), state, return_state, offsets)
             y = torch.nested.nested_tensor_from_jagged(y.squeeze(0), offsets)
             return (y, after) if return_state else y
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != self.width:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name}: expected x of shape (B, T, {self.width}), got {got}")
-        check_steps(name, x, cu_seqlens, resets, valid, "(B, T)")
+        check_steps(name, x, cu_seqlens, resets, valid, 1)
         if cu_seqlens is not None and resets is not None:
             raise ValueError(f"{name}: expected resets or cu_seqlens, got both")
-        if cu_seqlens is not None and x.shape[0] != 1:
-            raise errors.value(name, "B = 1 with cu_seqlens", f"B = {x.shape[0]}")
         real = real_steps(x, cu_seqlens, valid, self.time_axis)
-        y, after = self._run(x, state, return_state, cu_seqlens, resets, valid, real)
+        y, after = self._attempt(x, state, return_state, cu_seqlens, resets, valid, real)
         return (y, after) if return_state else y
 
     def _forward_packed(
         self, packed: PackedSequence, state: BlockState | None, return_state: bool
     ) -> PackedSequence | tuple[PackedSequence, BlockState | None]:
         data, sizes, order, original = packed
+        self._check_rows(data)
         cu_seqlens, rows, back = packing(sizes, data.device)
         if state is not None and order is not None:
             self._check_state(state, int(sizes[0]))
             state = BlockState(*(part.index_select(0, order) for part in state))
-        y, after = self._run(
+        y, after = self._attempt(
             data.index_select(0, rows).unsqueeze(0), state, return_state, cu_seqlens
         )
         packed = PackedSequence(y.squeeze(0).index_select(0, back), sizes, order, original)
         if after is not None and original is not None:
             after = BlockState(*(part.index_select(0, original) for part in after))
         return (packed, after) if return_state else packed
+
+    def _check_rows(self, rows: Tensor) -> None:
+        if rows.dim() != 2 or rows.shape[1] != self.width:
+            raise errors.shape("MinRNNBlock", "x", f"(rows, {self.width})", rows)
+
+    def _attempt(
+        self,
+        x: Tensor,
+        state: BlockState | None,
+        return_state: bool,
+        cu_seqlens: Tensor | None = None,
+        resets: Tensor | None = None,
+        valid: Tensor | None = None,
+        real: Tensor | None = None,
+    ) -> tuple[Tensor, BlockState | None]:
+        """What ``_run`` returns, or an error in the block's own words.
+
+        What is wrong is looked for afterwards: until a part of the block is called, its weights may
+        be elsewhere or in another dtype, as with offloading or ``fully_shard``.
+        """
+        try:
+            return self._run(x, state, return_state, cu_seqlens, resets, valid, real)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            self._blame(x, state)
+            blame_steps("MinRNNBlock", x, cu_seqlens, resets, valid, self.time_axis)
+            raise
+
+    def _blame(self, x: Tensor, state: BlockState | None) -> None:
+        """After a run failed: raises if the reason lies in x or the state."""
+        name, weight = "MinRNNBlock", self.out.weight
+        if x.layout != torch.strided:
+            raise errors.layout(name, "x", x)
+        if x.device != weight.device:
+            raise errors.device(name, "x", "its weights", weight.device, x.device)
+        autocast = autocast_enabled(x.device.type)
+        if x.dtype != weight.dtype and not (autocast and x.is_floating_point()):
+            expected = f"x in {weight.dtype}, the dtype of its weights"
+            raise errors.value(name, expected, x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        for part, dtypes in (("h", {x.dtype, wide}), ("inputs", {x.dtype})):
+            value = getattr(state, part, None)
+            if not isinstance(value, Tensor):
+                continue
+            argument = f"state.{part}"
+            if value.layout != torch.strided:
+                raise errors.layout(name, argument, value)
+            if value.device != x.device:
+                raise errors.device(name, argument, "x", x.device, value.device)
+            if value.dtype not in dtypes and not autocast:
+                either = " or ".join(sorted(map(str, dtypes)))
+                raise errors.dtype(name, argument, either, value.dtype)
 
     def _run(
         self,
@@ -897,6 +1014,10 @@ class MinRNNBlock(nn.Module):
         steps = 0 if self.conv is None else self.conv.kernel_size[0] - 1
         if not isinstance(state, BlockState):
             raise errors.kind("MinRNNBlock", "state", "a BlockState", state)
+        if not isinstance(state.h, Tensor):
+            raise errors.kind("MinRNNBlock", "state.h", "a tensor", state.h)
+        if not isinstance(state.inputs, Tensor):
+            raise errors.kind("MinRNNBlock", "state.inputs", "a tensor", state.inputs)
         expected = ((batch, self.rnn.hidden_size), (batch, steps, self.width))
         got = tuple(tuple(x.shape) for x in state)
         if got != expected:
@@ -907,11 +1028,11 @@ class MinRNNBlock(nn.Module):
 
     def step(self, x: Tensor, state: BlockState | None = None) -> tuple[Tensor, BlockState]:
         """One token x (B, D): y (B, D) and the state after it."""
-        if not isinstance(x, Tensor) or x.dim() != 2:
+        if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[-1] != self.width:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"MinRNNBlock: expected x of shape (B, {self.width}), got {got}")
         _check_whole(self)
-        y, after = self._run(x.unsqueeze(1), state, True)
+        y, after = self._attempt(x.unsqueeze(1), state, True)
         assert after is not None
         return y.squeeze(1), after
 

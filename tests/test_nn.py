@@ -413,6 +413,23 @@ def test_block_states_are_small_and_checked() -> None:
         ms.nn.MinRNNBlock(8.0)
 
 
+# What layers and blocks have in common.
+OPTIONS: list[tuple[type[Exception], str, dict[str, Any]]] = [
+    (ValueError, r"dropout in \[0, 1\], got -0.5", {"dropout": -0.5}),
+    (TypeError, "dropout to be a number, got True", {"dropout": True}),
+    (TypeError, "forget_bias to be a number, got True", {"forget_bias": True}),
+    (TypeError, "forget_bias to be a number, got None", {"forget_bias": None}),
+    (TypeError, "forget_bias to be a number, got 'x'", {"forget_bias": "x"}),
+    (ValueError, "forget_bias to be finite, got nan", {"forget_bias": float("nan")}),
+    (ValueError, "forget_bias to be finite, got inf", {"forget_bias": float("inf")}),
+    (ValueError, "activation 'g' or 'identity', got None", {"activation": None}),
+    *(
+        (TypeError, f"dtype to be float32, .* or float16, got {dtype!r}", {"dtype": dtype})
+        for dtype in (torch.complex64, torch.int8, torch.float8_e4m3fn, "float32")
+    ),
+]
+
+
 @cells
 def test_errors(cell: str) -> None:
     kind = CELLS[cell]
@@ -429,6 +446,7 @@ def test_errors(cell: str) -> None:
         (TypeError, "bidirectional to be a bool, got int", {"bidirectional": 1}),
         (TypeError, "learnable_h0 to be a bool, got str", {"learnable_h0": "no"}),
         (ValueError, "bias=True with forget_bias", {"bias": False, "forget_bias": 1.0}),
+        *OPTIONS,
     ]
     for error, words, options in wrong:
         with pytest.raises(error, match=f"{cell}: .*{words}"):
@@ -440,7 +458,7 @@ def test_errors(cell: str) -> None:
         layer(torch.randn(5, 3, 7))
     with pytest.raises(ValueError, match=r"got \(5, 3, 2, 4\)"):
         layer(torch.randn(5, 3, 2, 4))
-    with pytest.raises(TypeError, match="expected a tensor, got list"):
+    with pytest.raises(TypeError, match=f"{cell}: expected input to be a tensor, got list"):
         layer([1.0])
     with pytest.raises(RuntimeError, match=r"hx of shape \(1, 3, 6\), got \(1, 5, 6\)"):
         layer(torch.randn(5, 3, 4), torch.randn(1, 5, 6))
@@ -460,12 +478,32 @@ def test_errors_of_pairs_and_blocks() -> None:
     layer, h = ms.nn.MinLSTM(4, 6), torch.zeros(1, 3, 6)
     with pytest.raises(ValueError, match=r"in one shape, got \(1, 3, 6\) and \(1, 3, 5\)"):
         layer(torch.randn(5, 3, 4), (h, h[..., :5]))
-    with pytest.raises(TypeError, match="a tensor or a pair of tensors"):
-        layer(torch.randn(5, 3, 4), (h, h, h))
-    with pytest.raises(ValueError, match="'gru' or 'lstm', got 'rnn'"):
-        ms.nn.MinRNNBlock(8, cell="rnn")
-    with pytest.raises(ValueError, match="conv >= 0, got -1"):
-        ms.nn.MinRNNBlock(8, conv=-1)
+    for pair, got in [((h, h, h), "tuple of Tensor, Tensor, Tensor"), ([h], "list of Tensor")]:
+        with pytest.raises(TypeError, match=f"a tensor or a pair of tensors, got a {got}$"):
+            layer(torch.randn(5, 3, 4), pair)
+    with pytest.raises(TypeError, match=r"got a tuple of NoneType, NoneType$"):
+        layer(torch.randn(5, 3, 4), (None, None))
+    wrong: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (ValueError, "cell 'gru' or 'lstm', got 'rnn'", {"cell": "rnn"}),
+        (ValueError, r"cell 'gru' or 'lstm', got \[\]", {"cell": []}),
+        (ValueError, "conv >= 0, got -1", {"conv": -1}),
+        (TypeError, "conv to be an int, got 2.5", {"conv": 2.5}),
+        (TypeError, "conv to be an int, got True", {"conv": True}),
+        (TypeError, "mlp to be a number, got True", {"mlp": True}),
+        (ValueError, "mlp to be finite, got nan", {"mlp": float("nan")}),
+        (ValueError, "mlp >= 0, got -1", {"mlp": -1}),
+        (TypeError, "expansion to be a number, got '2'", {"expansion": "2"}),
+        (TypeError, "expansion to be a number, got True", {"expansion": True}),
+        (ValueError, "expansion to be finite, got inf", {"expansion": float("inf")}),
+        (ValueError, "expansion >= 0, got -1", {"expansion": -1}),
+        (ValueError, "expansion that leaves a channel, .*, got 0.0", {"expansion": 0.0}),
+        (ValueError, r"dropout in \[0, 1\], got 2", {"dropout": 2}),
+        (ValueError, "activation 'g' or 'identity', got 'tanh'", {"activation": "tanh"}),
+        *OPTIONS,
+    ]
+    for error, words, options in wrong:
+        with pytest.raises(error, match=f"MinRNNBlock: expected {words}"):
+            ms.nn.MinRNNBlock(8, **options)
     with pytest.raises(ValueError, match=r"x of shape \(B, T, 8\), got \(2, 8\)"):
         ms.nn.MinRNNBlock(8)(torch.randn(2, 8))
 
@@ -523,6 +561,68 @@ def test_the_surface_of_nn_gru(cell: str) -> None:
     assert layer.permute_hidden((h, h), order)[1].shape == h.shape
     assert layer.permute_hidden(h, None) is h
     assert not isinstance(layer, nn.RNNBase)  # there are no weight_hh to initialise
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("conv", [0, 4])
+def test_errors_of_what_a_block_is_given(conv: int) -> None:
+    block, x = ms.nn.MinRNNBlock(8, conv=conv), torch.randn(2, 5, 8)
+    h, inputs = block(x, return_state=True)[1]
+    wrong: list[tuple[type[Exception], str, Any, Any]] = [
+        *(
+            (ValueError, f"x in torch.float32, the dtype of its weights, got {y.dtype}", y, None)
+            for y in (x.double(), x.bfloat16(), x.int())
+        ),
+        (ValueError, "x on the device of its weights, cpu, got meta", x.to("meta"), None),
+        (TypeError, "x to be a strided tensor, got torch.sparse_coo", x.to_sparse(), None),
+        (TypeError, "state.h to be a tensor, got NoneType", x, (None, inputs)),
+        (TypeError, "state.inputs to be a tensor, got NoneType", x, (h, None)),
+        (TypeError, "state.h in torch.float32, got torch.float64", x, (h.double(), inputs)),
+        (ValueError, "state.h on the device of x, cpu, got meta", x, (h.to("meta"), inputs)),
+        (TypeError, "state.h to be a strided tensor", x, (h.to_sparse(), inputs)),
+    ]
+    if conv:
+        wrong += [
+            (
+                TypeError,
+                "state.inputs in torch.float32, got torch.float64",
+                x,
+                (h, inputs.double()),
+            ),
+            (ValueError, "state.inputs on the device of x, cpu", x, (h, inputs.to("meta"))),
+            (TypeError, "state.inputs to be a strided tensor", x, (h, inputs.to_sparse())),
+        ]
+    for error, words, y, state in wrong:
+        given = None if state is None else ms.nn.BlockState(*state)
+        with pytest.raises(error, match=f"MinRNNBlock: expected {words}"):
+            block(y, given)
+        with pytest.raises(error, match=f"MinRNNBlock: expected {words}"):
+            block.step(y.select(1, 0), given)
+    with pytest.raises(TypeError, match="MinRNNBlock: expected return_state to be a bool, got str"):
+        block(x, None, "no")
+    narrow, words = x[..., :7], r"MinRNNBlock: expected x of shape \((B|rows), 8\), got \(\d+, 7\)"
+    with pytest.raises(ValueError, match=words):
+        block.step(narrow[:, 0])
+    with pytest.raises(ValueError, match=words):
+        block(pack_sequence(list(narrow)))
+    with pytest.raises(ValueError, match=words):
+        block(torch.nested.nested_tensor(list(narrow), layout=torch.jagged))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block(x.bfloat16(), ms.nn.BlockState(h, inputs)).shape == x.shape
+        with pytest.raises(ValueError, match=r"x in torch.float32, .* got torch.int32"):
+            block(x.int())
+
+
+@cells
+def test_errors_of_sparse_tensors(cell: str) -> None:
+    layer, x, h = CELLS[cell](4, 6), torch.randn(5, 3, 4), torch.zeros(1, 3, 6)
+    for call, words in [
+        (lambda: layer(x.to_sparse()), "input to be a strided tensor, got torch.sparse_coo"),
+        (lambda: layer.step(x[0].to_sparse()), "input to be a strided tensor"),
+        (lambda: layer(x, h.to_sparse()), "hx to be a strided tensor"),
+    ]:
+        with pytest.raises(TypeError, match=f"{cell}: expected {words}"):
+            call()
 
 
 @pytest.mark.parametrize("cell", CELLS)

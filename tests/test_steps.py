@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
 from torch.nn.utils.rnn import pack_sequence
 
 import msrnn_ops as ms
@@ -244,7 +247,7 @@ def test_compiled_and_exported_with_masks() -> None:
     torch.testing.assert_close(program.module()(x[:1], cu_seqlens=ends), packed)
 
 
-@pytest.mark.parametrize("name", ["gru", "block"])
+@pytest.mark.parametrize("name", ["gru", "lstm", "block"])
 def test_wrong_steps(name: str) -> None:
     module, x = MODULES[name](), torch.randn(2, 6, WIDTH)
     mask, ends = torch.ones(2, 6, dtype=torch.bool), torch.tensor([0, 6])
@@ -264,7 +267,19 @@ def test_wrong_steps(name: str) -> None:
             {"valid": mask[:1], "cu_seqlens": ends},
         ),
         (ValueError, r"cu_seqlens of shape \(N \+ 1,\), got list", x[:1], {"cu_seqlens": [0, 6]}),
-        (ValueError, "B = 1", x, {"cu_seqlens": ends}),
+        (TypeError, "valid to be a strided tensor", x, {"valid": mask.to_sparse()}),
+        *(
+            (kind, f"expected {words}", x[:1], {"cu_seqlens": borders})
+            for kind, words, borders in [
+                (TypeError, "cu_seqlens in int32 or int64, got torch.float32", ends.float()),
+                (TypeError, "cu_seqlens to be a strided tensor", ends.to_sparse()),
+                (ValueError, "cu_seqlens on the device of input, cpu", ends.to("meta")),
+                (ValueError, "cu_seqlens within 0 to T = 6, got 0 to 7", ends + ends // 6),
+                (ValueError, "cu_seqlens within 0 to T = 6, got -1 to 5", ends - 1),
+                (ValueError, "cu_seqlens not to decrease", torch.tensor([0, 4, 2, 6])),
+            ]
+        ),
+        (ValueError, "B = 1 .*, got B = 2", x, {"cu_seqlens": ends}),
         (
             ValueError,
             "no valid with a PackedSequence",
@@ -279,8 +294,34 @@ def test_wrong_steps(name: str) -> None:
         ),
     ]
     for error, words, value, steps in wrong:
-        with pytest.raises(error, match=words):
+        with pytest.raises(error, match=f"^{type(module).__name__}: .*{words}"):
             module(value, **steps)
     if name == "block":
         with pytest.raises(ValueError, match="resets or cu_seqlens, got both"):
             module(x[:1], resets=mask[:1], cu_seqlens=ends)
+
+
+def test_packed_time_major_has_a_batch_of_one() -> None:
+    layer, ends = ms.nn.MinGRU(WIDTH, 5), torch.tensor([0, 2, 6])
+    assert layer(torch.randn(6, 1, WIDTH), cu_seqlens=ends)[1].shape == (1, 2, 5)
+    assert layer(torch.randn(6, WIDTH), cu_seqlens=ends)[1].shape == (1, 2, 5)
+    with pytest.raises(ValueError, match=r"MinGRU: expected B = 1 .*, got B = 6"):
+        layer(torch.randn(1, 6, WIDTH), cu_seqlens=ends)
+    with pytest.raises(ValueError, match="MinGRU: expected cu_seqlens within 0 to T = 5, got 0 to"):
+        layer(torch.randn(5, 1, WIDTH), cu_seqlens=ends)
+
+
+@pytest.mark.parametrize("name", ["gru", "block"])
+def test_masks_are_dtensors_like_the_input(name: str) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        module = distribute_module(MODULES[name](), mesh)
+        plain = torch.randn(2, 6, WIDTH), torch.ones(2, 6, dtype=torch.bool)
+        x, mask = (distribute_tensor(y, mesh, [Replicate()]) for y in plain)
+        with pytest.raises(ValueError, match="valid to be a DTensor like the input, got a plain"):
+            module(x, valid=plain[1])
+        with pytest.raises(ValueError, match="valid to be a plain tensor like the input, got a DT"):
+            MODULES[name]()(plain[0], valid=mask)
+    finally:
+        dist.destroy_process_group()
