@@ -87,7 +87,9 @@ class Policy:
         cls, slots: int, scope: str = "layer", sinks: int = 0, protect_last: bool = False
     ) -> Policy:
         """The state with the least attention from the current query; possibly the newest."""
-        return cls(slots, "attention", sinks, 1 if protect_last else 0, scope)
+        if not isinstance(protect_last, bool):
+            raise errors.kind("Policy", "protect_last", "a bool", protect_last)
+        return cls(slots, "attention", sinks, int(protect_last), scope)
 
     @classmethod
     def window(cls, slots: int) -> Policy:
@@ -306,8 +308,7 @@ _FORMER_NAMES = [(x, f"msrnn_ops.multi_state.{x.__name__}") for x in (MultiState
 torch.serialization.add_safe_globals([MultiState, Policy, *_FORMER_NAMES])
 
 
-def check_head_dim(caller: str, head_dim: int) -> None:
+def check_head_dim(caller: str, head_dim: int, argument: str = "a head_dim") -> None:
     if head_dim < 8 or head_dim % 8 or head_dim > LARGEST_HEAD_DIM:
-        raise errors.value(
-            caller, f"a head_dim that is a multiple of 8, up to {LARGEST_HEAD_DIM}", head_dim
-        )
+        expected = f"{argument} that is a multiple of 8, up to {LARGEST_HEAD_DIM}"
+        raise errors.value(caller, expected, head_dim)
