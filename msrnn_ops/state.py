@@ -230,12 +230,18 @@ class MultiState:
 
         Raises:
             TypeError, ValueError: a wrong dtype, shape or device; an index out of range where it
-                can be seen without waiting for a device.
+                can be seen without waiting for a device. RuntimeError: under torch.func.
         """
         rows = self.seen.shape[0]
         if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
             got = index.dtype if isinstance(index, Tensor) else type(index).__name__
             raise TypeError(f"reorder: expected index to be an int32 or int64 tensor, got {got}")
+        transformed = torch._C._are_functorch_transforms_active()
+        if transformed and torch._C._functorch.is_functorch_wrapped_tensor(index):
+            raise RuntimeError(
+                "reorder: expected index to be a plain tensor, got one of a torch.func transform, "
+                "which cannot change the state in place: call it outside the transform"
+            )
         if index.shape != (rows,):
             raise errors.shape("reorder", "index", (rows,), index)
         if index.device != self.device:
