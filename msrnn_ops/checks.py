@@ -310,16 +310,20 @@ def prompt(
 
 def sequence(
     q: Tensor, k: Tensor, v: Tensor, policy: Policy, valid: Tensor | None, scale: float | None
-) -> tuple[Tensor | None, float, str | None]:
-    """The door of attend_sequence: valid, contiguous, the scale and the namespace."""
+) -> tuple[tuple[Tensor, ...], Tensor | None, float, str | None]:
+    """The door of attend_sequence: q, k and v in one dtype, valid, contiguous, the scale and the
+    namespace.
+    """
     caller = "attend_sequence"
+    if isinstance(q, Tensor) and autocast_enabled(q.device.type):
+        q, k, v = _promote((q, k, v))
     _check_tokens(caller, q, k, v, 4, "(B, H, T, Dh)")
     if not isinstance(policy, Policy):
         raise errors.kind(caller, "policy", "a Policy", policy)
     if valid is not None:
         _check_valid(caller, valid, q)
         valid = valid.contiguous()
-    return valid, _scale_of(caller, scale, q), _namespace(caller, q)
+    return (q, k, v), valid, _scale_of(caller, scale, q), _namespace(caller, q)
 
 
 def scores(state: MultiState, scores: Tensor) -> str | None:

@@ -211,7 +211,8 @@ def attend_sequence(
     key-value head, ``h // (Hq // Hkv)``).
 
     Args:
-        q: queries, (B, Hq, T, Dh), Hq a multiple of Hkv; float32, bfloat16 or float16.
+        q: queries, (B, Hq, T, Dh), Hq a multiple of Hkv; float32, bfloat16 or float16, as k and v.
+            Under autocast they may differ, and the widest dtype is used.
         k: keys after rotary embedding, (B, Hkv, T, Dh).
         v: values, (B, Hkv, T, Dh).
         policy: what to keep.
@@ -237,7 +238,7 @@ def attend_sequence(
     >>> expiry
     tensor([[[3, 4, 5, 5, 5]]])
     """
-    valid, scale, namespace = checks.sequence(q, k, v, policy, valid, scale)
+    (q, k, v), valid, scale, namespace = checks.sequence(q, k, v, policy, valid, scale)
     if namespace is None:
         return reference.attend_sequence(q, k, v, policy, valid, scale)
     settings = (policy.slots, policy.scope == "head", *policy.numbers, scale)

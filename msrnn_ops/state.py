@@ -87,7 +87,9 @@ class Policy:
         cls, slots: int, scope: str = "layer", sinks: int = 0, protect_last: bool = False
     ) -> Policy:
         """The state with the least attention from the current query; possibly the newest."""
-        return cls(slots, "attention", sinks, 1 if protect_last else 0, scope)
+        if not isinstance(protect_last, bool):
+            raise errors.kind("Policy", "protect_last", "a bool", protect_last)
+        return cls(slots, "attention", sinks, int(protect_last), scope)
 
     @classmethod
     def window(cls, slots: int) -> Policy:
@@ -228,12 +230,18 @@ class MultiState:
 
         Raises:
             TypeError, ValueError: a wrong dtype, shape or device; an index out of range where it
-                can be seen without waiting for a device.
+                can be seen without waiting for a device. RuntimeError: under torch.func.
         """
         rows = self.seen.shape[0]
         if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
             got = index.dtype if isinstance(index, Tensor) else type(index).__name__
             raise TypeError(f"reorder: expected index to be an int32 or int64 tensor, got {got}")
+        transformed = torch._C._are_functorch_transforms_active()
+        if transformed and torch._C._functorch.is_functorch_wrapped_tensor(index):
+            raise RuntimeError(
+                "reorder: expected index to be a plain tensor, got one of a torch.func transform, "
+                "which cannot change the state in place: call it outside the transform"
+            )
         if index.shape != (rows,):
             raise errors.shape("reorder", "index", (rows,), index)
         if index.device != self.device:
@@ -306,8 +314,7 @@ _FORMER_NAMES = [(x, f"msrnn_ops.multi_state.{x.__name__}") for x in (MultiState
 torch.serialization.add_safe_globals([MultiState, Policy, *_FORMER_NAMES])
 
 
-def check_head_dim(caller: str, head_dim: int) -> None:
+def check_head_dim(caller: str, head_dim: int, argument: str = "a head_dim") -> None:
     if head_dim < 8 or head_dim % 8 or head_dim > LARGEST_HEAD_DIM:
-        raise errors.value(
-            caller, f"a head_dim that is a multiple of 8, up to {LARGEST_HEAD_DIM}", head_dim
-        )
+        expected = f"{argument} that is a multiple of 8, up to {LARGEST_HEAD_DIM}"
+        raise errors.value(caller, expected, head_dim)

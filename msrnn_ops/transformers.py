@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils import _pytree
 
-from msrnn_ops import distributed, multi_state
+from msrnn_ops import distributed, errors, multi_state
 from msrnn_ops.exchange import Exchange, Group
-from msrnn_ops.state import MultiState, Policy
+from msrnn_ops.state import MultiState, Policy, check_head_dim
 
 try:
     import transformers
@@ -73,8 +73,9 @@ class MultiStateCache(Cache):  # type: ignore[misc]
 
     Raises:
         TypeError, ValueError: a wrong policy or config, a head_dim that is not supported; in use: a
-            mask that shows what was hidden before, another batch before :meth:`reset`, tokens that
-            ``generate`` feeds a second time, dropout, what the ops refuse.
+            mask of another shape or that shows what was hidden before, another batch, dtype or
+            device before :meth:`reset`, tokens that ``generate`` feeds a second time, dropout, what
+            the ops refuse.
         NotImplementedError: another model; a mask other than causal with padding; other heads than
             the config says; offloading; tokens taken back (:meth:`crop`), as assisted decoding
             does.
@@ -99,6 +100,8 @@ class MultiStateCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, policy: Policy, config: Any, *, group: Group = None) -> None:
+        if not isinstance(policy, Policy):
+            raise errors.kind("MultiStateCache", "policy", "a Policy", policy)
         if not isinstance(config, transformers.PreTrainedConfig):
             raise TypeError(
                 "MultiStateCache: expected config to be the configuration of a model, got "
@@ -125,8 +128,7 @@ class MultiStateCache(Cache):  # type: ignore[misc]
                         f"got {kv_heads}"
                     )
                 kv_heads //= ranks
-                # Refuses now what would be refused at the first tokens.
-                MultiState(policy, batch=0, kv_heads=kv_heads, head_dim=head_dim, device="meta")
+                check_head_dim("MultiStateCache", head_dim, "a config with a head_dim")
                 layer = _MultiStateLayer(policy, kv_heads, name)
             layers.append(layer)
         super().__init__(layers=layers)
@@ -143,12 +145,10 @@ class MultiStateCache(Cache):  # type: ignore[misc]
                 f"MultiStateCache: expected the config of this model, got one of {len(self.layers)}"
                 f" layers for a model that has a layer {layer_idx}"
             )
-        attention = self._config._attn_implementation
-        if attention != _ATTENTION:
-            raise RuntimeError(
-                f"MultiStateCache: expected the attention {_ATTENTION!r}, got {attention!r}: call "
-                f"model.set_attn_implementation({_ATTENTION!r}), and pass model.config itself"
-            )
+        self._check_attention()
+        if layer_idx == 0 and getattr(_asked, "cache", None) is self:
+            _asked.cache = None
+            raise _another_attention("the mask of another attention")
         before, tokens = self.layers[layer_idx - 1], self.layers[layer_idx].get_seq_length()
         expected = tokens + key.shape[2] if layer_idx else tokens
         if before.get_seq_length() != expected or getattr(before, "waiting", False):
@@ -168,14 +168,20 @@ class MultiStateCache(Cache):  # type: ignore[misc]
     def get_mask_sizes(self, query: Any, layer_idx: int) -> tuple[int, int]:
         """Columns and offset of a layer's mask, as transformers asks for them before the mask.
 
-        No columns for a layer with a state, whose slots have no order of tokens: the mask function
-        of the attention then makes what such layers need.
+        The slots of a layer with a state have no order of tokens: the mask function of the
+        attention makes what such layers need, and others, before they are refused, one column.
         """
+        self._check_attention()
         if layer_idx < len(self.layers) and not self.layers[layer_idx].is_sliding:
             _asked.cache = self
-            return 0, self.layers[layer_idx].tokens
+            return 1, self.layers[layer_idx].tokens
         sizes: tuple[int, int] = super().get_mask_sizes(query, layer_idx)
         return sizes
+
+    def _check_attention(self) -> None:
+        attention = self._config._attn_implementation
+        if attention != _ATTENTION:
+            raise _another_attention(repr(attention))
 
     def real_tokens(self, mask: Tensor, new: int) -> Tensor | None:
         """Of a mask (B, columns), which new tokens are real: (B, new) bool, or None for all.
@@ -287,6 +293,13 @@ class MultiStateCache(Cache):  # type: ignore[misc]
 # .cache: what told the sizes of the mask that _mask is asked for next; .masked: whether this call
 # has an attention_mask.
 _asked = threading.local()
+
+
+def _another_attention(found: str) -> RuntimeError:
+    return RuntimeError(
+        f"MultiStateCache: expected the attention {_ATTENTION!r}, got {found}: call "
+        f"model.set_attn_implementation({_ATTENTION!r}), and pass model.config itself"
+    )
 
 
 def _fed_again(before: int, new: int, found: str) -> ValueError:
@@ -433,6 +446,13 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
             key, value = key.to(dtype), value.to(dtype)
         if not self.tokens:  # also after a first call that was refused
             self.lazy_initialization(key, value)
+        state = self.state
+        if state is not None and (key.dtype != state.dtype or key.device != state.device):
+            raise TypeError(
+                f"MultiStateCache: expected a model in {state.dtype} on {state.device} as in the "
+                f"calls before, got keys in {key.dtype} on {key.device}: call cache.reset() before "
+                "a model of another dtype or device"
+            )
         self.waiting = True
         key.multi_state_layer = self  # type: ignore[attr-defined]
         return key, value
@@ -497,6 +517,10 @@ def _mask(**kwargs: Any) -> Tensor | None:
     mask: Tensor | None = kwargs["attention_mask"]
     if mask is None:
         return None
+    batch = kwargs["batch_size"]
+    if mask.dim() != 2 or len(mask) != batch:
+        expected = f"(B, tokens so far) with B = {batch}"
+        raise errors.shape("MultiStateCache", "an attention_mask", expected, mask)
     new = kwargs["q_length"] if "q_length" in kwargs else len(kwargs["cache_position"])  # 5.2
     return cache.real_tokens(mask, new)
 

@@ -219,6 +219,11 @@ CASES |= {
     "sinks": (lambda: ms.Policy.window_sinks(4, -1), ValueError, ["sinks >= 0", "-1"]),
     "all protected": (lambda: ms.Policy.window_sinks(4, 5), ValueError, ["evict", "5 + 0 > 4"]),
     "all protected 2": (lambda: ms.Policy.tova(2, sinks=2, protect_last=True), ValueError, ["> 2"]),
+    "protect_last": (
+        lambda: ms.Policy.tova(3, protect_last="no"),
+        TypeError,
+        ["protect_last to be a bool", "str"],
+    ),
     "recent": (lambda: ms.Policy.h2o(4, recent=5), ValueError, ["0 + 5 > 4"]),
     "score": (lambda: ms.Policy(4, "age"), ValueError, ["'position'", "'age'"]),
     "scope": (lambda: ms.Policy.tova(4, scope="token"), ValueError, ["'layer'", "'token'"]),

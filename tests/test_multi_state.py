@@ -745,6 +745,30 @@ def test_scale() -> None:
         assert torch.equal(a.position, b.position)
 
 
+@pytest.mark.parametrize("scale", [-1.5, -0.0, 0, 1e-50, -1e-50])
+@pytest.mark.parametrize("padded", [False, True])
+@every_dtype
+def test_prompts_of_a_scale_that_is_not_positive(
+    dtype: torch.dtype, padded: bool, scale: float
+) -> None:
+    """The first prompt meets no stored tokens, the second does."""
+    heads = (4, 2, 16)
+    policy = ms.Policy.tova(16)
+    state, row = make(policy, 1, heads, dtype), Row(policy, 2)
+    for time in (5, 6):
+        q, k, v = draw(1, heads, dtype, time)
+        valid = torch.arange(time)[None] > 0 if padded else None
+        out = ms.attend_prompt(q, k, v, state, valid=valid, scale=scale)[0]
+        real = slice(int(padded), None)
+        # In float64, the queries with the scale that the loop does not have.
+        q = q.double() * (scale * heads[2] ** 0.5)
+        exact = row.prompt(q[0, :, real], k[0, :, real], v[0, :, real], kept_lists(state, 0))
+        close(out[:, real], exact)
+    small = make(ms.Policy.tova(4), 1, heads, dtype)
+    ms.attend_prompt(q.to(dtype), k, v, small, scale=0.0)
+    assert kept_lists(small, 0) == [[2, 3, 4, 5]]  # of equals the oldest goes
+
+
 @hypothesis.given(st.data())
 @hypothesis.settings(max_examples=EXAMPLES)
 def test_any_shape(data: st.DataObject) -> None:

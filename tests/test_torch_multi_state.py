@@ -237,6 +237,26 @@ def test_attend_sequence_under_autocast_is_differentiated_in_its_dtype() -> None
             assert torch.equal(got, expected)
 
 
+def test_attend_sequence_under_autocast_promotes() -> None:
+    """As scans do; a rotary embedding leaves float32 beside 16-bit values."""
+    q, k, v = torch.randn(1, 2, 6, 8), *torch.randn(2, 1, 1, 6, 8).bfloat16()
+    policy, leaf = ms.Policy.tova(2), k.clone().requires_grad_()
+    exact, chosen = ms.attend_sequence(q, k.float(), v.float(), policy)
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
+        out, expiry = ms.attend_sequence(q, leaf, v, policy)
+        assert ms.attend_sequence(k, k, v, policy)[0].dtype == torch.bfloat16
+    assert torch.equal(out, exact) and torch.equal(expiry, chosen)
+    out.sum().backward()
+    assert leaf.grad is not None and leaf.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.functionalize])
+def test_reorder_refuses_transforms(transform: Callable[..., Any]) -> None:
+    state = ms.MultiState(ms.Policy.window(2), batch=2, kv_heads=1, head_dim=8)
+    with pytest.raises(RuntimeError, match=r"reorder: .* a torch\.func transform"):
+        transform(lambda index: state.reorder(index))(torch.tensor([[0, 1], [1, 0]]))
+
+
 IN_PLACE_TRANSFORMS: dict[str, Callable[..., Any]] = {
     "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (x,)),
     "grad": torch.func.grad,

@@ -475,22 +475,39 @@ def test_layers_that_are_not_known_are_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_arguments_that_are_refused() -> None:
     config = make().config
-    with pytest.raises(TypeError, match="expected policy to be a Policy, got int"):
+    with pytest.raises(TypeError, match="MultiStateCache: expected policy to be a Policy, got int"):
         MultiStateCache(512, config)
     with pytest.raises(TypeError, match="configuration of a model, got NoneType"):
         MultiStateCache(POLICIES["tova"], None)
     config.head_dim = 12
-    with pytest.raises(ValueError, match="multiple of 8, up to 256, got 12"):
+    with pytest.raises(
+        ValueError, match=r"MultiStateCache: .* config with a head_dim .* 256, got 12"
+    ):
         MultiStateCache(POLICIES["tova"], config)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
 def test_another_attention_is_refused(attention: str) -> None:
     model = make()
     model.set_attn_implementation(attention)
     cache = MultiStateCache(POLICIES["tova"], model.config)
-    with pytest.raises(RuntimeError, match="set_attn_implementation"):
+    with pytest.raises(RuntimeError, match=f"'msrnn', got '{attention}'.*set_attn_implementation"):
         model.generate(left_padded(9)[0], **given(cache), **GREEDY)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_another_attention_than_that_of_the_config_is_refused(attention: str, family: str) -> None:
+    """Also in a model of one layer, where no second one could notice."""
+    changes = {"num_hidden_layers": 1} if family == "llama" else {}
+    model, other = (make(family, torch.float32, **changes) for _ in range(2))
+    model.set_attn_implementation(attention)
+    cache = MultiStateCache(POLICIES["tova"], other.config)
+    tokens, mask = left_padded(9, 5)
+    with pytest.raises(RuntimeError, match=r"the mask of another attention.*model\.config itself"):
+        model(tokens, attention_mask=mask, **given(cache))
+    model.set_attn_implementation("msrnn")
+    model(tokens, attention_mask=mask, **given(cache))
 
 
 def test_keys_that_do_not_arrive_are_refused() -> None:
@@ -609,7 +626,7 @@ def test_a_copy_notices_another_attention() -> None:
     model(left_padded(9)[0], **given(cache))
     copied = copy.deepcopy(cache)
     model.set_attn_implementation("sdpa")
-    with pytest.raises(RuntimeError, match="or the attention is not 'msrnn'"):
+    with pytest.raises(RuntimeError, match="got the mask of another attention"):
         model(left_padded(1)[0], **given(copied))
 
 

@@ -341,6 +341,35 @@ def test_another_batch_is_refused(family: str) -> None:
         model(torch.ones(3, 1, dtype=torch.long), attention_mask=mask, **given(padded))
 
 
+def test_another_dtype_is_refused() -> None:
+    model = make(dtype=torch.float32)
+    tokens = left_padded(9)[0]
+    cache = MultiStateCache(POLICIES["tova"], model.config)
+    model(tokens, **given(cache))
+    message = (
+        r"MultiStateCache: expected a model in torch\.float32 .* torch\.bfloat16 .*cache.reset\(\)"
+    )
+    for new in (1, 3):
+        with pytest.raises(TypeError, match=message):
+            model.bfloat16()(tokens[:, :new], **given(cache))
+    cache.reset()
+    model(tokens, **given(cache))
+
+
+@pytest.mark.parametrize("shape", [(9,), (2, 1, 9), (1, 9), (3, 9)])
+def test_a_mask_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    model = make(dtype=torch.float32)
+    tokens = left_padded(9, 9)[0]
+    cache = MultiStateCache(POLICIES["tova"], model.config)
+    for mask in (torch.ones(shape), (torch.arange(9) > 2).expand(shape)):
+        with pytest.raises(
+            ValueError, match=r"MultiStateCache: .* attention_mask .* B = 2, got"
+        ) as e:
+            model(tokens, attention_mask=mask, **given(cache))
+        assert str(shape) in str(e.value)
+    model(tokens, attention_mask=torch.ones_like(tokens), **given(cache))
+
+
 def test_the_config_of_a_smaller_model_is_refused() -> None:
     model = make(dtype=torch.float32, num_hidden_layers=3)
     small = make(dtype=torch.float32).config

@@ -47,10 +47,20 @@ def attend_prompt(
     return out
 
 
+def _scaled(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Queries and a scale > 0 of the same logits.
+
+    PyTorch's CPU kernel scales the -inf of what a query does not see: NaN for 0, +inf below it.
+    """
+    positive = abs(scale) if abs(scale) >= torch.finfo(torch.float32).tiny else 1.0
+    return (q, scale) if scale == positive else (q * (scale / positive), positive)
+
+
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention of the last queries (B, H, T, Dh) onto all keys (B, H, before + T, Dh)."""
     queries, columns = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
+    q, scale = _scaled(q, scale)
     if queries == columns:
         return scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
@@ -180,6 +190,7 @@ def output_by_parts(
     slots, time, kv_heads = keys.shape[2], q.shape[2], k.shape[1]
     sharing = q.shape[1] // kv_heads
     step = torch.arange(time, device=q.device)
+    q, scale = _scaled(q, scale)
     parts = []
     for start, end in _parts(q, slots + time):
         tokens = (step[start:end, None] >= step[:end]).expand(q.shape[0], 1, -1, -1)
