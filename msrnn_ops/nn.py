@@ -206,6 +206,14 @@ def _check_whole(module: MinRNNBase | MinRNNBlock) -> None:
         )
 
 
+_CAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts
+
+
+def _castable(x: Tensor, weight: Tensor) -> bool:
+    """Whether a linear layer takes x in another dtype than its weight's."""
+    return autocast_enabled(x.device.type) and x.dtype in _CAST and weight.dtype in _CAST
+
+
 def _check_options(
     caller: str, dropout: float, activation: str, forget_bias: float, dtype: torch.dtype | None
 ) -> None:
@@ -395,7 +403,7 @@ class MinRNNBase(nn.Module):
     def _project(self, x: Tensor, suffix: str) -> Tensor:
         """The linear layer of one recurrence."""
         weight, bias = self._parameters_of(suffix)
-        if x.dtype != weight.dtype and not autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and not _castable(x, weight):
             expected = f"input in {weight.dtype}, the dtype of its weights"
             raise errors.value(self.mode, expected, x.dtype)
         if x.device != weight.device:
@@ -410,7 +418,9 @@ class MinRNNBase(nn.Module):
         expected = (self.num_layers * (1 + self.bidirectional), *batch, self.hidden_size)
         self.check_hidden_size(h, expected)
         wide = torch.promote_types(x.dtype, torch.float32)
-        if h.dtype not in (x.dtype, wide) and not autocast_enabled(x.device.type):
+        if h.dtype not in (x.dtype, wide) and not (
+            autocast_enabled(x.device.type) and h.dtype in DTYPES
+        ):
             either = f"{wide}" if wide == x.dtype else f"{x.dtype} or {wide}"
             raise errors.dtype(self.mode, "hx", either, h.dtype)
         if h.device != x.device:
@@ -953,12 +963,14 @@ class MinRNNBlock(nn.Module):
             raise errors.layout(name, "x", x)
         if x.device != weight.device:
             raise errors.device(name, "x", "its weights", weight.device, x.device)
-        autocast = autocast_enabled(x.device.type)
-        if x.dtype != weight.dtype and not (autocast and x.is_floating_point()):
+        if x.dtype != weight.dtype and not _castable(x, weight):
             expected = f"x in {weight.dtype}, the dtype of its weights"
             raise errors.value(name, expected, x.dtype)
         wide = torch.promote_types(x.dtype, torch.float32)
-        for part, dtypes in (("h", {x.dtype, wide}), ("inputs", {x.dtype})):
+        of_h, of_inputs = {x.dtype, wide}, {x.dtype}
+        if autocast_enabled(x.device.type):
+            of_h, of_inputs = {*of_h, *DTYPES}, {*of_inputs, *_CAST}
+        for part, dtypes in (("h", of_h), ("inputs", of_inputs)):
             value = getattr(state, part, None)
             if not isinstance(value, Tensor):
                 continue
@@ -967,7 +979,7 @@ class MinRNNBlock(nn.Module):
                 raise errors.layout(name, argument, value)
             if value.device != x.device:
                 raise errors.device(name, argument, "x", x.device, value.device)
-            if value.dtype not in dtypes and not autocast:
+            if value.dtype not in dtypes:
                 either = " or ".join(sorted(map(str, dtypes)))
                 raise errors.dtype(name, argument, either, value.dtype)
 

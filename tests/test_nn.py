@@ -609,8 +609,14 @@ def test_errors_of_what_a_block_is_given(conv: int) -> None:
         block(torch.nested.nested_tensor(list(narrow), layout=torch.jagged))
     with torch.autocast("cpu", torch.bfloat16):
         assert block(x.bfloat16(), ms.nn.BlockState(h, inputs)).shape == x.shape
-        with pytest.raises(ValueError, match=r"x in torch.float32, .* got torch.int32"):
-            block(x.int())
+        for y in (x.int(), x.double()):  # which autocast leaves as they are
+            with pytest.raises(ValueError, match=rf"MinRNNBlock: .*float32, .* got {y.dtype}"):
+                block(y)
+        with pytest.raises(TypeError, match=r"MinRNNBlock: expected state.h in .* got torch.int32"):
+            block(x, ms.nn.BlockState(h.int(), inputs))
+        if conv:
+            with pytest.raises(TypeError, match=r"state.inputs in .* got torch.float64"):
+                block(x, ms.nn.BlockState(h, inputs.double()))
 
 
 @cells
@@ -644,6 +650,11 @@ def test_errors_of_dtypes_and_devices_name_the_argument(cell: str) -> None:
         CELLS[cell](4)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x)[0].dtype == torch.bfloat16
+        for y in (x.int(), x.double()):  # which autocast leaves as they are
+            with pytest.raises(ValueError, match=f"{cell}: expected input in torch.float32"):
+                layer(y)
+        with pytest.raises(TypeError, match=f"{cell}: expected hx in torch.float32, got torch.int"):
+            layer(x, torch.zeros(1, 3, 6, dtype=torch.int32))
     layer.double()
     assert layer(x.double(), torch.zeros(1, 3, 6, dtype=torch.float64))[0].dtype == torch.float64
 
