@@ -496,6 +496,11 @@ class MinRNNBase(nn.Module):
         resets: Tensor | None,
         valid: Tensor | None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
+        if torch._C._is_tracing() and torch.onnx.is_in_onnx_export():
+            raise RuntimeError(
+                f"{self.mode}: expected torch.onnx.export with dynamo=True, of a program that "
+                "msrnn_ops.onnx.decompositions has been applied to, got the exporter by traces"
+            )
         if isinstance(x, PackedSequence) or (isinstance(x, Tensor) and x.is_nested):
             kind = "a nested tensor" if isinstance(x, Tensor) else "a PackedSequence"
             check_alone(self.mode, kind, self.time_axis, cu_seqlens, resets, valid)
@@ -632,7 +637,6 @@ class MinGRU(MinRNNBase):
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,
-        *,
         cu_seqlens: Tensor | None = None,
         resets: Tensor | None = None,
         valid: Tensor | None = None,
@@ -734,7 +738,6 @@ class MinLSTM(MinRNNBase):
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | _Pair | None = None,
-        *,
         cu_seqlens: Tensor | None = None,
         resets: Tensor | None = None,
         valid: Tensor | None = None,

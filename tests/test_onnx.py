@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,15 @@ def test_packed_sequences_are_refused() -> None:
     program = torch.export.export(Packed(), (torch.randn(1, 5, 2), torch.tensor([0, 2, 5])))
     with pytest.raises(Exception, match="min_gru: expected no cu_seqlens in a program for ONNX"):
         program.run_decompositions(decompositions())
+
+
+@pytest.mark.filterwarnings("ignore")  # that exporter is deprecated
+def test_the_exporter_by_traces_is_told_the_way() -> None:
+    layer, x = ms.nn.MinGRU(6, 4).eval(), torch.randn(2, 7, 6)
+    with pytest.raises(
+        RuntimeError, match=r"MinGRU: expected torch\.onnx\.export with dynamo=True"
+    ):
+        torch.onnx.export(layer, (x,), io.BytesIO(), dynamo=False)
 
 
 @pytest.mark.parametrize("name", [*SCANS, "layer"])
