@@ -16,7 +16,7 @@ PYTEST = OMP_WAIT_POLICY=passive MSRNN_TEST_LABEL=$@ $(abspath $(BIN))/python -m
 	--disable-warnings
 INTERPRETED = MSRNN_BACKEND=triton TRITON_INTERPRET=1 MSRNN_TEST_EXAMPLES=3 OMP_NUM_THREADS=1
 SANITIZED = MSRNN_TEST_EXAMPLES=10 PYTHONPATH=. \
-	ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 \
+	ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0:allocator_may_return_null=1 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" $(PYTEST)
 # Cases that the emulator and the interpreter leave to the CPU's kernels.
 FEW_OPS = not reference and not min_gru_identity and not min_lstm_joint

@@ -496,7 +496,11 @@ class MinRNNBase(nn.Module):
         resets: Tensor | None,
         valid: Tensor | None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
-        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        if (
+            not torch.compiler.is_compiling()
+            and torch._C._is_tracing()
+            and torch.onnx.is_in_onnx_export()
+        ):
             raise RuntimeError(
                 f"{self.mode}: expected torch.onnx.export with dynamo=True, of a program that "
                 "msrnn_ops.onnx.decompositions has been applied to, got the exporter by traces"

@@ -23,9 +23,13 @@ def output_of(*command: str, **environment: str) -> str:
     return done.stdout
 
 
+_SANITIZERS = ("LD_PRELOAD", "ASAN_OPTIONS")  # without which a sanitized library does not load
+
+
 def fresh_python(code: str, **environment: str) -> str:
     """What a fresh Python prints that has nothing of this environment but its modules' paths."""
     env = {"PATH": "", "PYTHONPATH": ":".join(filter(None, sys.path)), **environment}
+    env |= {name: os.environ[name] for name in _SANITIZERS if name in os.environ}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
