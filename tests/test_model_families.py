@@ -26,12 +26,6 @@ def test_a_family_is_as_the_table_says(family: str) -> None:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.slow
-@of_another_release
-def test_all_families_are_as_the_table_says() -> None:
-    assert model_families.table(dict(model_families.sweep(model_families.families()))) == PAGE
-
-
 def test_pages_say_how_many_families_are_exact() -> None:
     count = PAGE.count("| exact |")
     for page in ("README.md", "docs/transformers.md"):
