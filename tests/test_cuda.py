@@ -112,7 +112,10 @@ def test_cuda_library_needs_no_symbol_that_torch_2_11_lacks() -> None:
     listed = output_of("nm", "-D", "--undefined-only", str(library))
     known = set((Path(__file__).parent / "torch_2_11_symbols.txt").read_text().split())
     known.add("aoti_torch_get_current_cuda_stream")  # of torch's CUDA library
-    shim = set(re.findall(r" [Uw] ((?:aoti_)?torch_\S+)", listed))
+    shim = set(re.findall(r" U ((?:aoti_)?torch_\S+)", listed))
+    # Weak ones may be missing: the words of an error, which torch has from 2.13 on.
+    weak = set(re.findall(r" [wv] ((?:aoti_)?torch_\S+)", listed))
+    assert weak <= known | {"torch_exception_get_what_without_backtrace"}
     assert shim and shim <= known, sorted(shim - known)
     # nvcc puts an exit where the host calls what is only for the device, and does not always say.
     assert " U exit" not in listed
