@@ -486,7 +486,8 @@ class MinRNNBase(nn.Module):
     def _idle(self, projection: Tensor) -> Tensor:
         """The pre-activations of a step that leaves the state as it is: sigma(-1e4) is 0."""
         gates = (-1e4, 0.0) if self._parts == 2 else (1e4, -1e4, 0.0)
-        return projection.new_tensor(gates).repeat_interleave(self.hidden_size)
+        # Filled on the device: a copy of a list would wait for it, and no graph captures that.
+        return torch.cat([projection.new_full((self.hidden_size,), gate) for gate in gates])
 
     def _forward(
         self,
@@ -944,22 +945,20 @@ class MinRNNBlock(nn.Module):
         x: Tensor,
         state: BlockState | None,
         return_state: bool,
-        cu_seqlens: Tensor | None = None,
-        resets: Tensor | None = None,
-        valid: Tensor | None = None,
-        real: Tensor | None = None,
+        *steps: Tensor | None,
     ) -> tuple[Tensor, BlockState | None]:
-        """What ``_run`` returns, or an error in the block's own words.
+        """What ``_run`` of the same arguments returns, or an error in the block's own words.
 
         What is wrong is looked for afterwards: until a part of the block is called, its weights may
         be elsewhere or in another dtype, as with offloading or ``fully_shard``.
         """
         try:
-            return self._run(x, state, return_state, cu_seqlens, resets, valid, real)
+            return self._run(x, state, return_state, *steps)
         except torch.OutOfMemoryError:
             raise
         except Exception:
             self._blame(x, state)
+            cu_seqlens, resets, valid = (*steps, None, None, None)[:3]
             blame_steps("MinRNNBlock", x, cu_seqlens, resets, valid, self.time_axis)
             raise
 
