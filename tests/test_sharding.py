@@ -403,8 +403,23 @@ def _errors_and_compile(rank: int) -> None:
         distributed.attend_evict(*by_heads, mine, group=mesh)
 
 
+def _masks(rank: int) -> None:
+    """Layers and a block whose rows are sharded, told which steps are real and where some start."""
+    mesh = init_device_mesh("cpu", (4,))
+    x = torch.randn(8, 6, 3, dtype=torch.float64)
+    masks = {"valid": torch.rand(8, 6) < 0.6, "resets": torch.rand(8, 6) < 0.3}
+    placed = {name: put(mask, mesh, [Shard(0)]) for name, mask in masks.items()}
+    layer = ms.nn.MinGRU(3, 4, 2, bidirectional=True, batch_first=True).double()
+    for whole in (layer, ms.nn.MinRNNBlock(3).double()):
+        sharded = distribute_module(copy.deepcopy(whole), mesh)
+        expected, found = whole(x, **masks), sharded(put(x, mesh, [Shard(0)]), **placed)
+        if isinstance(expected, tuple):
+            expected, found = expected[0], found[0]
+        torch.testing.assert_close(found.full_tensor(), expected)
+
+
 def _all(rank: int, seed: int) -> None:
-    for work in (_scans, _states, _models, _errors_and_compile):
+    for work in (_scans, _masks, _states, _models, _errors_and_compile):
         random.seed(seed)
         torch.manual_seed(seed)
         work(rank)
