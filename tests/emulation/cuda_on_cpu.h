@@ -29,6 +29,7 @@
 //   EMULATION_RESIDENT      blocks resident at once, default 4
 //   EMULATION_CLAIMED       blocks that a kernel is told can be resident, default as many as are
 //   EMULATION_SPINS         polls without progress that count as dead-lock, default 20 million
+//   EMULATION_POISON        the byte that fills what nobody has written, default 255: NaN
 //   EMULATION_STRICT_WARPS  1: shuffles and votes order no memory, as CUDA documents it, only
 //                           __syncwarp does; default 0. Matters to ThreadSanitizer only.
 #pragma once
@@ -40,10 +41,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <source_location>
 #include <tuple>
 #include <type_traits>
 #include <utility>
+
+#include "runtime.h"
 
 #define __global__
 #define __device__
@@ -53,66 +55,9 @@
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 
-struct uint3 {
-  unsigned x, y, z;
-};
-
-struct dim3 {
-  unsigned x, y, z;
-  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-};
-
+using emulated::dim3;
+using emulated::uint3;
 inline constexpr int warpSize = 32;
-
-// The services of runtime.cpp. It is compiled without sanitizers, so that the scheduler's own data
-// is invisible to them; whatever a kernel does to memory is done here, where they see it.
-namespace emulated {
-
-using Where = std::source_location;  // of a call in a kernel's source, for the reports
-
-namespace runtime {
-
-struct Coordinates {
-  int lane;
-  void* dynamic_shared;
-  uint3 thread, block;
-  dim3 block_dim, grid_dim;
-};
-
-struct Factors {  // of one lane
-  uint32_t left[4], right[2];
-};
-
-struct AsyncCopy {
-  void* shared;
-  const void* global;
-  int64_t group;
-};
-
-extern const Coordinates* running;  // of the CUDA thread that runs now
-
-void sync_block(Where where);
-void sync_warp(uint32_t mask, Where where);
-uint64_t shuffle(uint32_t mask, uint64_t value, int source_lane, Where where);
-uint32_t ballot(uint32_t mask, bool vote, Where where);
-const Factors* bring(const Factors& mine, Where where);  // those of all 32 lanes
-
-void scheduling_point();  // others may run here
-void poll(Where where);   // others must run here
-void progress();          // a value that others may wait for has changed
-[[noreturn]] void fail(const char* message, Where where);
-
-void queue_copy(AsyncCopy copy, Where where);
-void commit_copies();
-bool take_copy(int pending_groups, AsyncCopy* copy);  // the next one that a wait covers
-
-int resident_blocks();  // what kernels are told
-
-// Returns false if no GPU could run such a grid.
-bool launch(dim3 grid, dim3 block, size_t shared_bytes, void (*thread)(void*), void* argument);
-
-}  // namespace runtime
-}  // namespace emulated
 
 #define threadIdx (::emulated::runtime::running->thread)
 #define blockIdx (::emulated::runtime::running->block)
@@ -248,7 +193,7 @@ inline void copy_async_16(void* shared, const void* global, Where where = Where:
   if (!aligned_to_16(global)) runtime::fail("copy_async_16: source not aligned to 16", where);
   auto* words = static_cast<CopyWord*>(shared);
   words[0] = words[1] = ~uint64_t{0};
-  runtime::queue_copy({shared, global, 0}, where);
+  runtime::queue_copy({shared, global, 16, 16, 0}, where);
 }
 
 inline void copy_async_commit() { runtime::commit_copies(); }

@@ -314,7 +314,7 @@ class Tensor {
 
   // Whether all bytes but the elements are as they were. Takes the elements away.
   bool surroundings_untouched() const {
-    for_all([&](int64_t r, int64_t t, int64_t c) { memset(at(r, t, c), 0xFF, size_of(dtype_)); });
+    for_all([&](int64_t r, int64_t t, int64_t c) { Memory::poison(at(r, t, c), size_of(dtype_)); });
     return memory_->guards_untouched() && Memory::is_poison(memory_->data(), memory_->bytes());
   }
 
@@ -332,9 +332,9 @@ using Tensors = std::vector<std::unique_ptr<Tensor>>;
 struct Data {
   Tensors input, grad_input;
   std::unique_ptr<Tensor> h, grad_h, h0, entering, leaving;
-  std::vector<int64_t> long_ends;
-  std::vector<int32_t> ends;
-  std::vector<uint8_t> resets;  // every second byte
+  Vector<int64_t> long_ends;
+  Vector<int32_t> ends;
+  Vector<uint8_t> resets;  // every second byte
 
   bool reset(const Case& c, int64_t row, int64_t time) const {
     return !resets.empty() && resets[2 * (row * c.time + time)];

@@ -17,6 +17,12 @@
 #define ASAN_UNPOISON_MEMORY_REGION(address, size)
 #endif
 
+// The machine for PTX, if it is linked, knows what memory there is.
+extern "C" {
+__attribute__((weak)) void ptx_allocated(void* p, uint64_t bytes);
+__attribute__((weak)) void ptx_freed(void* p);
+}
+
 namespace msrnn {
 
 class Random {
@@ -31,15 +37,19 @@ class Random {
   uint64_t state_;
 };
 
-// Bytes between guards, all 0xFF: NaN in every dtype.
+// Bytes between guards, all 0xFFA5: NaN in every dtype, and of no position or flag.
 class Memory {
  public:
   explicit Memory(int64_t bytes) : bytes_(bytes), held_(new Line[lines()]) {
-    memset(held_.get(), 0xFF, lines() * sizeof(Line));
+    poison(all(), static_cast<int64_t>(lines() * sizeof(Line)));
+    if (ptx_allocated) ptx_allocated(data(), bytes_);
     ASAN_POISON_MEMORY_REGION(all(), kGuard);
     ASAN_POISON_MEMORY_REGION(data() + bytes_, rest());
   }
-  ~Memory() { ASAN_UNPOISON_MEMORY_REGION(all(), lines() * sizeof(Line)); }
+  ~Memory() {
+    ASAN_UNPOISON_MEMORY_REGION(all(), lines() * sizeof(Line));
+    if (ptx_freed) ptx_freed(data());
+  }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
 
@@ -49,15 +59,21 @@ class Memory {
     ASAN_UNPOISON_MEMORY_REGION(all(), lines() * sizeof(Line));
     return is_poison(all(), kGuard) && is_poison(data() + bytes_, rest());
   }
+  static void poison(char* p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; ++i) p[i] = poison_at(p + i);
+  }
   static bool is_poison(const char* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; ++i) {
-      if (p[i] != '\xFF') return false;
+      if (p[i] != poison_at(p + i)) return false;
     }
     return true;
   }
 
  private:
   static constexpr int64_t kGuard = 256;
+  static char poison_at(const char* p) {
+    return reinterpret_cast<uintptr_t>(p) % 2 ? '\xFF' : '\xA5';
+  }
   struct alignas(64) Line {
     char bytes[64];
   };
@@ -68,6 +84,24 @@ class Memory {
   int64_t bytes_;
   std::unique_ptr<Line[]> held_;
 };
+
+// A vector that kernels read.
+template <class T>
+struct Announced {
+  using value_type = T;
+  T* allocate(size_t n) {
+    T* const p = std::allocator<T>().allocate(n);
+    if (ptx_allocated) ptx_allocated(p, n * sizeof(T));
+    return p;
+  }
+  void deallocate(T* p, size_t n) {
+    if (ptx_freed) ptx_freed(p);
+    std::allocator<T>().deallocate(p, n);
+  }
+  bool operator==(const Announced&) const = default;
+};
+template <class T>
+using Vector = std::vector<T, Announced<T>>;
 
 inline int64_t size_of(DType dtype) {
   return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;

@@ -7,6 +7,8 @@
 //   - barriers tell it explicitly which threads they order,
 //   - no fiber allocates, frees or copies by a library function (it intercepts these), and
 //   - memory of a block is freed when the launch has ended, and never passed on to another block.
+#include "runtime.h"
+
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -18,8 +20,6 @@
 #include <mutex>
 #include <numeric>
 #include <vector>
-
-#include "cuda_on_cpu.h"
 
 extern "C" {
 #define OPTIONAL_HOOK __attribute__((weak))
@@ -52,7 +52,6 @@ constexpr uint32_t kLanes = 32;
 constexpr uint64_t kPoison = ~uint64_t{0};
 
 bool under_tsan() { return __tsan_create_fiber != nullptr; }
-bool under_asan() { return __sanitizer_start_switch_fiber != nullptr && !under_tsan(); }
 
 // What precedes release() in one thread happens before what follows acquire() in another.
 struct Order {
@@ -134,7 +133,9 @@ struct Context {
   void* asan_fake_stack = nullptr;
 };
 
-size_t stack_bytes() { return (under_asan() ? 256 : 64) << 10; }
+// AddressSanitizer and kernels of thousands of registers need much; what is not touched costs
+// nothing.
+constexpr size_t kStackBytes = 256 << 10;
 
 // A stack above a page that may not be touched.
 struct Stack {
@@ -142,7 +143,7 @@ struct Stack {
   char* bottom = nullptr;
 
   void map() {
-    void* pages = mmap(nullptr, kGuard + stack_bytes(), PROT_READ | PROT_WRITE,
+    void* pages = mmap(nullptr, kGuard + kStackBytes, PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (pages == MAP_FAILED || mprotect(pages, kGuard, PROT_NONE) != 0) {
       std::fprintf(stderr, "cuda_on_cpu: no memory for the stacks of CUDA threads\n");
@@ -151,7 +152,7 @@ struct Stack {
     bottom = static_cast<char*>(pages) + kGuard;
   }
   void unmap() {
-    munmap(bottom - kGuard, kGuard + stack_bytes());
+    munmap(bottom - kGuard, kGuard + kStackBytes);
     bottom = nullptr;
   }
 };
@@ -256,6 +257,7 @@ struct Settings {
   bool shuffle_threads, shuffle_blocks, strict_warps;
   size_t resident;
   uint64_t spins;
+  int poison;
 
   static long read(const char* name, long otherwise) {
     const char* text = std::getenv(name);
@@ -268,7 +270,8 @@ struct Settings {
             .shuffle_blocks = shuffle >= 2,
             .strict_warps = read("EMULATION_STRICT_WARPS", 0) != 0,
             .resident = static_cast<size_t>(std::max(1l, read("EMULATION_RESIDENT", 4))),
-            .spins = static_cast<uint64_t>(read("EMULATION_SPINS", 20'000'000))};
+            .spins = static_cast<uint64_t>(read("EMULATION_SPINS", 20'000'000)),
+            .poison = static_cast<int>(read("EMULATION_POISON", 0xFF))};
   }
 };
 
@@ -315,12 +318,12 @@ void print(const uint3& p) { std::fprintf(stderr, "(%u,%u,%u)", p.x, p.y, p.z); 
 
 void print_place(Doing doing, const Where& where) {
   std::fprintf(stderr, " %s", describe(doing));
-  if (where.line() != 0) std::fprintf(stderr, " %s:%u", where.file_name(), unsigned(where.line()));
+  if (where.line != 0) std::fprintf(stderr, " %s:%u", where.file, where.line);
   std::fputc('\n', stderr);
 }
 
 bool same_line(const Where& a, const Where& b) {
-  return a.line() == b.line() && std::strcmp(a.file_name(), b.file_name()) == 0;
+  return a.line == b.line && std::strcmp(a.file, b.file) == 0;
 }
 
 bool alike(const Thread& a, const Thread& b) {
@@ -572,10 +575,9 @@ void start_fiber(Thread& thread, uint32_t index) {
   if (thread.stack.bottom == nullptr) thread.stack.map();
   Context& context = thread.context;
   context.stack = thread.stack.bottom;
-  context.stack_bytes = stack_bytes();
+  context.stack_bytes = kStackBytes;
   context.asan_fake_stack = nullptr;
-  prepare(&context.registers, thread.stack.bottom, stack_bytes() - stack_offset(index),
-          thread_entry);
+  prepare(&context.registers, thread.stack.bottom, kStackBytes - stack_offset(index), thread_entry);
   if (!under_tsan()) return;
   context.tsan_fiber = __tsan_create_fiber(0);
   char name[100];
@@ -597,7 +599,7 @@ void end_fiber(Thread& thread) {
 void* poisoned_memory(size_t bytes) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 128, bytes) != 0) die("no memory for dynamic shared memory");
-  std::memset(memory, 0xFF, bytes);
+  std::memset(memory, machine.settings.poison, bytes);
   return memory;
 }
 
@@ -786,6 +788,8 @@ int resident_blocks() {
   return static_cast<int>(
       Settings::read("EMULATION_CLAIMED", static_cast<long>(settings.resident)));
 }
+
+int poison() { return machine.settings.poison; }
 
 bool launch(dim3 grid, dim3 block, size_t shared_bytes, void (*thread)(void*), void* argument) {
   if (!launchable(grid, block)) return false;

@@ -1,0 +1,169 @@
+// In place of the CUDA runtime: host code that nvcc compiled launches its kernels on the machine.
+//
+// nvcc's objects bring their PTX along (compiled with code=compute_XX and --no-compress) and
+// register it before main. What the host code asks of a device is answered as the emulator's
+// settings say: as many multiprocessors as EMULATION_CLAIMED, with room for one block each.
+// Whatever else of the runtime host code calls does not link.
+//
+// EMULATION_PTX names a file whose kernels take the place of those of the same name, for planted
+// bugs.
+#include <cuda_runtime_api.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include <map>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "launch.h"
+#include "program.h"
+
+namespace {
+
+using namespace std::string_literals;
+
+[[noreturn]] void stop(const std::string& message) {
+  std::fprintf(stderr, "cuda_runtime: %s\n", message.c_str());
+  std::_Exit(98);
+}
+
+void load(std::string_view text) {
+  try {
+    ptx::load_module(text);
+  } catch (const ptx::Unknown& unknown) {
+    stop("PTX that the machine does not know:\n"s + unknown.what());
+  }
+}
+
+struct Runtime {
+  std::map<const void*, std::string> kernels;  // by the host function that launches each
+  bool replaced = false;
+  cudaError_t last_error = cudaSuccess;
+};
+// Made when the first object registers, and never destroyed: objects unregister at the very end.
+Runtime& runtime() {
+  static auto& made = *new Runtime;
+  return made;
+}
+
+cudaError_t noted(cudaError_t error) {
+  if (error != cudaSuccess) runtime().last_error = error;
+  return error;
+}
+
+const ptx::Kernel& kernel_of(const void* function) {
+  if (const char* path = std::getenv("EMULATION_PTX"); path && !runtime().replaced) {
+    std::ifstream file(path);
+    if (!file) stop("no file "s + path);
+    load(std::string(std::istreambuf_iterator<char>(file), {}));
+    runtime().replaced = true;
+  }
+  const ptx::Kernel* const kernel = ptx::find_kernel(runtime().kernels.at(function));
+  if (kernel == nullptr) stop("no PTX of "s + runtime().kernels.at(function));
+  return *kernel;
+}
+
+emulated::dim3 size(dim3 d) { return {d.x, d.y, d.z}; }
+
+cudaError_t launch(const void* function, dim3 grid, dim3 block, void** values, size_t shared) {
+  const bool ran = ptx::launch(kernel_of(function), size(grid), size(block), shared, values);
+  return noted(ran ? cudaSuccess : cudaErrorInvalidConfiguration);
+}
+
+// <<<grid, block, shared, stream>>> pushes these, and the kernel's host function pops them.
+struct Configuration {
+  dim3 grid, block;
+  size_t shared;
+  void* stream;
+};
+thread_local std::vector<Configuration> configurations;
+
+}  // namespace
+
+extern "C" {
+
+// The wrapper that nvcc emits: two numbers, then a pointer to a container, whose header says how
+// long it is.
+void** __cudaRegisterFatBinary(void* wrapper) {
+  const char* container;
+  std::memcpy(&container, static_cast<char*>(wrapper) + 8, sizeof container);
+  uint16_t header_bytes;
+  uint64_t bytes;
+  std::memcpy(&header_bytes, container + 6, sizeof header_bytes);
+  std::memcpy(&bytes, container + 8, sizeof bytes);
+  const std::string_view all(container, header_bytes + bytes);
+  const size_t begin = all.find("\n.version");
+  if (begin != all.npos) load(all.substr(begin, all.find('\0', begin) - begin));
+  static void* handle;
+  return &handle;
+}
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+void __cudaRegisterFunction(void**, const char* function, char*, const char* name, int, uint3*,
+                            uint3*, dim3*, dim3*, int*) {
+  runtime().kernels[function] = name;
+}
+cudaError_t __cudaGetKernel(const void** kernel, const void* function) {
+  *kernel = function;
+  return cudaSuccess;
+}
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, void* stream) {
+  configurations.push_back({grid, block, shared, stream});
+  return 0;
+}
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void* stream) {
+  const Configuration c = configurations.back();
+  configurations.pop_back();
+  *grid = c.grid, *block = c.block, *shared = c.shared;
+  std::memcpy(stream, &c.stream, sizeof c.stream);
+  return cudaSuccess;
+}
+cudaError_t __cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** values,
+                               size_t shared, cudaStream_t) {
+  return launch(function, grid, block, values, shared);
+}
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
+                                void** values) {
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& a = config->attrs[i];
+    if (a.id != cudaLaunchAttributeCooperative) stop("a launch with an unknown attribute");
+    const dim3& g = config->gridDim;
+    const bool fit =
+        uint64_t{g.x} * g.y * g.z <= static_cast<uint64_t>(emulated::runtime::resident_blocks());
+    if (a.val.cooperative && !fit) return noted(cudaErrorCooperativeLaunchTooLarge);
+  }
+  return launch(function, config->gridDim, config->blockDim, values, config->dynamicSmemBytes);
+}
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = runtime().last_error;
+  runtime().last_error = cudaSuccess;
+  return error;
+}
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "an error of the stand-in for CUDA";
+}
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute != cudaDevAttrMultiProcessorCount) stop("an unknown attribute of the device");
+  *value = emulated::runtime::resident_blocks();
+  return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int,
+                                                                   size_t, unsigned) {
+  *blocks = 1;
+  return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  std::memset(p, value, bytes);
+  return cudaSuccess;
+}
+}
