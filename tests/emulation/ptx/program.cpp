@@ -319,7 +319,11 @@ class Reader {
         }
         continue;
       }
-      if (starts(x, "{") || starts(x, "[") != (kind == 'a')) return false;
+      if (starts(x, "{")) {  // of one element: Triton writes so
+        x = trimmed(x.substr(1, x.size() - 2));
+        if (x.find(',') != Text::npos) return false;
+      }
+      if (starts(x, "[") != (kind == 'a')) return false;
       switch (kind) {
         case 'd':
           i->operand[at++] = target(x, line);
@@ -395,7 +399,7 @@ class Reader {
       kernel_.code.push_back(i);
       return;
     }
-    throw Unknown(name + " with such operands: " + std::string(text));
+    throw Unknown(name + " with operands of other kinds");
   }
 
   Kernel& kernel_;
@@ -481,6 +485,8 @@ std::vector<Kernel> read_module(Text original) {
         shared_bytes += v.size;
       }
       at = end + 1;
+    } else if (word == ".global") {  // a string that nothing refers to: else the operand is unknown
+      at = end_of(";") + 1;
     } else if (word == ".visible" || word == ".weak") {
       at += word.size();
     } else if (word == ".entry") {
