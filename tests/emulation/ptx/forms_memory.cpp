@@ -50,12 +50,12 @@ void update(Thread& t, const Instruction& i) {
   t.set(i[0], static_cast<T>(before));
 }
 
-// cp.async [shared], [global], bytes, given.
+// cp.async [shared], [global], bytes, given. It copies 16 bytes, or by .ca also 4 or 8.
+template <bool some, bool only_16>
 void copy(Thread& t, const Instruction& i) {
-  copy_later(t, address(t, i, 0), address(t, i, 2), i[4], i[4]);
-}
-void copy_some(Thread& t, const Instruction& i) {
-  copy_later(t, address(t, i, 0), address(t, i, 2), i[4], t.get<uint32_t>(i[5]));
+  const uint32_t bytes = i[4];
+  if (bytes != 16 && (only_16 || (bytes != 4 && bytes != 8))) t.fail("cp.async of so many bytes");
+  copy_later(t, address(t, i, 0), address(t, i, 2), bytes, some ? t.get<uint32_t>(i[5]) : bytes);
 }
 void commit(Thread&, const Instruction&) { runtime::commit_copies(); }
 void wait_group(Thread& t, const Instruction& i) { finish_copies(t, static_cast<int>(i[0])); }
@@ -107,11 +107,12 @@ void add_memory(Forms& forms) {
   for (const std::string shared : {"shared.", "shared::cta."}) {
     rows<u8, b8, u16, b16, u32, s32, b32, f32, u64, b64, f64>(forms, "ld." + shared, "da",
                                                               reads<kShared, 1>);
-    rows<u32, b32, f32, u64, b64, f64>(forms, "ld." + shared + "v2.", "D2a", reads<kShared, 2>);
+    rows<b16, u32, b32, f32, u64, b64, f64>(forms, "ld." + shared + "v2.", "D2a",
+                                            reads<kShared, 2>);
     rows<u32, b32, f32>(forms, "ld." + shared + "v4.", "D4a", reads<kShared, 4>);
     rows<u8, b8, u16, b16, u32, b32, f32, u64, b64, f64>(forms, "st." + shared, "as",
                                                          writes<kShared, 1>);
-    rows<b32, f32, b64, f64>(forms, "st." + shared + "v2.", "aS2", writes<kShared, 2>);
+    rows<b8, b32, f32, b64, f64>(forms, "st." + shared + "v2.", "aS2", writes<kShared, 2>);
     rows<b32, u32, f32>(forms, "st." + shared + "v4.", "aS4", writes<kShared, 4>);
   }
 
@@ -128,10 +129,10 @@ void add_memory(Forms& forms) {
   rows<u64>(forms, "atom.global.gpu.acq_rel.add.", "das",
             []<class T> { return update<Order::both, T, sum>; });
 
-  forms.add("cp.async.cg.shared.global", "aai", copy);
-  forms.add("cp.async.cg.shared.global", "aais", copy_some);
-  forms.add("cp.async.ca.shared.global", "aai", copy);
-  forms.add("cp.async.ca.shared.global", "aais", copy_some);
+  forms.add("cp.async.cg.shared.global", "aai", copy<false, true>);
+  forms.add("cp.async.cg.shared.global", "aais", copy<true, true>);
+  forms.add("cp.async.ca.shared.global", "aai", copy<false, false>);
+  forms.add("cp.async.ca.shared.global", "aais", copy<true, false>);
   forms.add("cp.async.commit_group", "", commit);
   forms.add("cp.async.wait_group", "i", wait_group);
   forms.add("cp.async.wait_all", "", wait_all);

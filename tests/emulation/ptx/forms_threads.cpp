@@ -88,7 +88,7 @@ void reduce(Thread& t, const Instruction& i) {
 //   a  register r: row g + 8 (r % 2), columns from i * per + (r / 2) * (K / 2) on
 //   b  register r: column g, rows from i * per + r * (K / 2) on
 //   c  element e: row g + 8 (e / 2), column 2 i + e % 2
-// Products are exact. Their sum is rounded towards zero, once, about the worst that hardware does.
+// Sums of doubles are rounded towards zero at the end, about the worst that hardware does.
 template <class Element, int K>
 void multiply(Thread& t, const Instruction& i) {
   constexpr int kPer = 4 / sizeof(Element), kStretch = 4 * kPer, kStretches = K / kStretch;
@@ -104,6 +104,7 @@ void multiply(Thread& t, const Instruction& i) {
       return value_of(Element{static_cast<uint16_t>(word >> 16 * at)});
     }
   };
+  float sums[4];  // c may lie in registers of d
   for (uint32_t e = 0; e < 4; ++e) {
     const uint32_t row = lane() / 4 + e / 2 * 8, column = lane() % 4 * 2 + e % 2;
     double total = t.get<float>(i[10 + static_cast<int>(e)]);
@@ -113,10 +114,10 @@ void multiply(Thread& t, const Instruction& i) {
       const uint32_t b = lanes[column * 4 + from].right[stretch];
       total += element(a, k % kPer) * element(b, k % kPer);
     }
-    auto near = static_cast<float>(total);
-    if (std::fabs(near) > std::fabs(total)) near = std::nextafter(near, 0.0f);
-    t.set(i[static_cast<int>(e)], near);
+    sums[e] = static_cast<float>(total);
+    if (std::fabs(sums[e]) > std::fabs(total)) sums[e] = std::nextafter(sums[e], 0.0f);
   }
+  for (int e = 0; e < 4; ++e) t.set(i[e], sums[e]);
 }
 
 // ldmatrix and stmatrix move n matrices of 8 x 8 numbers of 16 bits. Lanes 8 m to 8 m + 7 give the

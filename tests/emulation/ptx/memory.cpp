@@ -81,9 +81,11 @@ Space space_of(const Thread& t, Space space, uint64_t address) {
 }
 
 bool is_unwritten(uint64_t x, uint64_t address, uint32_t bytes) {
+  if (bytes == 1) {  // says too little without its neighbour
+    return *reinterpret_cast<const uint16_t*>(address & ~uint64_t{1}) == kUnwritten;
+  }
   constexpr uint64_t kPattern = uint64_t{kUnwritten} * 0x0001000100010001u;
-  const uint64_t expected = address % 2 ? kPattern >> 8 : kPattern;
-  return bytes == 8 ? x == expected : ((x ^ expected) & ((uint64_t{1} << 8 * bytes) - 1)) == 0;
+  return bytes == 8 ? x == kPattern : ((x ^ kPattern) & ((uint64_t{1} << 8 * bytes) - 1)) == 0;
 }
 
 }  // namespace
@@ -166,7 +168,8 @@ void store_checked(Thread& t, Space space, uint64_t address, uint32_t bytes, int
 void copy_later(Thread& t, uint64_t shared, uint64_t global, uint32_t bytes, uint32_t given) {
   if (given > bytes) fail(t, "cp.async of more bytes than it writes", global, given);
   char* const to = checked(t, Space::shared, shared, bytes);
-  const char* const from = given > 0 ? checked(t, Space::global, global, bytes) : nullptr;
+  if (global & (bytes - 1)) fail(t, "misaligned access", global, bytes);
+  const char* const from = given > 0 ? in_global(t, global, given) : nullptr;
   for (uint32_t b = 0; b < bytes; b += 4) store(to + b, 4, ~0u);
   std::fill_n(marks(t, to), bytes, Byte::awaited);
   runtime::queue_copy({to, from, bytes, given, 0}, t.where());
@@ -178,7 +181,13 @@ void finish_copies(Thread& t, int pending_groups) {
     auto* const to = static_cast<char*>(copy.shared);
     auto* const from = static_cast<const char*>(copy.global);
     for (uint32_t b = 0; b < copy.bytes; b += 4) {
-      store(to + b, 4, b < copy.given ? load(from + b, 4) : 0);
+      uint64_t x = 0;
+      if (b + 4 <= copy.given) {
+        x = load(from + b, 4);
+      } else {
+        for (uint32_t k = 0; b + k < copy.given; ++k) x |= load(from + b + k, 1) << 8 * k;
+      }
+      store(to + b, 4, x);
     }
     std::fill_n(marks(t, to), copy.bytes, Byte::there);
   }

@@ -1,6 +1,7 @@
 // The arithmetic of the PTX ISA, as functions of numbers. Its text decides, case by case.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cfloat>
 #include <cmath>
@@ -156,11 +157,15 @@ inline constexpr auto absolute_pair = []<class T>(T x) -> T { return {x.bits & 0
 inline constexpr auto sign_of_first = []<class T>(T a, T b) -> T { return std::copysign(b, a); };
 inline constexpr auto fused = []<class T>(T a, T b, T c) -> T { return std::fma(a, b, c); };
 
-// Towards zero: the sum that was rounded to the nearest goes back if it went away from zero.
+// Towards zero: the sum that was rounded to the nearest goes back if it went away from zero. What
+// it lacks is exact, a double too (Knuth), and has the other sign then.
 inline constexpr auto sum_towards_zero = [](float a, float b) -> float {
-  const double exact_or_odd = double{a} + b;  // of two floats: wrong by less than it takes
-  const auto near = static_cast<float>(exact_or_odd);
-  return std::fabs(double{near}) > std::fabs(exact_or_odd) ? std::nextafter(near, 0.0f) : near;
+  const double x = a, y = b, sum = x + y;
+  const double rounded_y = sum - x;
+  const double rest = (x - (sum - rounded_y)) + (y - rounded_y);
+  const auto near = static_cast<float>(sum);
+  const double lacking = double{near} == sum ? rest : sum - near;
+  return (near > 0 ? lacking < 0 : lacking > 0) ? std::nextafter(near, 0.0f) : near;
 };
 
 // Special functions: the exact value, rounded.
@@ -178,8 +183,7 @@ inline constexpr auto gross_reciprocal = [](double x) {
   return upper(1 / upper(x));
 };
 
-// Comparisons. Of integers lo, ls, hi and hs are the unsigned lt, le, gt and ge; of floating-point
-// numbers those with a u are true if one is NaN, and the others false.
+// Comparisons. If a number is NaN, those with a u in their name are true, and the others false.
 template <class T>
 bool ordered(T a, T b) {
   return a == a && b == b;

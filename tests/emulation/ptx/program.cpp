@@ -28,6 +28,10 @@ Text trimmed(Text x) {
 }
 
 bool starts(Text x, Text with) { return x.substr(0, with.size()) == with; }
+bool encloses(char open, Text x, char close) {
+  return x.size() >= 2 && x.front() == open && x.back() == close;
+}
+Text inside(Text x) { return trimmed(x.substr(1, x.size() - 2)); }
 
 bool is_word(char c) {
   return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%';
@@ -46,6 +50,7 @@ Text take_word(Text* x) {
 // Parts between commas that no bracket encloses.
 std::vector<Text> split(Text x) {
   std::vector<Text> parts;
+  if (trimmed(x).empty()) return parts;
   int depth = 0;
   size_t begin = 0;
   for (size_t i = 0; i <= x.size(); ++i) {
@@ -53,7 +58,7 @@ std::vector<Text> split(Text x) {
     if (c == '{' || c == '[' || c == '(') ++depth;
     if (c == '}' || c == ']' || c == ')') --depth;
     if (c != ',' || depth > 0) continue;
-    if (const Text part = trimmed(x.substr(begin, i - begin)); !part.empty()) parts.push_back(part);
+    parts.push_back(trimmed(x.substr(begin, i - begin)));
     begin = i + 1;
   }
   return parts;
@@ -69,31 +74,43 @@ std::string without_comments(Text text) {
     } else if (out[i + 1] == '*') {
       const size_t end = std::min(out.find("*/", i + 2), out.size() - 2) + 2;
       for (; i < end; ++i) out[i] = out[i] == '\n' ? '\n' : ' ';
+      --i;
     }
   }
   return out;
 }
 
+// Decimal, 0x, 0b, or octal behind a 0; U is no more than a type.
 uint64_t number(Text x, uint32_t line) {
-  uint64_t n = 0;
+  const Text whole = x;
   const bool negative = starts(x, "-");
   if (negative) x.remove_prefix(1);
+  if (x.size() > 1 && x.back() == 'U') x.remove_suffix(1);
   int base = 10;
-  if (starts(x, "0x") || starts(x, "0X")) x.remove_prefix(2), base = 16;
-  if (!x.empty() && (x.back() == 'U' || x.back() == 'u')) x.remove_suffix(1);
+  if (starts(x, "0x") || starts(x, "0X")) {
+    x.remove_prefix(2), base = 16;
+  } else if (starts(x, "0b") || starts(x, "0B")) {
+    x.remove_prefix(2), base = 2;
+  } else if (x.size() > 1 && x.front() == '0') {
+    x.remove_prefix(1), base = 8;
+  }
+  uint64_t n = 0;
   const auto [end, error] = std::from_chars(x.data(), x.data() + x.size(), n, base);
   if (error != std::errc() || end != x.data() + x.size()) {
-    unknown(line, "number " + std::string(x));
+    unknown(line, "number " + std::string(whole));
   }
   return negative ? 0 - n : n;
 }
 
-// Bytes of a type such as b32.
+// Bytes of a type.
 uint64_t size_of(Text type, uint32_t line) {
-  if (type == "pred") return 1;
-  size_t digits = type.find_first_of("0123456789");
-  if (digits == Text::npos || type.find('x') != Text::npos) unknown(line, std::string(type));
-  return number(type.substr(digits), line) / 8;
+  static const std::map<Text, uint64_t> all = {{".pred", 1}, {".b8", 1},  {".u8", 1},  {".s8", 1},
+                                               {".b16", 2},  {".u16", 2}, {".s16", 2}, {".f16", 2},
+                                               {".b32", 4},  {".u32", 4}, {".s32", 4}, {".f32", 4},
+                                               {".b64", 8},  {".u64", 8}, {".s64", 8}, {".f64", 8}};
+  const auto found = all.find(type);
+  if (found == all.end()) unknown(line, "type " + std::string(type));
+  return found->second;
 }
 
 const std::map<Text, uint64_t (*)()>& special_registers() {
@@ -122,7 +139,7 @@ struct Piece {
   uint32_t line;
 };
 
-// Shared memory of a module: static variables one after the other, the dynamic ones behind them.
+// Of variables, by name.
 using Addresses = std::map<std::string, uint64_t, std::less<>>;
 
 uint64_t aligned(uint64_t x, uint64_t to) { return (x + to - 1) / to * to; }
@@ -145,21 +162,43 @@ Variable read_variable(Text text, uint32_t line) {
         if (take_word(&text) == ".align") take_word(&text);
       }
     } else if (word != ".param" && word != ".shared" && word != ".extern") {
-      element = size_of(word.substr(1), line);
+      element = size_of(word, line);
     }
   }
   const size_t bracket = text.find('[');
   v.name = trimmed(text.substr(0, bracket));
   uint64_t count = 1;
   if (bracket != Text::npos) {
-    const Text inner = trimmed(text.substr(bracket + 1, text.find(']') - bracket - 1));
-    v.open = inner.empty();
-    count = v.open ? 0 : number(inner, line);
+    const Text length = text.substr(bracket);
+    if (!encloses('[', length, ']')) unknown(line, "variable " + std::string(text));
+    v.open = inside(length).empty();
+    count = v.open ? 0 : number(inside(length), line);
+  }
+  if (element == 0 || v.name.empty() || !std::all_of(v.name.begin(), v.name.end(), is_word)) {
+    unknown(line, "variable " + std::string(text));
   }
   v.size = element * count;
-  if (v.align == 0) v.align = std::max<uint64_t>(element, 1);
+  if (v.align == 0) v.align = element;
   return v;
 }
+
+// Static variables one after the other, and the dynamic ones, which share what is behind them.
+struct SharedMemory {
+  Addresses addresses;
+  uint64_t bytes = 0;
+  std::vector<std::string> open;
+
+  void add(const Piece& declaration) {
+    const Variable v = read_variable(declaration.text, declaration.line);
+    if (v.open) {
+      open.push_back(v.name);
+      return;
+    }
+    bytes = aligned(bytes, v.align);
+    addresses[v.name] = kSharedBase + bytes;
+    bytes += v.size;
+  }
+};
 
 // Behind the last instruction.
 void run_past(Thread& t, const Instruction&) { t.fail("a thread ran past the last instruction"); }
@@ -167,9 +206,8 @@ void run_past(Thread& t, const Instruction&) { t.fail("a thread ran past the las
 // One kernel: from statements to instructions.
 class Reader {
  public:
-  Reader(Kernel& kernel, const Addresses& shared, std::set<std::string>& unknown)
-      : kernel_(kernel), addresses_(shared), unknown_(unknown) {
-    scopes_.emplace_back();
+  Reader(Kernel& kernel, const SharedMemory& of_module, std::set<std::string>& unknown)
+      : kernel_(kernel), shared_(of_module), unknown_(unknown) {
     sink_ = kernel_.registers++;
   }
 
@@ -182,9 +220,15 @@ class Reader {
   }
 
   void read(const std::vector<Piece>& statements) {
-    for (const Piece& s : statements) {  // registers first: constants come behind them
-      if (starts(s.text, ".reg")) count_registers(s);
+    for (const Piece& s : statements) {  // first, for constants come behind the registers
+      if (starts(s.text, ".reg")) {
+        for (const auto& [name, family] : registers_of(s)) kernel_.registers += family.size();
+      } else if (is_shared(s.text)) {
+        shared_.add(s);
+      }
     }
+    lay_out_shared();
+    scopes_.emplace_back();
     for (const Piece& s : statements) {
       try {
         read(s);
@@ -194,52 +238,90 @@ class Reader {
     }
     kernel_.code.push_back(
         {.execute = run_past, .line = statements.empty() ? 0 : statements.back().line});
-    for (const auto& [index, name] : jumps_) {
-      const auto to = labels_.find(name);
-      if (to == labels_.end()) {
-        unknown_.insert("label " + name);
-      } else {
-        kernel_.code[index].operand[0] = to->second;
-      }
-    }
-    kernel_.slots = kernel_.registers + kernel_.constants.size() + kernel_.specials.size();
-    for (Special& s : kernel_.specials) s.slot += kernel_.registers + kernel_.constants.size();
+    while (!scopes_.empty()) close_scope();
+    const auto constants_end = static_cast<uint32_t>(kernel_.registers + kernel_.constants.size());
+    for (Special& s : kernel_.specials) s.slot += constants_end;
     for (auto& [index, operand] : special_uses_) {
-      kernel_.code[index].operand[operand] += kernel_.registers + kernel_.constants.size();
+      kernel_.code[index].operand[operand] += constants_end;
+    }
+    kernel_.slots = constants_end + kernel_.specials.size();
+    if (kernel_.slots > kMostSlots) {
+      unknown_.insert(kernel_.name + ": more registers and constants than the stack holds");
     }
   }
 
  private:
   static constexpr uint32_t kMostSlots = 24 * 1024;  // they lie on a fiber's stack
 
-  struct Family {  // %r<10>: %r0 to %r9
-    uint32_t first, count;
+  // One register, or, as %r<10>, those from %r0 to %r9.
+  struct Family {
+    uint32_t first = 0, count = 0;
+    bool one = false;
+    uint32_t size() const { return one ? 1 : count; }
+  };
+  using Families = std::map<std::string, Family, std::less<>>;
+
+  // Registers and labels are known from the brace before them to the one behind.
+  struct Scope {
+    Families registers;
+    std::map<std::string, uint32_t, std::less<>> labels;
+    std::vector<std::pair<size_t, std::string>> jumps;  // from an instruction to a label
   };
 
-  void count_registers(const Piece& s) {
+  // Jumps to what the scope does not know go to the scope around it.
+  void close_scope() {
+    const Scope closed = std::move(scopes_.back());
+    scopes_.pop_back();
+    for (const auto& [index, name] : closed.jumps) {
+      if (const auto to = closed.labels.find(name); to != closed.labels.end()) {
+        kernel_.code[index].operand[0] = to->second;
+      } else if (scopes_.empty()) {
+        unknown_.insert("line " + std::to_string(kernel_.code[index].line) + ": label " + name);
+      } else {
+        scopes_.back().jumps.push_back({index, name});
+      }
+    }
+  }
+
+  static bool is_shared(Text x) { return starts(x, ".shared") || starts(x, ".extern"); }
+  void lay_out_shared() {
+    kernel_.static_shared = aligned(shared_.bytes, shared_.open.empty() ? 1 : 128);
+    for (const std::string& name : shared_.open) {
+      shared_.addresses[name] = kSharedBase + kernel_.static_shared;
+    }
+    addresses_.insert(shared_.addresses.begin(), shared_.addresses.end());
+  }
+
+  // Those of a declaration, numbered from 0.
+  static std::vector<std::pair<std::string, Family>> registers_of(const Piece& s) {
     Text rest = s.text;
-    take_word(&rest), take_word(&rest);
+    take_word(&rest), size_of(take_word(&rest), s.line);
+    std::vector<std::pair<std::string, Family>> all;
+    uint32_t first = 0;
     for (const Text name : split(rest)) {
       const size_t open = name.find('<');
-      const uint64_t n =
-          open == Text::npos ? 1 : number(name.substr(open + 1, name.size() - open - 2), s.line);
-      kernel_.registers += static_cast<uint32_t>(n);
+      Family family{.first = first, .one = open == Text::npos};
+      if (!family.one) {
+        const Text count = name.substr(open);
+        if (!encloses('<', count, '>')) unknown(s.line, "register " + std::string(name));
+        const uint64_t n = number(inside(count), s.line);
+        if (n > kMostSlots) unknown(s.line, "more registers than the stack holds");
+        family.count = static_cast<uint32_t>(n);
+      }
+      first += family.size();
+      all.push_back({std::string(name.substr(0, open)), family});
     }
-    if (kernel_.registers > kMostSlots) unknown(s.line, "more registers than the stack holds");
+    return all;
   }
 
   void declare(const Piece& s) {
-    Text rest = s.text;
-    take_word(&rest), take_word(&rest);
-    for (const Text name : split(rest)) {
-      const size_t open = name.find('<');
-      const uint32_t n = open == Text::npos
-                             ? 1
-                             : static_cast<uint32_t>(
-                                   number(name.substr(open + 1, name.size() - open - 2), s.line));
-      scopes_.back()[std::string(name.substr(0, open))] = {next_register_,
-                                                           open == Text::npos ? 0 : n};
-      next_register_ += n;
+    const uint32_t before = next_register_;
+    for (auto [name, family] : registers_of(s)) {
+      next_register_ += family.size();
+      family.first += before;
+      if (!scopes_.back().registers.emplace(name, family).second) {
+        unknown(s.line, "a second register " + name);
+      }
     }
   }
 
@@ -248,16 +330,16 @@ class Reader {
   uint32_t find_register(Text name) const {
     size_t digits = name.size();
     while (digits > 0 && is_digit(name[digits - 1])) --digits;
+    uint32_t n = 0;
+    const bool numbered =
+        std::from_chars(name.data() + digits, name.data() + name.size(), n).ec == std::errc();
     for (auto scope = scopes_.rbegin(); scope != scopes_.rend(); ++scope) {
-      if (const auto found = scope->find(name); found != scope->end() && found->second.count == 0) {
-        return found->second.first;
+      const Families& known = scope->registers;
+      if (const auto one = known.find(name); one != known.end() && one->second.one) {
+        return one->second.first;
       }
-      if (digits == name.size()) continue;
-      const auto family = scope->find(name.substr(0, digits));
-      if (family == scope->end()) continue;
-      uint32_t n = 0;
-      std::from_chars(name.data() + digits, name.data() + name.size(), n);
-      if (n < family->second.count) return family->second.first + n;
+      const auto family = numbered ? known.find(name.substr(0, digits)) : known.end();
+      if (family != known.end() && n < family->second.count) return family->second.first + n;
     }
     return kNone;
   }
@@ -284,6 +366,10 @@ class Reader {
       return constant(address->second);
     }
     if (starts(x, "0f") || starts(x, "0F") || starts(x, "0d") || starts(x, "0D")) {
+      const bool wide = x[1] == 'd' || x[1] == 'D';
+      if (x.size() != (wide ? 18 : 10) || wide != name_.ends_with("64")) {
+        unknown(line, "number " + std::string(x) + " of " + name_);
+      }
       return constant(number("0x" + std::string(x.substr(2)), line));
     }
     if (x.empty() || !(is_digit(x[0]) || x[0] == '-')) {
@@ -298,67 +384,67 @@ class Reader {
     return slot;
   }
 
-  // The operands of a form, or false if they are of another kind.
-  bool decode(const std::string& kinds, const std::vector<Text>& operands, uint32_t line,
-              Instruction* i) {
-    uint32_t at = 0;
-    size_t used = 0;
+  // Calls f with each kind of operand and, of vectors, with how many they are.
+  template <class F>
+  static void each_kind(const std::string& kinds, F f) {
     for (size_t k = 0; k < kinds.size(); ++k) {
-      const char kind = kinds[k];
-      if (used == operands.size()) return false;
-      Text x = operands[used++];
       const bool vector = k + 1 < kinds.size() && is_digit(kinds[k + 1]);
-      if (vector) {
-        const auto count = static_cast<size_t>(kinds[++k] - '0');
-        if (!starts(x, "{")) return false;
-        const auto parts = split(x.substr(1, x.size() - 2));
-        if (parts.size() != count) return false;
-        for (const Text part : parts) {
-          i->operand[at] = kind == 'D' ? target(part, line) : source(part, line, at);
-          ++at;
-        }
-        continue;
-      }
-      if (starts(x, "{")) {  // of one element: Triton writes so
-        x = trimmed(x.substr(1, x.size() - 2));
-        if (x.find(',') != Text::npos) return false;
-      }
-      if (starts(x, "[") != (kind == 'a')) return false;
-      switch (kind) {
-        case 'd':
-          i->operand[at++] = target(x, line);
-          break;
-        case 's':
-          i->operand[at] = source(x, line, at);
-          ++at;
-          break;
-        case 'p': {
-          const size_t bar = x.find('|');
-          i->operand[at++] = target(x.substr(0, bar), line);
-          i->operand[at++] = bar == Text::npos ? sink_ : target(x.substr(bar + 1), line);
-          break;
-        }
-        case 'a': {
-          x = trimmed(x.substr(1, x.size() - 2));
-          const size_t plus = x.find('+');
-          const Text offset = plus == Text::npos ? Text("0") : trimmed(x.substr(plus + 1));
-          i->operand[at] = source(trimmed(x.substr(0, plus)), line, at);
-          ++at;
-          i->operand[at++] = constant(number(offset, line));
-          break;
-        }
-        case 'i':
-          i->operand[at++] = static_cast<uint32_t>(number(x, line));
-          break;
-        case 'l':
-          jumps_.push_back({kernel_.code.size(), std::string(x)});
-          ++at;
-          break;
-        default:
-          unknown(line, std::string("kind ") + kind);
-      }
+      f(kinds[k], vector ? kinds[k + 1] - '0' : 0);
+      k += vector;
     }
-    return used == operands.size();
+  }
+
+  // Whether operands are as many as a form has, and vectors, addresses and others where it has
+  // them.
+  static bool fit(const std::string& kinds, const std::vector<Text>& operands) {
+    size_t used = 0;
+    bool all = true;
+    each_kind(kinds, [&](char kind, size_t count) {
+      const Text x = used < operands.size() ? operands[used] : Text();
+      ++used;
+      if (count > 0) {
+        all &= encloses('{', x, '}') && split(inside(x)).size() == count;
+      } else {
+        all &= !x.empty() && x.front() != '{' && encloses('[', x, ']') == (kind == 'a');
+      }
+    });
+    return all && used == operands.size();
+  }
+
+  // Operands that fit.
+  void decode(const std::string& kinds, const std::vector<Text>& operands, Instruction* i) {
+    uint32_t at = 0;
+    auto next = operands.begin();
+    const auto number_of = [&](Text x) { i->operand[at++] = constant(number(x, i->line)); };
+    const auto write = [&](Text x) { i->operand[at++] = target(x, i->line); };
+    const auto read = [&](Text x) {
+      i->operand[at] = source(x, i->line, at);
+      ++at;
+    };
+    each_kind(kinds, [&](char kind, size_t) {
+      const Text x = *next++;
+      if (kind == 'D' || kind == 'S') {
+        for (const Text part : split(inside(x))) kind == 'D' ? write(part) : read(part);
+      } else if (kind == 'd') {
+        write(x);
+      } else if (kind == 's') {
+        read(x);
+      } else if (kind == 'p') {
+        const size_t bar = x.find('|');
+        write(trimmed(x.substr(0, bar)));
+        write(bar == Text::npos ? Text("_") : trimmed(x.substr(bar + 1)));
+      } else if (kind == 'a') {
+        const Text sum = inside(x);
+        const size_t plus = sum.find('+');
+        read(trimmed(sum.substr(0, plus)));
+        number_of(plus == Text::npos ? Text("0") : trimmed(sum.substr(plus + 1)));
+      } else if (kind == 'i') {
+        i->operand[at++] = static_cast<uint32_t>(number(x, i->line));
+      } else {  // a label
+        scopes_.back().jumps.push_back({kernel_.code.size(), std::string(x)});
+        ++at;
+      }
+    });
   }
 
   void read(const Piece& s) {
@@ -366,13 +452,16 @@ class Reader {
     if (text == "{") {
       scopes_.emplace_back();
     } else if (text == "}") {
-      scopes_.pop_back();
+      close_scope();
     } else if (text.back() == ':') {
-      labels_[std::string(text.substr(0, text.size() - 1))] =
-          static_cast<uint32_t>(kernel_.code.size());
+      const std::string label(text.substr(0, text.size() - 1));
+      const auto here = static_cast<uint32_t>(kernel_.code.size());
+      if (!scopes_.back().labels.emplace(label, here).second) {
+        unknown(s.line, "a second label " + label);
+      }
     } else if (starts(text, ".reg")) {
       declare(s);
-    } else if (starts(text, ".pragma")) {
+    } else if (starts(text, ".pragma") || is_shared(text)) {
     } else if (starts(text, ".")) {
       unknown(s.line, "directive " + std::string(take_word(&text)));
     } else {
@@ -389,28 +478,32 @@ class Reader {
       if (i.unless) guard.remove_prefix(1);
       i.guard = target(guard, s.line);
     }
-    const std::string name(take_word(&text));
-    const std::vector<Form>* const forms = known_forms().find(name);
-    if (forms == nullptr) throw Unknown(name);
-    const auto operands = split(text);
+    name_ = take_word(&text);
+    const std::vector<Form>* const forms = known_forms().find(name_);
+    if (forms == nullptr) throw Unknown(name_);
+    auto operands = split(text);
+    for (Text& x : operands) {  // Triton writes {a} for a
+      if (encloses('{', x, '}') && split(inside(x)).size() == 1) x = inside(x);
+    }
     for (const Form& form : *forms) {
-      if (!decode(form.operands, operands, s.line, &i)) continue;
+      if (!fit(form.operands, operands)) continue;
+      decode(form.operands, operands, &i);
       i.execute = form.execute;
       kernel_.code.push_back(i);
       return;
     }
-    throw Unknown(name + " with operands of other kinds");
+    throw Unknown(name_ + " with operands of other kinds");
   }
 
   Kernel& kernel_;
-  Addresses addresses_;
+  SharedMemory shared_;
+  Addresses addresses_;  // of parameters and shared variables
   std::set<std::string>& unknown_;
   uint32_t sink_, next_register_ = 1;
-  std::vector<std::map<std::string, Family, std::less<>>> scopes_;
+  std::vector<Scope> scopes_;
   std::map<uint64_t, uint32_t> constants_;
-  std::map<std::string, uint32_t> labels_;
-  std::vector<std::pair<size_t, std::string>> jumps_;
   std::vector<std::pair<size_t, uint32_t>> special_uses_;
+  std::string name_;  // of the instruction that is read
 };
 
 // Statements, labels with their colon, and the braces of scopes.
@@ -441,34 +534,71 @@ std::vector<Piece> statements(Text body, uint32_t line) {
   return found;
 }
 
+// What stands between the parameters of a kernel and its body.
+void read_limits(Text text, uint32_t line, Kernel* kernel) {
+  while (!text.empty()) {
+    const Text limit = take_word(&text);
+    const Text values = text.substr(0, text.find('.'));
+    text.remove_prefix(values.size());
+    if (limit == ".maxntid" || limit == ".reqntid") {
+      kernel->most_threads = 1;
+      for (const Text n : split(values)) kernel->most_threads *= number(n, line);
+    } else if (limit != ".minnctapersm" && limit != ".maxnreg") {
+      unknown(line, "directive " + std::string(limit));
+    }
+  }
+}
+
+// name(parameters) limits { body }. Returns how long it is.
+size_t read_kernel(Text text, uint32_t line, const SharedMemory& shared,
+                   std::set<std::string>& unknowns, Kernel* kernel) {
+  const size_t body = text.find('{');
+  size_t end = body;
+  for (int depth = 0; end < text.size();) {
+    depth += (text[end] == '{') - (text[end] == '}');
+    ++end;
+    if (depth == 0) break;
+  }
+  if (body == Text::npos || text[end - 1] != '}') unknown(line, "an entry without an end");
+  Text head = trimmed(text.substr(0, body));
+  const size_t open = head.find('('), close = head.find(')');
+  Text parameters;
+  if (open < close && close != Text::npos) {
+    kernel->name = trimmed(head.substr(0, open));
+    parameters = head.substr(open + 1, close - open - 1);
+    head = trimmed(head.substr(close + 1));
+  } else {
+    kernel->name = take_word(&head);
+  }
+  Reader reader(*kernel, shared, unknowns);
+  for (const Text p : split(parameters)) reader.add_parameter(p, line);
+  read_limits(head, line, kernel);
+  const auto lines = static_cast<uint32_t>(std::count(text.begin(), text.begin() + body, '\n'));
+  reader.read(statements(text.substr(body + 1, end - body - 2), line + lines));
+  return end;
+}
+
 }  // namespace
 
 std::vector<Kernel> read_module(Text original) {
   const std::string copy = without_comments(original);
   const Text text = copy;
   std::vector<Kernel> kernels;
-  std::set<std::string> unknown;
-  Addresses shared;
-  uint64_t shared_bytes = 0;
-  std::vector<std::string> open;
-  size_t at = 0;
+  std::set<std::string> unknowns;
+  SharedMemory shared;
+  size_t at = 0, counted = 0;
   uint32_t line = 1;
-  auto line_at = [&, seen = size_t{0}](size_t to) mutable {
-    for (; seen < to; ++seen) line += text[seen] == '\n';
-    return line;
-  };
   // Directives, one after the other: each ends with its line, a semicolon or a body in braces.
   while (at < text.size()) {
     if (is_space(text[at])) {
       ++at;
       continue;
     }
-    const uint32_t here = line_at(at);
+    for (; counted < at; ++counted) line += text[counted] == '\n';
     Text rest = text.substr(at);
     const Text word = take_word(&rest);
     const auto end_of = [&](const char* what) {
-      const size_t end = text.find(what, at);
-      return end == Text::npos ? text.size() : end;
+      return std::min(text.find(what, at), text.size());
     };
     if (word == ".version" || word == ".target" || word == ".address_size" || word == ".file") {
       at = end_of("\n");
@@ -476,51 +606,22 @@ std::vector<Kernel> read_module(Text original) {
       at = end_of("}") + 1;
     } else if (word == ".extern" || word == ".shared") {
       const size_t end = end_of(";");
-      const Variable v = read_variable(trimmed(text.substr(at, end - at)), here);
-      if (v.open) {
-        open.push_back(v.name);
-      } else {
-        shared_bytes = aligned(shared_bytes, v.align);
-        shared[v.name] = kSharedBase + shared_bytes;
-        shared_bytes += v.size;
-      }
+      shared.add({trimmed(text.substr(at, end - at)), line});
       at = end + 1;
     } else if (word == ".global") {  // a string that nothing refers to: else the operand is unknown
       at = end_of(";") + 1;
     } else if (word == ".visible" || word == ".weak") {
       at += word.size();
     } else if (word == ".entry") {
-      for (const std::string& name : open) shared[name] = kSharedBase + aligned(shared_bytes, 128);
-      Kernel kernel;
-      kernel.static_shared = aligned(shared_bytes, open.empty() ? 1 : 128);
-      const size_t open_at = text.find('(', at), close = text.find(')', open_at);
-      const size_t body = text.find('{', close);
-      kernel.name = trimmed(text.substr(at + word.size(), open_at - at - word.size()));
-      Reader reader(kernel, shared, unknown);
-      for (const Text p : split(text.substr(open_at + 1, close - open_at - 1))) {
-        reader.add_parameter(p, here);
-      }
-      Text limits = text.substr(close + 1, body - close - 1);
-      while (!trimmed(limits).empty()) {
-        const Text limit = take_word(&limits);
-        if (limit != ".maxntid" && limit != ".reqntid") continue;
-        kernel.most_threads = static_cast<uint32_t>(
-            number(limits.substr(0, limits.find_first_not_of("0123456789")), here));
-      }
-      int depth = 1;
-      size_t end = body + 1;
-      for (; depth > 0 && end < text.size(); ++end)
-        depth += (text[end] == '{') - (text[end] == '}');
-      reader.read(statements(text.substr(body + 1, end - body - 2), line_at(body)));
-      kernels.push_back(std::move(kernel));
-      at = end;
+      at += word.size();
+      at += read_kernel(text.substr(at), line, shared, unknowns, &kernels.emplace_back());
     } else {
-      throw Unknown("line " + std::to_string(here) + ": directive " + std::string(word));
+      unknown(line, "directive " + std::string(word));
     }
   }
-  if (!unknown.empty()) {
+  if (!unknowns.empty()) {
     std::string all;
-    for (const std::string& u : unknown) all += (all.empty() ? "" : "\n") + u;
+    for (const std::string& u : unknowns) all += (all.empty() ? "" : "\n") + u;
     throw Unknown(all);
   }
   return kernels;
