@@ -50,7 +50,8 @@ def compile_kernels(arch: str, *drivers: str) -> list[Path]:
     def one(name: str) -> Path:
         source = ROOT / "csrc/cuda" / f"{name}.cu"
         target = BUILD / f"sm_{arch}" / f"{source.stem}.o"
-        newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.*"))
+        headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh")]
+        newest = max(path.stat().st_mtime for path in (source, *headers))
         if not target.exists() or target.stat().st_mtime <= newest:
             target.parent.mkdir(parents=True, exist_ok=True)
             command = ["nvcc", "-std=c++20", "-O3", "-Xcompiler", "-fPIC", "--no-compress"]
