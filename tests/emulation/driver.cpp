@@ -195,7 +195,7 @@ void add_other_dtypes(std::vector<Case>& cases) {
   }
 }
 
-// A decay is infinite in one channel: its tile walks serially, those after it go on from there.
+// Decays are infinite in one channel: their tiles walk serially, those after them go on from there.
 void add_infinite(std::vector<Case>& cases) {
   const Feature feature{"infinite", [](Case& c) { set_state(c), c.infinite = true; }};
   const Feature packed{"packed_infinite",
@@ -377,7 +377,11 @@ Data make_data(const Case& c) {
     d.input.back()->fill([&] { return random_input(c, i, random); });
     if (c.backward) d.grad_input.push_back(tensor_of(c));
   }
-  if (c.infinite) d.input[0]->set(0, c.time / 2, 1, HUGE_VAL);
+  if (c.infinite) {  // on the path of groups also in the last tile of one, in either direction
+    for (double at : {0.5, 0.718, 0.282}) {
+      d.input[0]->set(0, static_cast<int64_t>(at * static_cast<double>(c.time)), 1, HUGE_VAL);
+    }
+  }
   d.h = tensor_of(c);
   d.leaving = states_of(c);
   if (c.entering) {
