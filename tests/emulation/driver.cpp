@@ -241,6 +241,7 @@ void add_corners(std::vector<Case>& cases) {
     add("one_channel", backward, 1, 700, 1);
     add("empty_sequences", backward, 1, 0, 9, {0, 0, 0});
     add("many_chains", backward, 132, 700, 64);
+    add("few_rows", backward, 3, 40, 40);  // a thread folds several parts
     add("short_sequences", backward, 1, 600, 9, {100, 0, 100});
   }
 }
