@@ -100,7 +100,8 @@ void set_shape(Case& c, Path path) {
   c.channels = path == Path::groups ? 8 : 24;
 }
 
-// What may be special about a call, apart from op, dtype, direction and path.
+// What may be special about a call, apart from op, dtype, direction and path. The last thread that
+// has steps has one of them, or two or three, as the feature says.
 struct Feature {
   const char* name;
   void (*set)(Case&);
@@ -131,13 +132,16 @@ const Feature kFeatures[] = {
     {"state_reverse", [](Case& c) { set_state(c), c.reverse = true; }},
     {"packed_state", [](Case& c) { set_packed(c), set_state(c); }},
     {"packed_reverse", [](Case& c) { set_packed(c), c.reverse = c.long_ends = true; }},
-    {"time_major", [](Case& c) { set_state(c), c.rows = 2, c.layout = Layout::time_major; }},
+    {"time_major",
+     [](Case& c) { set_state(c), c.rows = 2, c.time += 1, c.layout = Layout::time_major; }},
     {"strided_no_gradient",
      [](Case& c) { set_state(c), c.layout = Layout::strided, c.gradient = false; }},
-    {"unaligned", [](Case& c) { set_state(c), c.channels -= 3, c.offset = 1; }},
-    {"packed_unaligned", [](Case& c) { set_packed(c), set_state(c), c.channels = 3; }},
+    {"unaligned", [](Case& c) { set_state(c), c.time += 1, c.channels -= 3, c.offset = 1; }},
+    {"packed_unaligned",
+     [](Case& c) { c.time += 2, set_packed(c), set_state(c), c.channels = 3; }},
     {"resets", [](Case& c) { set_state(c), c.resets = 0.02; }},
-    {"resets_reverse", [](Case& c) { set_state(c), c.reverse = true, c.resets = 0.2; }},
+    {"resets_reverse",
+     [](Case& c) { set_state(c), c.time += 2, c.reverse = true, c.resets = 0.2; }},
     {"packed_resets", [](Case& c) { set_packed(c), set_state(c), c.resets = 0.5; }},
     {"uncovered", set_uncovered},
     {"uncovered_reverse",
@@ -240,8 +244,10 @@ void add_corners(std::vector<Case>& cases) {
     add("one_step", backward, 3, 1, 40);
     add("one_channel", backward, 1, 700, 1);
     add("empty_sequences", backward, 1, 0, 9, {0, 0, 0});
+    add("many_empty_channels", backward, 1, 0, 128, {0, 0, 0});
     add("many_chains", backward, 132, 700, 64);
-    add("few_rows", backward, 3, 40, 40);  // a thread folds several parts
+    add("few_rows", backward, 3, 42, 40);  // a thread folds several parts
+    add("fewer_rows", backward, 1, 3, 40);
     add("short_sequences", backward, 1, 600, 9, {100, 0, 100});
   }
 }

@@ -296,7 +296,7 @@ struct Machine {
   Context* previous = nullptr;
   Thread* thread = nullptr;  // that runs now
   uint32_t warp = 0;         // its index in `runnable`
-  uint32_t favourite = 0;    // the warp that goes first, if some may starve
+  uint32_t favourite = 0;    // the warp that goes first, if others may starve
   Block* ended_block = nullptr;
 
   uint64_t random_state;
@@ -452,6 +452,7 @@ void wait(bool for_ever = false) {
 void yield() {
   Thread* self = machine.thread;
   machine.runnable[self->warp->index] |= self->bit();
+  machine.favourite = machine.warp + 1;
   Thread* next = choose_thread(/*leave_warp=*/true);
   if (next != self) resume(next);
 }
@@ -755,7 +756,6 @@ void poll(Where where) {
   if (++machine.polls > machine.settings.spins) {
     die("dead-lock: threads poll, and nothing that they could wait for changes");
   }
-  machine.favourite = machine.warp + 1;
   yield();
   machine.thread->doing = Doing::runs;
 }
