@@ -292,6 +292,7 @@ class Tensor {
   }
 
   const View& view() const { return view_; }
+  DType dtype() const { return dtype_; }
   void* data() const { return view_.data; }
   bool wide() const {  // as the host of torch decides it
     const int64_t size = size_of(dtype_);
@@ -589,20 +590,12 @@ const char* launch(const Case& c, const Data& d, const Memory& workspace, ScanCa
 // Comparison.
 
 double tolerance(const Case& c) {
-  switch (c.dtype) {
-    case DType::float32:
-      return c.slowness ? 6e-7 : 1e-6;
-    case DType::float64:
-      return 1e-13;
-    case DType::bfloat16:
-      return 1e-2;
-    default:
-      return 1e-3;
-  }
+  if (c.dtype == DType::float64) return 1e-13;
+  return c.slowness ? 6e-7 : 1e-6;
 }
 
-// The largest difference, relative to the largest value; infinite where one is not a number or not
-// finite and the other is not the same.
+// The largest difference beyond the rounding of a result, relative to the largest value; infinite
+// where one is not a number or not finite and the other is not the same.
 double error_of(const Tensor& actual, const Tensor& expected) {
   double largest = 1e-30, difference = 0;
   expected.for_all([&](int64_t r, int64_t t, int64_t c) {
@@ -610,7 +603,7 @@ double error_of(const Tensor& actual, const Tensor& expected) {
     if (std::isfinite(x)) largest = std::fmax(largest, std::fabs(x));
     const bool same = x == y || (std::isnan(x) && std::isnan(y));
     if (same) return;
-    const double apart = std::fabs(x - y);
+    const double apart = std::fabs(x - y) - half_a_unit(actual.dtype(), x);
     difference = std::isfinite(apart) ? std::fmax(difference, apart) : HUGE_VAL;
   });
   return difference / largest;
