@@ -48,6 +48,7 @@ from machine import BUILD
 
 RESULTS = HERE / "results.json"
 POISON = ("255", "60")  # NaN, and small positive numbers
+SCHEDULES = [(0, 4), (2, 2), (3, 4), (1, 9), (2, 1), (3, 2), (2, 5)]  # shuffling, resident blocks
 JOBS = os.cpu_count() or 1
 TRITON = "triton"  # stands for what Triton compiles, among the objects of nvcc
 
@@ -132,7 +133,9 @@ def thread(archs: list[str]) -> str:
     for name in check.DRIVERS:
         program = nvcc.driver(name, archs[0], "thread")
         results = in_parallel(  # at random, and with warps that starve
-            lambda s=s, n=name, p=program: run_driver(n, p, "--quick", EMULATION_SHUFFLE=s, **STRICT)
+            lambda s=s, n=name, p=program: run_driver(
+                n, p, "--quick", EMULATION_SHUFFLE=s, **STRICT
+            )
             for s in "23"
         )
         for result in results:
@@ -254,7 +257,7 @@ def check_mutation(path: Path, arch: str) -> str:
         return f"{path.name}: {failure}"
     given |= {**STRICT, "EMULATION_SPINS": "200000", "TSAN_OPTIONS": "halt_on_error=1 symbolize=0"}
     cases = mutation.settings["cases"].split()
-    for seed, (shuffle, resident) in enumerate([(0, 4), (2, 2), (3, 4), (1, 9), (2, 1), (3, 2), (2, 5)]):
+    for seed, (shuffle, resident) in enumerate(SCHEDULES):
         settings = given | schedule(shuffle, seed, resident)
         settings["EMULATION_POISON"] = POISON[seed % 2]
         result = run(program, *map(str, script), *cases, **settings)

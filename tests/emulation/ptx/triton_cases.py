@@ -1,5 +1,6 @@
-"""``python tests/emulation/ptx/triton_cases.py NAME...``: Triton's kernels, compiled and run as PTX,
-against float64. The output is that of ../driver.cpp.
+"""``python tests/emulation/ptx/triton_cases.py NAME...``: Triton's kernels as PTX against float64.
+
+The output is that of ../driver.cpp.
 
 EMULATION_TRITON_EDIT names a file of mutations/ that is planted into the kernels it is about.
 """
@@ -20,6 +21,7 @@ import rung
 import torch
 
 import msrnn_ops as ms
+
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -72,7 +74,8 @@ def main() -> int:
         bits = b"".join(x.view(torch.uint8).numpy().tobytes() for x, _ in pairs)
         right = error <= TOLERANCE[dtype]  # not if it is NaN
         wrong += not right
-        print(hashlib.sha256(bits).hexdigest()[:16], f"{error:.1e}", name, "" if right else " WRONG: values")
+        hashed = hashlib.sha256(bits).hexdigest()[:16]
+        print(hashed, f"{error:.1e}", name, "" if right else " WRONG: values")
     return wrong > 0
 
 
