@@ -61,14 +61,18 @@ def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
-# Many segments and wide blocks, since what takes time is the number of operations, not their size;
-# and a GPU so small that small calls take every form.
+# Many segments and wide blocks, since what takes time is the number of operations, not their size.
 _TILES = {"walk": (1, 4, 256, 1), "segments": (64, 2, 128, 4), "chunks": (16, 2, 128, 4)}
+
+
+def shrink_gpu() -> None:
+    """Small calls take every form."""
+    scan._FILL, scan._NEARLY, scan._FEWEST_STEPS, scan._FEWEST_CHUNKS = 300, 150, 16, 3
 
 
 def repair() -> None:
     tuning.SCANS.update({key: _TILES[key[1]] for key in tuning.SCANS})
-    scan._FILL, scan._NEARLY, scan._FEWEST_STEPS, scan._FEWEST_CHUNKS = 300, 150, 16, 3
+    shrink_gpu()
     builder = interpreter.InterpreterBuilder
     cast, dot, fma = builder.cast_impl, builder.create_dot, builder.create_fma
 

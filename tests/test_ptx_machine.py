@@ -34,15 +34,27 @@ UNKNOWN = {
     "modifier": ("add.sat.s32 %r1, %r2, %r3;", "add.sat.s32"),
     "modifiers in another order": ("ld.v2.global.b32 {%r1, %r2}, [%in];", "ld.v2.global.b32"),
     "all that is unknown": ("foo.s32 %r1; bar.f32 %r1;", "bar.f32\nfoo.s32"),
-    "too few operands": ("add.s32 %r1, %r2;", "add.s32 with such operands: %r1, %r2"),
-    "too many operands": ("add.s32 %r1, %r2, %r3, %r4;", "add.s32 with such operands"),
-    "no operand between commas": ("add.s32 %r1, , %r3;", "such operands: %r1, , %r3"),
-    "vector for a register": ("add.s32 %r1, {%r2, %r3}, 1;", "add.s32 with such operands"),
-    "register for a vector": ("ld.global.v2.b32 %r1, [%in];", "ld.global.v2.b32 with such"),
-    "vector of another length": ("ld.global.v2.b32 {%r1, %r2, %r3}, [%in];", "with such operands"),
-    "address for a register": ("mov.u32 %r1, [%r2];", "mov.u32 with such operands"),
-    "register for an address": ("ld.global.b32 %r1, %in;", "ld.global.b32 with such operands"),
-    "thread count of a barrier": ("bar.sync 0, 32;", "bar.sync with such operands"),
+    "too few operands": ("add.s32 %r1, %r2;", "add.s32 with operands of other kinds"),
+    "too many operands": ("add.s32 %r1, %r2, %r3, %r4;", "add.s32 with operands of other kinds"),
+    "no operand between commas": ("add.s32 %r1, , %r3;", "add.s32 with operands of other kinds"),
+    "vector for a register": (
+        "add.s32 %r1, {%r2, %r3}, 1;",
+        "add.s32 with operands of other kinds",
+    ),
+    "register for a vector": (
+        "ld.global.v2.b32 %r1, [%in];",
+        "ld.global.v2.b32 with operands of other kinds",
+    ),
+    "vector of another length": (
+        "ld.global.v2.b32 {%r1, %r2, %r3}, [%in];",
+        "with operands of other kinds",
+    ),
+    "address for a register": ("mov.u32 %r1, [%r2];", "mov.u32 with operands of other kinds"),
+    "register for an address": (
+        "ld.global.b32 %r1, %in;",
+        "ld.global.b32 with operands of other kinds",
+    ),
+    "thread count of a barrier": ("bar.sync 0, 32;", "bar.sync with operands of other kinds"),
     "operand": ("add.s32 %r1, %r2, nothing;", "line LINE: operand nothing"),
     "register": ("add.s32 %q1, %r2, %r3;", "line LINE: register %q1"),
     "register of a family": ("add.s32 %r48, %r2, %r3;", "line LINE: register %r48"),
@@ -85,7 +97,11 @@ def test_registers_and_constants_lie_on_one_stack() -> None:
 
 
 MODULES = {
-    "a directive": (".global .b32 there;", "line 6: directive .global"),
+    "a directive": (".const .b32 there;", "line 6: directive .const"),
+    "a use of global memory": (
+        ".global .b32 there; .entry k() { .reg .b64 %d<1>; mov.u64 %d0, there; }",
+        "line 6: operand there",
+    ),
     "a function": (".func f() { ret; }", "line 6: directive .func"),
     "an external variable": (".extern .global .b32 there;", "line 6: type .global"),
     "a type": (".shared .b128 wide;", "line 6: type .b128"),
@@ -157,6 +173,11 @@ READ = {
         @%p1 mov.u32 %r0, 1; @!%p1 mov.u32 %r1, 1; @!%p1 bra THERE; mov.u32 %r2, 8; THERE:""",
         [1, 0, 8],
     ),
+    "vectors of one element": (
+        """ld.global.b32 { %r0 }, [ %in + 0 ]; mov.b32 {%r1}, {7}; st.global.b32 [%out+8], {%r0};
+        ld.global.b32 %r2, [%out+8];""",
+        [100, 7, 100],
+    ),
     "what is around instructions": (
         """.pragma "nounroll";
         .loc 1 23 5, function_name $L__info, inlined_at 1 34 5
@@ -215,6 +236,7 @@ def test_a_module_as_nvcc_writes_it() -> None:
 .extern .shared .align 16 .b8 dynamic[];
 .shared .align 4 .b8 fixed[20];
 .file 1 "/a/b.cu"
+.global .align 1 .b8 message[3] = {97, 98, 0};
 
 .visible .entry first(
 \t.param .u8 first_param_0,

@@ -20,9 +20,10 @@ HERE = Path(__file__).resolve().parent
 EMULATION = HERE.parent
 ROOT = EMULATION.parents[1]
 BUILD = ROOT / "build" / "emulation" / "ptx"
+RUNTIME, TENSORS = HERE / "cuda_runtime.cpp", HERE / "torch_memory.cpp"  # for some programs only
 SOURCES = [
     EMULATION / "runtime.cpp",
-    *sorted(p for p in HERE.glob("*.cpp") if p.stem != "cuda_runtime"),
+    *sorted(path for path in HERE.glob("*.cpp") if path not in (RUNTIME, TENSORS)),
 ]
 FLAGS = ["-std=c++20", "-O2", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
 
@@ -51,16 +52,19 @@ def objects(*more: Path, sanitizer: str = "", flags: Iterable[str] = ()) -> list
         return list(pool.map(one, [*SOURCES, *more]))
 
 
+def link(target: Path, *arguments: str | Path) -> Path:
+    command = [os.environ.get("CXX", "g++"), *map(str, arguments), "-o", str(target)]
+    subprocess.run(command, check=True)
+    return target
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The machine, without a CUDA runtime around it."""
     target = BUILD / "libptx.so"
     parts = objects()
     if not target.exists() or target.stat().st_mtime < max(p.stat().st_mtime for p in parts):
-        subprocess.run(
-            [os.environ.get("CXX", "g++"), "-shared", *map(str, parts), "-o", str(target)],
-            check=True,
-        )
+        link(target, "-shared", *parts)
     machine = ctypes.CDLL(str(target))
     machine.ptx_load.restype = ctypes.c_char_p
     machine.ptx_forms.restype = ctypes.c_char_p
@@ -105,3 +109,19 @@ def launch(
     )
     if code:
         raise RuntimeError(f"{name}: no GPU runs a grid of {tuple(grid)} blocks of {tuple(block)}")
+
+
+@cache
+def announce_tensors() -> None:
+    """From now on kernels may access what CPU tensors hold, and nothing else."""
+    import torch
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    library()
+    include = [f"-isystem{path}" for path in include_paths()]
+    memory = compile_one(TENSORS, BUILD / "torch_memory.o", *include)
+    where = [f"-L{path}" for path in (BUILD, *library_paths())]
+    target = link(
+        BUILD / "libptx_memory.so", "-shared", memory, *where, "-lptx", "-lc10", f"-Wl,-rpath,{BUILD}"
+    )
+    torch.ops.load_library(str(target))

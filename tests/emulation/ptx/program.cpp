@@ -394,6 +394,9 @@ class Reader {
     }
   }
 
+  // A vector of one element may stand for it: Triton writes so.
+  static Text element(Text x) { return encloses('{', x, '}') ? inside(x) : x; }
+
   // Whether operands are as many as a form has, and vectors, addresses and others where it has them.
   static bool fit(const std::string& kinds, const std::vector<Text>& operands) {
     size_t used = 0;
@@ -404,7 +407,7 @@ class Reader {
       if (count > 0) {
         all &= encloses('{', x, '}') && split(inside(x)).size() == count;
       } else {
-        all &= !x.empty() && x.front() != '{' && encloses('[', x, ']') == (kind == 'a');
+        all &= split(element(x)).size() == 1 && encloses('[', x, ']') == (kind == 'a');
       }
     });
     return all && used == operands.size();
@@ -425,9 +428,9 @@ class Reader {
       if (kind == 'D' || kind == 'S') {
         for (const Text part : split(inside(x))) kind == 'D' ? write(part) : read(part);
       } else if (kind == 'd') {
-        write(x);
+        write(element(x));
       } else if (kind == 's') {
-        read(x);
+        read(element(x));
       } else if (kind == 'p') {
         const size_t bar = x.find('|');
         write(trimmed(x.substr(0, bar)));
@@ -488,7 +491,7 @@ class Reader {
       kernel_.code.push_back(i);
       return;
     }
-    throw Unknown(name_ + " with such operands: " + std::string(text));
+    throw Unknown(name_ + " with operands of other kinds");
   }
 
   Kernel& kernel_;
@@ -602,6 +605,8 @@ std::vector<Kernel> read_module(Text original) {
       const size_t end = end_of(";");
       shared.add({trimmed(text.substr(at, end - at)), line});
       at = end + 1;
+    } else if (word == ".global") {  // a string that nothing refers to: else the operand is unknown
+      at = end_of(";") + 1;
     } else if (word == ".visible" || word == ".weak") {
       at += word.size();
     } else if (word == ".entry") {
