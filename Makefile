@@ -144,7 +144,8 @@ lint: $(VENV)/ready
 	$(BIN)/pip install -q ruff mypy clang-format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(CSRC) $(wildcard tests/emulation/*.cpp tests/emulation/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(CSRC) $(wildcard tests/emulation/*.cpp tests/emulation/*.h \
+		tests/emulation/ptx/*.cpp tests/emulation/ptx/*.h)
 
 # On a machine with a GPU, with the packages of $(PYTHON) alone and no network: build, test, sanitize,
 # stress and measure; results go to the folder OUT.

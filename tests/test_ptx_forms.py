@@ -8,15 +8,18 @@ leaves a result open, a case says ANY: the machine must go on, and that is all.
 from __future__ import annotations
 
 import ctypes
+import shutil
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ptx_kernels
 import pytest
 from emulation.ptx import machine
+from processes import output_of
 
 pytestmark = pytest.mark.skipif(not ptx_kernels.AVAILABLE, reason="needs a C++ compiler")
 
@@ -1804,6 +1807,14 @@ def test_values(index: int) -> None:
             assert same(kind, got, expected, row.ulps), (
                 f"{row}: {case[:width]} gave 0x{int.from_bytes(got, 'little'):x}, not {expected}"
             )
+
+
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs ptxas")
+def test_ptxas_accepts_these_kernels(tmp_path: Path) -> None:
+    (tmp_path / "forms.ptx").write_text(module())
+    output_of(
+        "ptxas", "-arch=sm_90", str(tmp_path / "forms.ptx"), "-o", str(tmp_path / "forms.cubin")
+    )
 
 
 def test_every_form_has_a_case() -> None:

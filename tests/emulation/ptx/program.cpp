@@ -104,10 +104,10 @@ uint64_t number(Text x, uint32_t line) {
 
 // Bytes of a type.
 uint64_t size_of(Text type, uint32_t line) {
-  static const std::map<Text, uint64_t> all = {
-      {".pred", 1}, {".b8", 1},  {".u8", 1},  {".s8", 1},  {".b16", 2}, {".u16", 2},
-      {".s16", 2},  {".f16", 2}, {".b32", 4}, {".u32", 4}, {".s32", 4}, {".f32", 4},
-      {".b64", 8},  {".u64", 8}, {".s64", 8}, {".f64", 8}};
+  static const std::map<Text, uint64_t> all = {{".pred", 1}, {".b8", 1},  {".u8", 1},  {".s8", 1},
+                                               {".b16", 2},  {".u16", 2}, {".s16", 2}, {".f16", 2},
+                                               {".b32", 4},  {".u32", 4}, {".s32", 4}, {".f32", 4},
+                                               {".b64", 8},  {".u64", 8}, {".s64", 8}, {".f64", 8}};
   const auto found = all.find(type);
   if (found == all.end()) unknown(line, "type " + std::string(type));
   return found->second;
@@ -170,7 +170,8 @@ Variable read_variable(Text text, uint32_t line) {
   uint64_t count = 1;
   if (bracket != Text::npos) {
     const Text length = text.substr(bracket);
-    if (!encloses('[', length, ']') || length.rfind('[') > 0) unknown(line, "variable " + std::string(text));
+    if (!encloses('[', length, ']') || length.rfind('[') > 0)
+      unknown(line, "variable " + std::string(text));
     v.open = inside(length).empty();
     count = v.open ? 0 : number(inside(length), line);
   }
@@ -331,8 +332,8 @@ class Reader {
     size_t digits = name.size();
     while (digits > 0 && is_digit(name[digits - 1])) --digits;
     uint32_t n = 0;
-    const bool numbered = std::from_chars(name.data() + digits, name.data() + name.size(), n).ec ==
-                          std::errc();
+    const bool numbered =
+        std::from_chars(name.data() + digits, name.data() + name.size(), n).ec == std::errc();
     for (auto scope = scopes_.rbegin(); scope != scopes_.rend(); ++scope) {
       const Families& known = scope->registers;
       if (const auto one = known.find(name); one != known.end() && one->second.one) {
@@ -397,7 +398,8 @@ class Reader {
   // A vector of one element may stand for it: Triton writes so.
   static Text element(Text x) { return encloses('{', x, '}') ? inside(x) : x; }
 
-  // Whether operands are as many as a form has, and vectors, addresses and others where it has them.
+  // Whether operands are as many as a form has, and vectors, addresses and others where it has
+  // them.
   static bool fit(const std::string& kinds, const std::vector<Text>& operands) {
     size_t used = 0;
     bool all = true;
@@ -596,7 +598,9 @@ std::vector<Kernel> read_module(Text original) {
     for (; counted < at; ++counted) line += text[counted] == '\n';
     Text rest = text.substr(at);
     const Text word = take_word(&rest);
-    const auto end_of = [&](const char* what) { return std::min(text.find(what, at), text.size()); };
+    const auto end_of = [&](const char* what) {
+      return std::min(text.find(what, at), text.size());
+    };
     if (word == ".version" || word == ".target" || word == ".address_size" || word == ".file") {
       at = end_of("\n");
     } else if (word == ".section") {
