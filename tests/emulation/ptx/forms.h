@@ -2,7 +2,7 @@
 //
 // A form is an opcode with all its modifiers and the kinds of its operands. Whatever is not in the
 // table is an error when a program is read: no modifier is skipped. Every form has a self-test
-// (../test_ptx_forms.py), whose values come from the text of the PTX ISA.
+// (../../test_ptx_forms.py), whose values come from the text of the PTX ISA.
 //
 // The kinds of operands, one letter each:
 //   d  a register to write, or _          D1 D2 D4  a vector of them, {a, b}
