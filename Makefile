@@ -8,9 +8,7 @@ SOURCES = $(CSRC) setup.py pyproject.toml msrnn_ops/version.py
 MUTATIONS ?= mutations
 ARCHS ?= 75,80,86,89,90,100,120
 DTYPES ?= bfloat16,float32,float16,float64
-PARTS ?= build,test,triton,sanitizer,stress,bench
 TRITON ?= 3.6.0 3.9.0
-OUT ?= bench/results
 
 PYTEST = OMP_WAIT_POLICY=passive MSRNN_TEST_LABEL=$@ $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
 	--disable-warnings
@@ -25,7 +23,7 @@ QUICK = $(SHORT) and $(FEW_OPS) and not large and not min_lstm_identity and not 
 	and not float64 and not float16 and not bfloat16
 
 .PHONY: test test-cpu test-cuda test-triton verify slow emulate schedules triton budget builds sanitize cuda
-.PHONY: wheel portable lint docs gpu-check bench bench-full bench-cuda papers distributed clean
+.PHONY: wheel portable lint docs gpu-prepare gpu-check bench bench-full bench-cuda papers distributed clean
 
 # What to run after a change: every op, backend and layer against float64, under five minutes on two
 # cores. Two run at a time, and each says what it has done, file by file.
@@ -144,13 +142,18 @@ lint: $(VENV)/ready
 	$(BIN)/pip install -q ruff mypy clang-format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(CSRC) $(wildcard tests/emulation/*.cpp tests/emulation/*.h \
+	$(BIN)/clang-format --dry-run --Werror $(CSRC) $(wildcard tests/*/*.cpp tests/*/*.h tests/*/*.cu \
 		tests/emulation/ptx/*.cpp tests/emulation/ptx/*.h)
 
-# On a machine with a GPU, with the packages of $(PYTHON) alone and no network: build, test, sanitize,
-# stress and measure; results go to the folder OUT.
+# What gpu-check needs and no GPU: libraries for compute capability 9.0 against torch 2.11, a probe,
+# the peers' packages. Some minutes and an environment of 5 GB, for one folder: build/gpu.
+gpu-prepare:
+	$(PYTHON) tests/gpu/prepare.py
+
+# On a machine with a GPU, with the packages of $(PYTHON) alone and no network: nine minutes in twelve
+# steps, or those of PARTS; results go to the folder OUT. csrc/README.md says more.
 gpu-check:
-	$(PYTHON) tests/gpu/check.py --parts $(PARTS) --output $(OUT)
+	$(PYTHON) tests/gpu/check.py --steps "$(PARTS)" $(if $(OUT),--output $(OUT))
 
 # Against what PyTorch users run today: the first ratios after seconds, all of it within four minutes.
 # Results go to build/bench.

@@ -5,7 +5,8 @@ The operators use LibTorch's stable ABI at target 2.11, so one build runs on tor
 The CUDA operators are built where torch has CUDA and nvcc is found; FORCE_CUDA=1 builds them with
 any torch and fails without nvcc, MSRNN_SKIP_CUDA=1 leaves them out. TORCH_CUDA_ARCH_LIST names the
 GPUs ("8.0;9.0+PTX" or "Ampere"); by default every one from 7.5 to 12.0 that nvcc knows. No GPU is
-needed. What is missing or wrong ends the build with one line.
+needed. MSRNN_SKIP_OPERATORS=1 compiles only the module, which depends on the version of Python, for
+operators that were built elsewhere. What is missing or wrong ends the build with one line.
 """
 
 import os
@@ -190,7 +191,8 @@ class Build(BuildExtension):
         """The kernels know no torch, so nvcc reads them alone, in parallel."""
         folder = Path(self.build_temp, "cuda").absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.*"))
+        sources = [path for path in (ROOT / "csrc").rglob("*.*") if path.suffix != ".md"]
+        newest = max(path.stat().st_mtime for path in sources)
         stamp = folder / "archs"
         if not stamp.exists() or stamp.read_text() != str(cuda_archs()):
             newest = float("inf")
@@ -216,6 +218,18 @@ def compile_kernel(folder: Path, newest: float, name: str) -> str:
     if code := subprocess.run(command, cwd=ROOT).returncode:
         stop(f"nvcc failed with code {code} on csrc/cuda/{name}.cu; what it said is above")
     return str(target)
+
+
+def operators() -> list[Extension]:
+    cpu = CppExtension(
+        "msrnn_ops._cpu",
+        ["csrc/ops.cpp", *(f"csrc/cpu/{name}.cpp" for name in CPU_SOURCES)],
+        define_macros=STABLE_ABI,
+        extra_compile_args=FLAGS + sanitize,
+        extra_link_args=sanitize,
+        py_limited_api=True,
+    )
+    return [cpu, *([cuda_extension()] if cuda else [])]
 
 
 def cuda_extension() -> Extension:
@@ -265,18 +279,7 @@ setup(
             ],
             extra_compile_args=FLAGS,
         ),
-        CppExtension(
-            "msrnn_ops._cpu",
-            [
-                "csrc/ops.cpp",
-                *(f"csrc/cpu/{name}.cpp" for name in CPU_SOURCES),
-            ],
-            define_macros=STABLE_ABI,
-            extra_compile_args=FLAGS + sanitize,
-            extra_link_args=sanitize,
-            py_limited_api=True,
-        ),
-        *([cuda_extension()] if cuda else []),
+        *([] if flag("MSRNN_SKIP_OPERATORS") else operators()),
     ],
     cmdclass={"build_ext": Build.with_options(use_ninja=True, no_python_abi_suffix=True)},
 )

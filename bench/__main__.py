@@ -87,12 +87,19 @@ def cpu(words: list[str], /, full: bool, only: list[str] | None, output: Path) -
 @command.command()
 @click.option("--full", is_flag=True, help="Every peer on every op and shape.")
 @_only(benchmark.CUDA_PARTS)
+@click.option("--limit", type=float, default=math.inf, help="Seconds after which no row is begun.")
+@click.option("--rehearse", is_flag=True, help="Tiny sizes on the CPU: nothing is measured.")
 @_output()
 @click.pass_obj
-def cuda(words: list[str], /, full: bool, only: list[str] | None, output: Path) -> None:
+def cuda(
+    words: list[str], /, full: bool, only: list[str] | None, limit: float, rehearse: bool,
+    output: Path,
+) -> None:  # fmt: skip
     """The CUDA and Triton kernels against their peers, on a GPU."""
-    _available(click.get_current_context(), cuda.params[0], "cuda")
-    benchmark.run("cuda", only or benchmark.CUDA_PARTS, full, output / "cuda.json", words)
+    if not rehearse:
+        _available(click.get_current_context(), cuda.params[0], "cuda")
+    parts, path = only or benchmark.CUDA_PARTS, output / "cuda.json"
+    benchmark.run("cuda", parts, full, path, words, limit, rehearse)
 
 
 @command.command()

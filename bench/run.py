@@ -14,7 +14,7 @@ from bench.measure import Entries
 from bench.table import console, say, show
 
 CPU_PARTS = ("steps", "ops", "layers", "decoding", "memory", "limits", "accuracy")
-CUDA_PARTS = ("limits", "steps", "ops", "decoding", "layers", "small")
+CUDA_PARTS = ("limits", "ops", "steps", "decoding", "triton", "peers", "layers", "small")
 LIMIT = 200.0  # seconds of the usual run, on a slow or busy machine too
 _SECONDS = 0.2  # of timing for each competitor and shape
 
@@ -35,34 +35,38 @@ def _cpu_parts(full: bool) -> Parts:
     }
 
 
-def _cuda_parts(full: bool) -> Parts:
+def _cuda_parts(full: bool, rehearse: bool) -> Parts:
     import torch
 
-    from bench.cuda import gpu, layers, limits, ops, small, steps
+    from bench.cuda import gpu, layers, limits, ops, small, stand_in, steps
 
-    device = gpu.Gpu(torch.device("cuda"))
+    if rehearse:
+        stand_in.shrink()
+    device = stand_in.StandIn() if rehearse else gpu.Gpu(torch.device("cuda"))
+    decoder: dict[str, Any] = stand_in.DECODER if rehearse else {}
     device.warm_up()
     return {
         "limits": partial(limits.run, device, _SECONDS),
+        "ops": partial(ops.run, device, _SECONDS),
         "steps": partial(steps.run, device, _SECONDS, full),
-        "ops": partial(ops.run, device, _SECONDS, full),
-        "decoding": partial(steps.run_decoding, device, _SECONDS),
+        "decoding": partial(steps.run_decoding, device, _SECONDS, **decoder),
+        "triton": partial(ops.run_triton, device, _SECONDS, full),
+        "peers": partial(ops.run_peers, device, _SECONDS, full),
         "layers": partial(layers.run, device, _SECONDS),
         "small": partial(small.run, device, _SECONDS),
     }
 
 
-def _head(device: str, full: bool, words: Sequence[str]) -> dict[str, Any]:
-    import torch
-
+def _head(device: str, full: bool, words: Sequence[str], rehearse: bool) -> dict[str, Any]:
     from bench import machine
 
     head = machine.head("python -m bench", words)
     head |= {"settings": {"seconds": _SECONDS, "full": full}, "seconds_taken": {}}
     if device == "cuda":
-        from bench.cuda import gpu
+        from bench.cuda import gpu, stand_in
 
-        head["machine"]["gpu"] = gpu.facts(torch.device("cuda"))
+        head["machine"]["gpu"] = stand_in.FACTS if rehearse else gpu.facts()
+        head["rehearsal"] = rehearse
     else:
         head["settings"]["freed_memory"] = (
             "Freed memory is reused, for every competitor alike (MALLOC_*)"
@@ -71,8 +75,11 @@ def _head(device: str, full: bool, words: Sequence[str]) -> dict[str, Any]:
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
+    """At once, so that whoever is stopped here leaves the file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    new.replace(path)
 
 
 def run(
@@ -82,6 +89,7 @@ def run(
     path: Path,
     words: Sequence[str],
     limit: float = math.inf,
+    rehearse: bool = False,
 ) -> None:
     """After `limit` seconds no row of a table is begun any more.
 
@@ -92,8 +100,8 @@ def run(
     partial_path = path.with_suffix(".partial")
 
     end = time.perf_counter() + limit
-    results = _head(device, full, words)
-    found = _cuda_parts(full) if device == "cuda" else _cpu_parts(full)
+    results = _head(device, full, words, rehearse)
+    found = _cuda_parts(full, rehearse) if device == "cuda" else _cpu_parts(full)
     for part in parts:
         start = time.perf_counter()
         if start < end:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,13 @@ import torch
 for needed in ("click", "rich", "matplotlib"):
     pytest.importorskip(needed)
 
-from bench import peers, report, run, step_peers  # noqa: E402
+from bench import peers, report, run  # noqa: E402
 from bench.__main__ import command  # noqa: E402
 from bench.cpu import accuracy, layers, limits, memory, ops, steps  # noqa: E402
-from bench.cuda import gpu  # noqa: E402
-from bench.cuda import layers as gpu_layers  # noqa: E402
-from bench.cuda import limits as gpu_limits  # noqa: E402
-from bench.cuda import ops as gpu_ops  # noqa: E402
-from bench.cuda import peers as gpu_peers  # noqa: E402
-from bench.cuda import small as gpu_small  # noqa: E402
+from bench.cuda import stand_in  # noqa: E402
 from bench.cuda import steps as gpu_steps  # noqa: E402
-from bench.measure import interleaved  # noqa: E402
 
 pytestmark = pytest.mark.slow
-
-SMALL = step_peers.Heads(4, 2, 16)
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +41,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         (peers.ASSOCIATIVE_COMPILED, peers.reference),
     ):
         monkeypatch.setitem(peers.COMPETITORS, name, make)
-        peer = gpu_peers.Competitor(make, ("min_gru",))
-        monkeypatch.setitem(gpu_peers.COMPETITORS, name, peer)
 
 
 def test_the_cpu(tmp_path: Path) -> None:
@@ -115,69 +104,33 @@ def test_what_was_measured_before_stays_until_there_is_more(
     assert command.commands["cpu"].params[2].default == Path("build/bench")
 
 
-class StandIn(gpu.Gpu):
-    """The CPU in place of a GPU: it can tell nothing of speed, but every call is made."""
-
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
-
-    def captured(self, call: gpu.Call, count: int = 1) -> tuple[gpu.Call, bool]:
-        return lambda: [call() for _ in range(count)], True
-
-    def interleaved(
-        self, calls: Mapping[str, gpu.Call], seconds: float, *, cold: bool = True
-    ) -> dict[str, dict[str, float]]:
-        return interleaved(calls, seconds)
-
-    def peak_bytes(self, call: Callable[[], object]) -> int:
-        call()
-        return 1
-
-    def empty_kernel(self) -> None:
-        pass
-
-    def warm_up(self) -> None:
-        pass
-
-
 def test_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (gpu_layers, gpu_limits, gpu_ops, gpu_small, gpu_steps):
-        monkeypatch.setattr(module, "release", lambda: None)
-    monkeypatch.setattr(gpu_limits, "_COPIES", (1 << 12,))
-    monkeypatch.setattr(gpu_ops, "_SHAPES", ((2, 8, 4), (1, 16, 4)))
-    monkeypatch.setattr(gpu_ops, "_LARGE", 64)
-    monkeypatch.setattr(gpu_layers, "_SHAPES", ((2, 8, 4),))
-    monkeypatch.setattr(gpu_small, "_SHAPES", ((1, 8, 4), (2, 4)))
-    monkeypatch.setattr(gpu_steps, "_SHAPES", ((1, 8), (2, 8), (1, 16), (2, 16)))
-    monkeypatch.setattr(gpu_steps, "_OTHERS", ((SMALL, (2, 8)),))
-    monkeypatch.setattr(gpu_steps, "_COMPILED", ())
-    device = StandIn()
-    sizes = {"layers": 2, "width": 128, "inner": 16, "context": 16, "batches": (1, 2)}
-    parts: run.Parts = {
-        "limits": lambda: gpu_limits.run(device, 1e-3),
-        "steps": lambda: gpu_steps.run(device, 1e-3, False),
-        "ops": lambda: gpu_ops.run(device, 1e-3, False),
-        "decoding": lambda: gpu_steps.run_decoding(device, 1e-3, **sizes),
-        "layers": lambda: gpu_layers.run(device, 1e-3),
-        "small": lambda: gpu_small.run(device, 1e-3),
-    }
-    facts = {"name": "none", "multiprocessors": 1, "l2": 1, "memory": 1, "torch": "", "cuda": ""}
-    monkeypatch.setattr(run, "_cuda_parts", lambda full: parts)
-    monkeypatch.setattr(gpu, "facts", lambda _: facts)
-    run.run("cuda", run.CUDA_PARTS, False, tmp_path / "cuda.json", ["cuda"])
+    stand_in.shrink(monkeypatch.setattr)  # the command does so again, and this takes it back
+    command.main(["cuda", "--rehearse", "--output", str(tmp_path)], standalone_mode=False)
     found = json.loads((tmp_path / "cuda.json").read_text("utf-8"))
+    assert found["rehearsal"] and report.heading(found).startswith("no GPU: a rehearsal")
     assert list(found["seconds_taken"]) == list(run.CUDA_PARTS)
     tables = report.tables(found)
-    assert len(tables) == 9
+    assert len(tables) == 10
     for table in tables:
         assert table.rows and all(len(row) == len(table.columns) for row in table.rows)
     failures = [
         (name, result["failed"])
-        for row in found["ops"] + found["steps"]
+        for row in found["ops"] + found["triton"] + found["peers"] + found["steps"]
         for name, result in row["competitors"].items()
         if "failed" in result
     ]
     assert not {name for name, _ in failures} - {gpu_steps.SCORED}, failures
+
+
+def test_the_gpu_stops_when_its_time_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in.shrink(monkeypatch.setattr)
+    words = ["cuda", "--rehearse", "--only", "ops,small", "--limit", "1e-9"]
+    command.main([*words, "--output", str(tmp_path)], standalone_mode=False)
+    assert "the time is up: python -m bench cuda --only ops" in capsys.readouterr().out
+    assert not (tmp_path / "cuda.json").exists()
 
 
 def test_without_a_gpu() -> None:

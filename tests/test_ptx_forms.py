@@ -248,6 +248,39 @@ for form in ("mul.f32", "mul.rn.f32"):
         (2.0**-100, 2.0**-49, FLT_TINY), (2.0**-100, 2.0**-50, 0.0), (2.0**-100, -(2.0**-50), -0.0),
         (2.0**100, 2.0**28, INF), (0.0, INF, NAN), (-0.0, 5.0, -0.0),
     )
+# Pairs of floats in 64 bits, the first in the low half; each half is rounded on its own.
+def pair(low: float, high: float) -> int:
+    return int.from_bytes(struct.pack("<ff", low, high), "little")
+
+
+for rounding in ("", "rn."):
+    row(
+        f"add.{rounding}f32x2", "b64 b64 -> b64",
+        (pair(1.0, 1 + u), pair(2.0**-24, 2.0**-24), pair(1.0, 1 + 2 * u)),
+        (pair(FLT_TINY, -0.0), pair(FLT_TINY, -0.0), pair(2.0**-148, -0.0)),
+    )
+    row(
+        f"sub.{rounding}f32x2", "b64 b64 -> b64",
+        (pair(1.0, 5.0), pair(2.0**-25, 7.0), pair(1.0, -2.0)),
+        (pair(0.0, -FLT_MAX), pair(0.0, FLT_MAX), pair(0.0, -INF)),
+    )
+    row(
+        f"mul.{rounding}f32x2", "b64 b64 -> b64",
+        (pair(1 + u, 2.0**-100), pair(1 + u, -(2.0**-50)), pair(1 + 2 * u, -0.0)),
+    )
+row(
+    "fma.rn.f32x2", "b64 b64 b64 -> b64",
+    (
+        pair(1 + 2.0**-12, 3.0), pair(1 + 2.0**-12, -2.0), pair(-1 - 2.0**-11, 1.0),
+        pair(2.0**-24, -5.0),
+    ),
+)
+# A bfloat16, widened first, and a float.
+row(
+    "add.rn.f32.bf16", "b16 f32 -> f32", (0x3F80, 2.0**-24, 1.0),
+    (0x3F80, 2.0**-24 + 2.0**-47, 1 + u), (0xC040, 1.5, -1.5), (0xFF80, INF, NAN),
+    (0x0001, 0.0, 2.0**-133),
+)
 row(
     "add.rz.f32", TWO, (1.0, 2.0**-24, 1.0), (1 + u, 2.0**-24, 1 + u),
     (-1 - u, -(2.0**-24), -1 - u), (1.0, u - 2.0**-47, 1.0), (1.0, 2.0**-100, 1.0),
@@ -285,6 +318,14 @@ row(
     (1 + 2.0**-12, 1 + 2.0**-12, -(2.0**-100), 1 + 2.0**-11), (0.0, INF, 1.0, NAN),
     (INF, 1.0, -INF, NAN), (1.0, 1.0, -1.0, 0.0), (-0.0, 1.0, -0.0, -0.0), (0.0, 1.0, -0.0, 0.0),
     (2.0**-75, 2.0**-74, 0.0, FLT_TINY), (FLT_MAX, 2.0, -FLT_MAX, FLT_MAX),
+)
+# Zeros in place of subnormal numbers, before and after.
+row(
+    "fma.rn.ftz.f32", "f32 f32 f32 -> f32",
+    (1 + 2.0**-12, 1 + 2.0**-12, -1 - 2.0**-11, 2.0**-24), (2.0**-127, 2.0**100, 1.0, 1.0),
+    (1.0, 1.0, 2.0**-127, 1.0), (2.0**-100, 2.0**-30, 0.0, 0.0),
+    (2.0**-100, -(2.0**-30), 0.0, -0.0), (1.0, -(2.0**-130), -0.0, -0.0),
+    (FLT_MIN, 1.0, 0.0, FLT_MIN), (0.0, INF, 1.0, NAN),
 )
 row(
     "fma.rn.f64", "f64 f64 f64 -> f64", (1 + 2.0**-27, 1 + 2.0**-27, -1 - 2.0**-26, 2.0**-54),
@@ -342,6 +383,13 @@ for kind in ("f32", "f64"):
         (NAN, 1.0, 1.0), (1.0, NAN, 1.0), (-INF, NAN, -INF), (NAN, NAN, NAN), (-0.0, 0.0, 0.0),
         (0.0, -0.0, 0.0), (2 * tiny, tiny, 2 * tiny), (-INF, 1.0, 1.0),
     )
+# Of three.
+row(
+    "max.f32", "f32 f32 f32 -> f32", (1.0, 2.0, 3.0, 3.0), (3.0, 2.0, 1.0, 3.0),
+    (1.0, 3.0, 2.0, 3.0), (NAN, 1.0, 2.0, 2.0), (1.0, NAN, 0.5, 1.0),
+    (NAN, NAN, 1.0, 1.0), (1.0, -1.0, NAN, 1.0),
+    (NAN, NAN, NAN, NAN), (-0.0, -0.0, 0.0, 0.0), (-INF, -1.0, -FLT_TINY, -FLT_TINY),
+)
 for name, low, high, zero in (("min", 1.0, -INF, -0.0), ("max", 2.0, 1.0, 0.0)):
     row(
         f"{name}.NaN.f32", TWO, (1.0, 2.0, low), (-INF, 1.0, high), (-0.0, 0.0, zero),
@@ -459,7 +507,19 @@ for operator, kinds in COMPARED.items():
             cases, types = [case[:3] for case in cases], f"{kind} {kind} -> pred"
         row(f"setp.{operator}.{kind}", types, *cases, kinds="pss")
 row("setp.lt.s32", "s32 s32 -> pred", (1, 2, 1), (2, 1, 0), kinds="pss")  # p alone
+row(
+    "setp.nan.bf16", "bf16 bf16 -> pred", (0x7F80, 0xFF80, 0), (0x7F81, 0x3F80, 1), (0, 0xFFFF, 1),
+    kinds="pss",
+)
 # Of pairs: p for the low numbers, q for the high ones.
+for operator in ("eq", "ge"):
+    row(
+        f"setp.{operator}.bf16x2", "b32 b32 -> pred pred", (0x3F804000, 0x40004000, 1, 0),
+        (0x40003F80, 0x40004000, 0, 1), (0x80000000, 0x00008000, 1, 1),
+        (0x3F807FC0, 0x3F803F80, 0, 1), (0x7FC03F80, 0x7FC03F80, 1, 0),
+        kinds="pss",
+    )
+row("setp.ge.bf16x2", "b32 b32 -> pred pred", (0x3F80C000, 0xBF804000, 0, 1), kinds="pss")
 row(
     "setp.ne.bf16x2", "b32 b32 -> pred pred", (0x3F803F80, 0x3F804000, 1, 0),
     (0x3F803F80, 0x40003F80, 0, 1), (0x80000000, 0, 0, 0), (0x7FC03F80, 0x3F804000, 1, 0),
@@ -866,7 +926,7 @@ LOADS = {
     "ld.relaxed.gpu.global.": "u32 u64",
     "ld.": "f32 f64",
     "ld.shared.": "u8 b8 u16 b16 u32 s32 b32 f32 u64 b64 f64",
-    "ld.shared.v2.": "u32 b32 f32 u64 b64 f64",
+    "ld.shared.v2.": "b16 u32 b32 f32 u64 b64 f64",
     "ld.shared.v4.": "u32 b32 f32",
 }
 STORES = {
@@ -878,7 +938,7 @@ STORES = {
     "st.": "f32 f64",
     "st.v4.": "f32",
     "st.shared.": "u8 b8 u16 b16 u32 b32 f32 u64 b64 f64",
-    "st.shared.v2.": "b32 f32 b64 f64",
+    "st.shared.v2.": "b8 b32 f32 b64 f64",
     "st.shared.v4.": "b32 u32 f32",
 }
 for prefix in [*LOADS, *STORES]:
@@ -1227,12 +1287,12 @@ for count, trans in TRANSFERS:
     kernel(
         identifier(f"ld{form}"),
         f"{address} {fill} bar.sync 0; ld{form} {held}, [%r1]; {give}",
-        f"ld{form} D{count}a",
+        f"ld{form} {'da' if count == 1 else f'D{count}a'}",
     )
     kernel(
         identifier(f"st{form}"),
         f"{address} {clear} {take} bar.sync 0; st{form} [%r1], {held}; bar.sync 0; {keep}",
-        f"st{form} aS{count}",
+        f"st{form} {'as' if count == 1 else f'aS{count}'}",
     )
 
 
@@ -1411,7 +1471,7 @@ def test_values(index: int) -> None:
 def test_ptxas_accepts_these_kernels(tmp_path: Path) -> None:
     (tmp_path / "forms.ptx").write_text(module())
     output_of(
-        "ptxas", "-arch=sm_90", str(tmp_path / "forms.ptx"), "-o", str(tmp_path / "forms.cubin")
+        "ptxas", "-arch=sm_100", str(tmp_path / "forms.ptx"), "-o", str(tmp_path / "forms.cubin")
     )
 
 

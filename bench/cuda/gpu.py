@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -66,6 +67,21 @@ class Gpu:
             self._empty_cache()
             torch.cuda.synchronize()
 
+    def capture(self, call: Call) -> torch.cuda.CUDAGraph:
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(graph, pool, torch.cuda.current_stream()):
+                call()
+        except Exception:
+            # Torch 2.11 leaves its allocator in a capture that failed. It would not empty its cache
+            # then, with which every capture begins. Later ones have left it: an error here.
+            device = torch.cuda.current_device()
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(device, pool)
+                torch._C._cuda_releasePool(device, pool)
+            raise
+        return graph
+
     def captured(self, call: Call, count: int = 1) -> tuple[Call, bool]:
         """`count` calls as the replay of one graph; as plain calls, and False, where that fails.
 
@@ -76,14 +92,13 @@ class Gpu:
             for _ in range(count):
                 call()
 
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                calls()
+            graph = self.capture(calls)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # a library that synchronizes or allocates behind torch's back
             torch.cuda.synchronize()
+            self.capture(self.empty_kernel)  # or randn would raise: its generator was captured too
             return calls, False
 
         def replay(_alive: Call = call) -> None:  # the graph does not keep the call's tensors
@@ -166,8 +181,9 @@ def _smi() -> dict[str, str]:
     return dict(zip(_SMI, map(str.strip, values), strict=False))
 
 
-def facts(device: torch.device) -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(device)
+def facts() -> dict[str, Any]:
+    """Of the first device."""
+    properties = torch.cuda.get_device_properties(0)
     return {
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",

@@ -12,7 +12,7 @@ from bench.measure import Entries
 from bench.peers import Shape, layer_pass, layers
 from bench.table import dimensions, say_times
 
-_SHAPES: tuple[Shape, ...] = ((8, 512, 256), (8, 4096, 1024), (1, 4096, 1024))
+SHAPES: tuple[Shape, ...] = ((8, 512, 256), (8, 4096, 1024), (1, 4096, 1024))
 
 
 def _row(
@@ -44,7 +44,7 @@ def run(gpu: Gpu, seconds: float) -> Entries:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     rows: list[dict[str, Any]] = []
-    for shape, dtype, backward in itertools.product(_SHAPES, DTYPES, (False, True)):
+    for shape, dtype, backward in itertools.product(SHAPES, DTYPES, (False, True)):
         rows.append(row := _row(gpu, shape, dtype, backward, seconds))
         label = f"layers {dimensions(shape)} {row['dtype']} {row['pass']}"
         say_times(label, row["layers"], "minGRU, joint")

@@ -10,7 +10,7 @@ from bench.cuda.gpu import Call, Gpu, divided, release
 from bench.measure import Entries, Timing
 from bench.table import say
 
-_COPIES = tuple(megabytes << 20 for megabytes in (6, 24, 96, 256, 1024))
+COPIES = tuple(megabytes << 20 for megabytes in (6, 24, 96, 256, 1024))
 _CALLS = 64  # of an empty kernel in one graph
 
 
@@ -31,7 +31,7 @@ def run(gpu: Gpu, seconds: float) -> Entries:
     """How fast memory can be copied, cold; how long a launch takes at least."""
     rows: list[dict[str, Any]] = []
     limits = {"empty_kernel": empty_launch(gpu, seconds), "copies": rows}
-    for size in _COPIES:
+    for size in COPIES:
         calls = {"copy": gpu.copy(size), "add": _add(gpu, size)}
         for call in calls.values():
             call()

@@ -1,4 +1,5 @@
-"""The part ``ops``: each op beside a copy of as many bytes, and against its peers."""
+"""The parts ``ops``, ``triton`` and ``peers``: each op beside a copy of as many bytes, beside our
+own Triton kernels, and against its peers."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import itertools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,14 +20,15 @@ from bench.measure import Entries
 from bench.peers import Function, Op, Shape
 from bench.table import dimensions, say_times
 
-_SHAPES: tuple[Shape, ...] = (
+SHAPES: tuple[Shape, ...] = (
     (16, 4096, 2048),  # rows and channels fill the device: a block walks T
     (1, 262144, 512),  # few channels, many steps: look-back
     (8, 4096, 256),
     (1, 65536, 16),
 )
-_LARGE = 1 << 26  # elements: where the peers run
+LARGE = 1 << 26  # elements: where the peers run
 _PEER_SECONDS = 20.0  # compiling and first calls of one peer; then it is skipped
+_BY_BOTH = ("min_gru", "min_lstm")  # Triton's kernels take seconds to compile
 _SAMPLE = 16  # channels of the first row whose error is taken; rows and channels are independent
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 
@@ -110,19 +112,48 @@ class _Case:
         }
 
 
-def run(gpu: Gpu, seconds: float, full: bool) -> Entries:
-    """Each op: time, error and peak memory, beside a copy of as many bytes and its peers."""
+def _run(
+    part: str,
+    gpu: Gpu,
+    seconds: float,
+    contestants: Callable[[Op, Shape], Sequence[str]],
+    passes: Sequence[str],
+    full: bool = False,
+) -> Entries:
     rows: list[dict[str, Any]] = []
     spent: dict[str, float] = defaultdict(lambda: -math.inf if full else 0.0)
-    for shape, name, dtype in itertools.product(_SHAPES, peers.OPS, DTYPES):
+    for shape, name, dtype in itertools.product(SHAPES, peers.OPS, DTYPES):
         op = peers.OPS[name]
+        if len(names := contestants(op, shape)) < (part != "ops") + 1:
+            continue  # nobody beside us
         case = _Case(gpu, op, shape, dtype)
-        contestants = others.competitors(op, large=math.prod(shape) >= _LARGE, full=full)
-        for which in (FORWARD, BACKWARD, BOTH):
-            chosen = others.own() if which == BACKWARD else contestants
-            rows.append(case.row(which, chosen, seconds, spent))
+        for which in passes:
+            rows.append(case.row(which, names, seconds, spent))
             label = f"{name} {name_of(dtype)} {dimensions(shape)} {which}"
             times = {**rows[-1]["competitors"], "copy": {"time": rows[-1]["copy"]}}
             say_times(label, times, peers.OURS)
-            yield {"ops": rows}
+            yield {part: rows}
             release()
+
+
+def run(gpu: Gpu, seconds: float) -> Entries:
+    """Ours: time, error and peak memory, beside a copy of as many bytes."""
+    return _run("ops", gpu, seconds, lambda *_: [others.OURS], (FORWARD, BACKWARD, BOTH))
+
+
+def run_triton(gpu: Gpu, seconds: float, full: bool) -> Entries:
+    """Ours by both backends, where there are both."""
+
+    def contestants(op: Op, _: Shape) -> list[str]:
+        return others.own() if full or op.name in _BY_BOTH else []
+
+    return _run("triton", gpu, seconds, contestants, (FORWARD, BOTH))
+
+
+def run_peers(gpu: Gpu, seconds: float, full: bool) -> Entries:
+    """Ours against what is installed, at large shapes."""
+
+    def contestants(op: Op, shape: Shape) -> list[str]:
+        return others.competitors(op, large=math.prod(shape) >= LARGE, full=full)
+
+    return _run("peers", gpu, seconds, contestants, (FORWARD, BOTH), full)

@@ -111,7 +111,7 @@ def own() -> list[str]:
 
 def competitors(op: Op, *, large: bool, full: bool) -> list[str]:
     """Ours, and at large shapes what is installed and computes this op."""
-    names = own()
+    names = [OURS]
     for name, peer in COMPETITORS.items():
         wanted = op.name in peer.ops or (full and peer.every_op)
         if "Heinsen" in name and op.logarithms is None:

@@ -43,7 +43,7 @@ def _ops(rows: Sequence[dict[str, Any]], which: str) -> Table:
     return Table(which[0].upper() + which[1:], note, columns, cells, labels=2)
 
 
-def _peers(rows: Sequence[dict[str, Any]]) -> Table:
+def _peers(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     cells = []
     for row in rows:
         for name, result in row["competitors"].items():
@@ -60,7 +60,7 @@ def _peers(rows: Sequence[dict[str, Any]]) -> Table:
         "and error as above. What failed is named by its exception."
     )
     columns = ("op", "B×T×D", "", "peer", "times as long", "tensors", "error")
-    return Table("Peers", note, columns, cells, labels=4)
+    return Table(title, note, columns, cells, labels=4)
 
 
 def _steps(rows: Sequence[dict[str, Any]]) -> Table:
@@ -149,8 +149,8 @@ def tables(results: dict[str, Any]) -> list[Table]:
     rows = results.get("ops", [])
     for which in dict.fromkeys(row["pass"] for row in rows):
         found.append(_ops([row for row in rows if row["pass"] == which], which))
-    if any(len(row["competitors"]) > 1 for row in rows):
-        found.append(_peers(rows))
+    found += [_peers("Triton beside CUDA", results["triton"])] if "triton" in results else []
+    found += [_peers("Peers", results["peers"])] if "peers" in results else []
     found += [_steps(results["steps"])] if "steps" in results else []
     found += [_decoding(results["decoding"])] if "decoding" in results else []
     found += [_layers(results["layers"])] if "layers" in results else []

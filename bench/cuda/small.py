@@ -14,7 +14,7 @@ from bench.peers import Shape
 from bench.table import dimensions, say_times
 
 _SCANS: tuple[Shape, ...] = ((1, 512, 256), (8, 512, 256), (1, 1, 1024), (64, 1, 1024))
-_SHAPES: tuple[Shape, ...] = (*_SCANS, (1, 1024), (64, 1024))
+SHAPES: tuple[Shape, ...] = (*_SCANS, (1, 1024), (64, 1024))
 _COUNT = 64  # calls in one graph
 _EMPTY = "empty kernel"
 
@@ -57,7 +57,7 @@ def _row(gpu: Gpu, shape: Shape, dtype: torch.dtype, seconds: float) -> dict[str
 def run(gpu: Gpu, seconds: float) -> Entries:
     """Time per call of small forward passes, one after the other in a graph, the L2 warm."""
     rows: list[dict[str, Any]] = []
-    for shape, dtype in itertools.product(_SHAPES, DTYPES):
+    for shape, dtype in itertools.product(SHAPES, DTYPES):
         rows.append(_row(gpu, shape, dtype, seconds))
         label = f"small calls {dimensions(shape)} {name_of(dtype)}"
         say_times(label, rows[-1]["calls"], _EMPTY)

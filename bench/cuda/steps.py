@@ -45,10 +45,10 @@ H2O, READ, COPY = "H2O", "read", "copy"
 ATTENDING = (ATTENTION, FLEX, FLASH, FLASHINFER)  # of one token, and nothing else
 MULTI_HEAD, MULTI_QUERY = Heads(32, 32), Heads(32, 1)
 
-_SHAPES: tuple[Shape, ...] = ((1, 512), (1, 2048), (1, 8192), (16, 1024), (16, 8192), (128, 512))
-_FULL_SHAPES: tuple[Shape, ...] = (*_SHAPES, (1, 65536), (4, 8192), (64, 4096))
-_OTHERS = ((MULTI_HEAD, (16, 1024)), (Heads(64, 8), (16, 1024)), (MULTI_QUERY, (16, 8192)))
-_COMPILED = ((1, 8192), (16, 1024), (128, 512))  # where there is time to compile a peer
+SHAPES: tuple[Shape, ...] = ((1, 512), (1, 2048), (1, 8192), (16, 1024), (16, 8192), (128, 512))
+_FULL_SHAPES: tuple[Shape, ...] = (*SHAPES, (1, 65536), (4, 8192), (64, 4096))
+OTHERS = ((MULTI_HEAD, (16, 1024)), (Heads(64, 8), (16, 1024)), (MULTI_QUERY, (16, 8192)))
+COMPILED = ((1, 8192), (16, 1024), (128, 512))  # where there is time to compile a peer
 _LARGEST_OFFICIAL = 2 << 30  # bytes of keys and values: it holds eight times as much
 
 # The decoder: LLaMA-2-7B but for its embeddings, with random weights.
@@ -202,7 +202,7 @@ def _step_row(
 ) -> dict[str, Any]:
     torch._dynamo.reset()
     batch, slots = shape
-    compiled = full or (heads == GROUPED and shape in _COMPILED and dtype == torch.bfloat16)
+    compiled = full or (heads == GROUPED and shape in COMPILED and dtype == torch.bfloat16)
     replays, results, traffic, error = _step_calls(gpu, heads, shape, dtype, compiled)
     for name, taken in gpu.interleaved(replays, seconds).items():
         results[name]["time"] = taken
@@ -219,9 +219,9 @@ def _step_row(
 
 def run(gpu: Gpu, seconds: float, full: bool) -> Entries:
     """The L2 emptied before each repetition: of 32 layers, each finds the states of another."""
-    shapes = _FULL_SHAPES if full else _SHAPES
+    shapes = _FULL_SHAPES if full else SHAPES
     cases = [(GROUPED, shape, torch.bfloat16) for shape in shapes]
-    cases += [(heads, shape, torch.bfloat16) for heads, shape in _OTHERS]
+    cases += [(heads, shape, torch.bfloat16) for heads, shape in OTHERS]
     cases += [(GROUPED, shape, torch.float32) for shape in shapes[2:4]]
     rows: list[dict[str, Any]] = []
     for heads, shape, dtype in cases:

@@ -121,7 +121,7 @@ def tune(dry_run: bool, seconds: float = 0.1) -> None:
             choose_step(best or old)
             say(f"{pair}: {old} -> {steps[pair]}")
             release()
-    name = facts(gpu.device)["name"]
+    name = facts()["name"]
     note = f"Measured on {name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}."
     text = _HEADER.format(note, _table(scans), _table(steps))
     if dry_run:

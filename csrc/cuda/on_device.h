@@ -36,7 +36,7 @@ struct OnDevice {
                     "msrnn_ops was built with a torch without CUDA; build it again");
 #endif
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
     return stream;
   }
 };

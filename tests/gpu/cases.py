@@ -1,9 +1,10 @@
 """Child processes of ``tests/gpu/check.py``: short calls for the sanitizers, and a stress test.
 
 ``cases.py scans`` and ``cases.py steps`` make every kernel run once or twice on small tensors.
-``cases.py stress FILE`` repeats long scans, whose blocks hand the state on to one
-another, and steps of large states, whose blocks wait for each other, under load and from two
-streams, and compares every repetition with the first bit by bit.
+``cases.py stress`` repeats long scans, whose blocks hand the state on to one another, and steps of
+large states, whose blocks wait for each other, under load and from two streams, and compares every
+repetition with the first bit by bit. ``--rehearse`` before these words does what a CPU can do of
+it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _PACKED_STEPS = 900
 _HEADS = (Heads(8, 2, 64), Heads(6, 1, 136), Heads(4, 4, 8))
 _STRESSED: tuple[Shape, ...] = ((1, 1 << 20, 64), (2, 300_000, 100))
 # Batch and slots: a grid that fits, one that takes tickets, and rows too large for either.
-_STRESSED_STATES = ((1, 8192), (24, 4096), (3, 40_000))
+_STRESSED_STATES: tuple[tuple[int, int], ...] = ((1, 8192), (24, 4096), (3, 40_000))
 _REPETITIONS = 200
 _PRODUCTS = 4  # matrix products beside each repetition
 _WIDTH = 4096  # of those matrices
@@ -252,8 +253,11 @@ def _stress_case(case: _Case) -> Iterator[dict[str, Any]]:
         yield {**head, "mode": mode, "repetitions": _REPETITIONS, "mismatches": int(count)}
 
 
-def stress(device: torch.device, path: Path) -> None:
-    rows: list[dict[str, Any]] = []
+def _say(row: dict[str, Any]) -> None:
+    print(json.dumps(row), flush=True)
+
+
+def stress(device: torch.device) -> None:
     cases: list[Callable[[], _Case]] = [
         partial(kind, shape, dtype, device)
         for kind, shapes in ((_Steps, _STRESSED_STATES), (_Scan, _STRESSED))
@@ -261,28 +265,33 @@ def stress(device: torch.device, path: Path) -> None:
     ]
     for make in cases:
         for row in _stress_case(make()):
-            rows.append(row)
-            print(row, flush=True)
-            path.write_text(json.dumps(rows), "utf-8")
+            _say(row)
         torch.cuda.empty_cache()
     for make in cases:  # last: a profiler slows launches
         case = make()
         head = {"shape": case.shape, "dtype": str(case.dtype).removeprefix("torch.")}
-        rows.append({**head, "mode": "largest launch", "blocks": _blocks(case), "mismatches": 0})
-        path.write_text(json.dumps(rows), "utf-8")
+        _say({**head, "mode": "largest launch", "blocks": _blocks(case), "mismatches": 0})
+
+
+def _shrink() -> None:
+    """To what is done in seconds on a CPU, which has neither streams nor graphs."""
+    global _REPETITIONS, _SANITIZED, _STRESSED, _STRESSED_STATES
+    _REPETITIONS, _SANITIZED = 3, ((2, 30, 5),)
+    _STRESSED, _STRESSED_STATES = ((1, 300, 17),), ((2, 40),)
+    for mode in list(_MODES)[1:]:
+        del _MODES[mode]
 
 
 def main() -> None:
-    device = torch.device("cuda")
+    what = {"scans": scans, "steps": steps, "stress": stress}
     match sys.argv[1:]:
-        case ["scans"]:
-            scans(device)
-        case ["steps"]:
-            steps(device)
-        case ["stress", path]:
-            stress(device, Path(path))
+        case ["--rehearse", name] if name in what:
+            _shrink()
+            what[name](torch.device("cpu"))
+        case [name] if name in what:
+            what[name](torch.device("cuda"))
         case _:
-            raise SystemExit("usage: cases.py scans | steps | stress FILE")
+            raise SystemExit("usage: cases.py [--rehearse] scans | steps | stress")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 // (../../test_ptx_forms.py), whose values come from the text of the PTX ISA.
 //
 // The kinds of operands, one letter each:
-//   d  a register to write, or _          D1 D2 D4  a vector of them, {a, b}
-//   s  a register or a number to read     S1 S2 S4  a vector of them
+//   d  a register to write, or _          D2 D4  a vector of them, {a, b}; {a} is a
+//   s  a register or a number to read     S2 S4  a vector of them
 //   p  a predicate to write, or two, p|q  (two operands; the second may be absent)
 //   a  an address, [register + number]    (two operands: the slot and the slot of the number)
 //   i  a number that selects what is done l  a label
@@ -69,6 +69,9 @@ struct Half2 {  // two numbers, the first in the low half
 struct BFloat162 {
   uint32_t bits;
 };
+struct Float2 {  // two floats, the first in the low half
+  uint64_t bits;
+};
 struct Tf32 {
   uint32_t bits;
 };
@@ -98,6 +101,7 @@ PTX_TYPE(b64, uint64_t)
 PTX_TYPE(u64, uint64_t)
 PTX_TYPE(s64, int64_t)
 PTX_TYPE(f64, double)
+PTX_TYPE(f32x2, Float2)
 #undef PTX_TYPE
 
 // A row for each type: its name is `before` with that of the type; `execute` is given the type.

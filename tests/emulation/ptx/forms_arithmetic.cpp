@@ -18,6 +18,33 @@ template <class T>
 void multiply_add_wide(Thread& t, const Instruction& i) {
   t.set(i[0], sum(whole_product(t.get<T>(i[1]), t.get<T>(i[2])), t.get<Twice<T>>(i[3])));
 }
+// f of three numbers, two at a time.
+template <auto f>
+void three(Thread& t, const Instruction& i) {
+  t.set(i[0], f(f(t.get<float>(i[1]), t.get<float>(i[2])), t.get<float>(i[3])));
+}
+// f of both halves of pairs.
+template <auto f, int inputs>
+void pairs(Thread& t, const Instruction& i) {
+  const auto half = [&](int operand, int k) {
+    return std::bit_cast<float>(static_cast<uint32_t>(t.get<uint64_t>(i[operand]) >> 32 * k));
+  };
+  uint64_t both = 0;
+  for (int k = 0; k < 2; ++k) {
+    float x;
+    if constexpr (inputs == 2) {
+      x = f(half(1, k), half(2, k));
+    } else {
+      x = f(half(1, k), half(2, k), half(3, k));
+    }
+    both |= uint64_t{std::bit_cast<uint32_t>(x)} << 32 * k;
+  }
+  t.set(i[0], both);
+}
+// A narrow number, widened, and a float.
+void add_widened(Thread& t, const Instruction& i) {
+  t.set(i[0], value_of(t.get<BFloat16>(i[1])) + t.get<float>(i[2]));
+}
 template <class T, T (*f)(T, uint32_t)>
 void shift(Thread& t, const Instruction& i) {
   t.set(i[0], f(t.get<T>(i[1]), t.get<uint32_t>(i[2])));
@@ -108,7 +135,10 @@ void add_comparisons(Forms& forms) {
   rows<f32, f64>(forms, "setp.geu.", "pss", comparison<or_nan<at_least>>);
   rows<f32, f64>(forms, "setp.num.", "pss", comparison<both_numbers>);
   rows<f32, f64>(forms, "setp.nan.", "pss", comparison<one_is_nan>);
+  rows<bf16>(forms, "setp.nan.", "pss", comparison<one_is_nan>);
+  forms.add("setp.eq.bf16x2", "pss", set_predicates<BFloat162, equal>);
   forms.add("setp.ne.bf16x2", "pss", set_predicates<BFloat162, unequal>);
+  forms.add("setp.ge.bf16x2", "pss", set_predicates<BFloat162, at_least>);
 }
 
 }  // namespace
@@ -127,12 +157,21 @@ void add_arithmetic(Forms& forms) {
   rows<s32, s64>(forms, "mad.lo.", "dsss", of_three<product_and_sum>);
   rows<u32, s32>(forms, "mad.wide.", "dsss", []<class T> { return multiply_add_wide<T>; });
   rows<f32, f64>(forms, "fma.rn.", "dsss", of_three<fused>);
+  forms.add("fma.rn.ftz.f32", "dsss", ternary<float, flushed<fused>>);
+  forms.add("fma.rn.f32x2", "dsss", pairs<fused, 3>);
+  for (const std::string rounding : {"", "rn."}) {
+    forms.add("add." + rounding + "f32x2", "dss", pairs<sum, 2>);
+    forms.add("sub." + rounding + "f32x2", "dss", pairs<difference, 2>);
+    forms.add("mul." + rounding + "f32x2", "dss", pairs<product, 2>);
+  }
+  forms.add("add.rn.f32.bf16", "dss", add_widened);
   rows<u16, s32, u32, s64, u64>(forms, "div.", "dss", of_two<quotient>);
   rows<f32, f64>(forms, "div.rn.", "dss", of_two<quotient>);
   rows<f32>(forms, "div.full.", "dss", of_two<quotient>);
   rows<s32, u32, s64, u64>(forms, "rem.", "dss", of_two<remainder>);
   rows<s32, u32, s64, u64, f32, f64>(forms, "min.", "dss", of_two<smaller>);
   rows<s32, u32, s64, u64, f32, f64>(forms, "max.", "dss", of_two<larger>);
+  forms.add("max.f32", "dsss", three<larger>);
   forms.add("min.NaN.f32", "dss", binary<float, propagating<smaller>>);
   forms.add("max.NaN.f32", "dss", binary<float, propagating<larger>>);
   rows<s32, s64, f32, f64>(forms, "neg.", "ds", of_one<negative>);

@@ -192,16 +192,16 @@ void add_threads(Forms& forms) {
   mma("m16n8k16.row.col.f32.bf16.bf16.f32", multiply<BFloat16, 16>);
   mma("m16n8k8.row.col.f32.tf32.tf32.f32", multiply<Tf32, 8>);
   const std::string load = "ldmatrix.sync.aligned.m8n8.", store = "stmatrix.sync.aligned.m8n8.";
-  forms.add(load + "x1.shared.b16", "D1a", load_matrices<1, false>);
+  forms.add(load + "x1.shared.b16", "da", load_matrices<1, false>);
   forms.add(load + "x2.shared.b16", "D2a", load_matrices<2, false>);
   forms.add(load + "x4.shared.b16", "D4a", load_matrices<4, false>);
-  forms.add(load + "x1.trans.shared.b16", "D1a", load_matrices<1, true>);
+  forms.add(load + "x1.trans.shared.b16", "da", load_matrices<1, true>);
   forms.add(load + "x2.trans.shared.b16", "D2a", load_matrices<2, true>);
   forms.add(load + "x4.trans.shared.b16", "D4a", load_matrices<4, true>);
-  forms.add(store + "x1.shared.b16", "aS1", store_matrices<1, false>);
+  forms.add(store + "x1.shared.b16", "as", store_matrices<1, false>);
   forms.add(store + "x2.shared.b16", "aS2", store_matrices<2, false>);
   forms.add(store + "x4.shared.b16", "aS4", store_matrices<4, false>);
-  forms.add(store + "x1.trans.shared.b16", "aS1", store_matrices<1, true>);
+  forms.add(store + "x1.trans.shared.b16", "as", store_matrices<1, true>);
   forms.add(store + "x2.trans.shared.b16", "aS2", store_matrices<2, true>);
   forms.add(store + "x4.trans.shared.b16", "aS4", store_matrices<4, true>);
 }

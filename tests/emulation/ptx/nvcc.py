@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,11 @@ def toolkit() -> Path:
     told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     (top,) = (line.partition("TOP=")[2] for line in told.splitlines() if "TOP=" in line)
     return Path(top.strip()) / "include"
+
+
+def version() -> str:
+    told = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"release (\S+),", told)[0]
 
 
 def compile_kernels(arch: str, *drivers: str) -> list[Path]:
@@ -74,6 +80,9 @@ def driver(name: str, arch: str, sanitizer: str = "") -> Path:
     cases = BUILD / f"{name}{sanitizer and '.'}{sanitizer}.o"
     parts.append(machine.compile_one(source, cases, *include, *sanitize))
     target = BUILD / f"sm_{arch}" / f"{name}{sanitizer and '.'}{sanitizer}"
+    built = target.stat().st_mtime if target.exists() else 0.0
+    if all(part.stat().st_mtime < built for part in (*parts, *kernels)):
+        return target
     return link(target, *sanitize, *parts, *kernels)
 
 

@@ -395,9 +395,6 @@ class Reader {
     }
   }
 
-  // A vector of one element may stand for it: Triton writes so.
-  static Text element(Text x) { return encloses('{', x, '}') ? inside(x) : x; }
-
   // Whether operands are as many as a form has, and vectors, addresses and others where it has
   // them.
   static bool fit(const std::string& kinds, const std::vector<Text>& operands) {
@@ -409,7 +406,7 @@ class Reader {
       if (count > 0) {
         all &= encloses('{', x, '}') && split(inside(x)).size() == count;
       } else {
-        all &= split(element(x)).size() == 1 && encloses('[', x, ']') == (kind == 'a');
+        all &= !x.empty() && x.front() != '{' && encloses('[', x, ']') == (kind == 'a');
       }
     });
     return all && used == operands.size();
@@ -430,9 +427,9 @@ class Reader {
       if (kind == 'D' || kind == 'S') {
         for (const Text part : split(inside(x))) kind == 'D' ? write(part) : read(part);
       } else if (kind == 'd') {
-        write(element(x));
+        write(x);
       } else if (kind == 's') {
-        read(element(x));
+        read(x);
       } else if (kind == 'p') {
         const size_t bar = x.find('|');
         write(trimmed(x.substr(0, bar)));
@@ -485,7 +482,10 @@ class Reader {
     name_ = take_word(&text);
     const std::vector<Form>* const forms = known_forms().find(name_);
     if (forms == nullptr) throw Unknown(name_);
-    const auto operands = split(text);
+    auto operands = split(text);
+    for (Text& x : operands) {  // Triton writes {a} for a
+      if (encloses('{', x, '}') && split(inside(x)).size() == 1) x = inside(x);
+    }
     for (const Form& form : *forms) {
       if (!fit(form.operands, operands)) continue;
       decode(form.operands, operands, &i);
