@@ -142,7 +142,8 @@ lint: $(VENV)/ready
 	$(BIN)/pip install -q ruff mypy clang-format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(CSRC) $(wildcard tests/*/*.cpp tests/*/*.h tests/*/*.cu)
+	$(BIN)/clang-format --dry-run --Werror $(CSRC) $(wildcard tests/*/*.cpp tests/*/*.h tests/*/*.cu \
+		tests/emulation/ptx/*.cpp tests/emulation/ptx/*.h)
 
 # What gpu-check needs and no GPU: libraries for compute capability 9.0 against torch 2.11, a probe,
 # the peers' packages. Some minutes and an environment of 5 GB, for one folder: build/gpu.

@@ -170,7 +170,8 @@ Variable read_variable(Text text, uint32_t line) {
   uint64_t count = 1;
   if (bracket != Text::npos) {
     const Text length = text.substr(bracket);
-    if (!encloses('[', length, ']')) unknown(line, "variable " + std::string(text));
+    if (!encloses('[', length, ']') || length.rfind('[') > 0)
+      unknown(line, "variable " + std::string(text));
     v.open = inside(length).empty();
     count = v.open ? 0 : number(inside(length), line);
   }
