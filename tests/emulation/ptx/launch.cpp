@@ -34,7 +34,7 @@ void run(void* argument) {
   const Launch& launch = *static_cast<const Launch*>(argument);
   const Kernel& kernel = *launch.kernel;
   auto* const slots = static_cast<uint64_t*>(alloca(kernel.slots * sizeof(uint64_t)));
-  std::memset(slots, runtime::poison(), kernel.registers * sizeof(uint64_t));
+  std::memset(slots, runtime::poison(), kernel.poisoned * sizeof(uint64_t));
   std::copy(kernel.constants.begin(), kernel.constants.end(), slots + kernel.registers);
   for (const Special& s : kernel.specials) slots[s.slot] = s.read();
   Thread thread{launch, slots};

@@ -8,6 +8,7 @@
 
 #include "forms.h"
 #include "memory.h"
+#include "registers.h"
 
 namespace ptx {
 namespace {
@@ -237,8 +238,9 @@ class Reader {
         unknown_.insert(u.what());
       }
     }
-    kernel_.code.push_back(
-        {.execute = run_past, .line = statements.empty() ? 0 : statements.back().line});
+    kernel_.code.push_back({.execute = run_past,
+                            .kinds = "",
+                            .line = statements.empty() ? 0 : statements.back().line});
     while (!scopes_.empty()) close_scope();
     const auto constants_end = static_cast<uint32_t>(kernel_.registers + kernel_.constants.size());
     for (Special& s : kernel_.specials) s.slot += constants_end;
@@ -246,6 +248,7 @@ class Reader {
       kernel_.code[index].operand[operand] += constants_end;
     }
     kernel_.slots = constants_end + kernel_.specials.size();
+    share_slots(&kernel_);
     if (kernel_.slots > kMostSlots) {
       unknown_.insert(kernel_.name + ": more registers and constants than the stack holds");
     }
@@ -472,7 +475,7 @@ class Reader {
 
   void read_instruction(const Piece& s) {
     Text text = s.text;
-    Instruction i{.execute = nullptr, .line = s.line};
+    Instruction i{.execute = nullptr, .kinds = "", .line = s.line};
     if (starts(text, "@")) {
       Text guard = take_word(&text).substr(1);
       i.unless = starts(guard, "!");
@@ -488,6 +491,7 @@ class Reader {
     }
     for (const Form& form : *forms) {
       if (!fit(form.operands, operands)) continue;
+      i.kinds = form.operands.c_str();
       decode(form.operands, operands, &i);
       i.execute = form.execute;
       kernel_.code.push_back(i);
