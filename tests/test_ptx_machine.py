@@ -91,7 +91,7 @@ def test_what_is_unknown_stops_the_reading(body: str, message: str) -> None:
 
 
 def test_registers_and_constants_lie_on_one_stack() -> None:
-    body = ".reg .b32 %m<24000>; " + " ".join(f"mov.u32 %r1, {i};" for i in range(1000))
+    body = " ".join(f"mov.u32 %r1, {i};" for i in range(25000))
     with pytest.raises(ValueError, match="crowded: more registers and constants than the stack"):
         machine.load(HEADER + ptx_kernels.entry("crowded", body))
 
@@ -266,6 +266,7 @@ def test_a_module_as_nvcc_writes_it() -> None:
 \tld.param.u64 %rd1, [where]; st.global.b32 [%rd1], 2; ret;
 }
 .entry third
+.reqntid 32
 {
 \tret;
 }
@@ -284,6 +285,8 @@ $L__info_string0:
     machine.launch("second", (1,), (1,), 0, [where])
     assert words(out.content())[0] == 2
     machine.launch("third", (1,), (8, 4), 0, [])
+    with pytest.raises(RuntimeError, match="no GPU runs a grid"):
+        machine.launch("third", (1,), (31,), 0, [])
     machine.launch("first", (1,), (8, 4), 32, [machine.ctypes.c_uint8(200), pair, where])
     with pytest.raises(RuntimeError, match="no GPU runs a grid"):
         machine.launch("first", (1,), (33,), 32, [machine.ctypes.c_uint8(200), pair, where])
@@ -457,6 +460,12 @@ FAULTS = {
         """cp.async.cg.shared.global [memory], [%in], 16;
         ld.shared.u8 %r1, [memory+<15|16>];""",
         "shared memory that waits for an asynchronous copy: 1 bytes",
+    ),
+    "two copies to one place": Fault(
+        """cp.async.cg.shared.global [memory], [%in], 16;
+        cp.async.ca.shared.global [memory+<12|16>], [%in], 4;
+        cp.async.wait_all;""",
+        "two asynchronous copies to one place: 4 bytes",
     ),
     "a wait without a group": Fault(
         """cp.async.cg.shared.global [memory], [%in], 16;

@@ -153,14 +153,14 @@ class Result:
         return {line[2]: line[0] for line in lines if len(line) >= 3 and len(line[0]) == 16}
 
 
-def run(program: Path, *arguments: str, **settings: str) -> Result:
+def run(program: Path, *arguments: str, limit: float = LIMIT_SECONDS, **settings: str) -> Result:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
     command = [str(program), *arguments]
     try:
         done = subprocess.run(
             command,
             env=environment,
-            timeout=LIMIT_SECONDS,
+            timeout=limit,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -122,6 +122,12 @@ def announce_tensors() -> None:
     memory = compile_one(TENSORS, BUILD / "torch_memory.o", *include)
     where = [f"-L{path}" for path in (BUILD, *library_paths())]
     target = link(
-        BUILD / "libptx_memory.so", "-shared", memory, *where, "-lptx", "-lc10", f"-Wl,-rpath,{BUILD}"
+        BUILD / "libptx_memory.so",
+        "-shared",
+        memory,
+        *where,
+        "-lptx",
+        "-lc10",
+        f"-Wl,-rpath,{BUILD}",
     )
     torch.ops.load_library(str(target))

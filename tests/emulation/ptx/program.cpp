@@ -548,6 +548,7 @@ void read_limits(Text text, uint32_t line, Kernel* kernel) {
     if (limit == ".maxntid" || limit == ".reqntid") {
       kernel->most_threads = 1;
       for (const Text n : split(values)) kernel->most_threads *= number(n, line);
+      if (limit == ".reqntid") kernel->fewest_threads = kernel->most_threads;
     } else if (limit != ".minnctapersm" && limit != ".maxnreg") {
       unknown(line, "directive " + std::string(limit));
     }

@@ -9,8 +9,8 @@ The parts, all of them by default:
              mutations=NAME plants those whose name matches the pattern
 ``--archs 80,90`` takes some architectures only.
 
-A mutation is a text file: a title, where it is planted, what notices it, the cases to run, and
-regular expressions with what takes their place:
+A mutation is a text file: a title, where it is planted, what notices it, the cases to run,
+and regular expressions with what takes their place:
   # title
   object: scan_float32          of which of nvcc's objects
   kernel: MinGruILb0.*Lb0EE     a part of the name of one of its kernels
@@ -27,6 +27,7 @@ Needs nvcc. Exit code 1 if any part fails.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -39,7 +40,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE))
 
 import check
 import nvcc
@@ -56,8 +58,10 @@ def in_parallel(calls: Iterable[Callable[[], Result]]) -> list[Result]:
         return [done.result() for done in [pool.submit(call) for call in calls]]
 
 
-def run_driver(name: str, program: Path, *arguments: str, **settings: str) -> Result:
-    return run(program, *arguments, **{**CLAIMED[name], **settings})
+def run_driver(
+    name: str, program: Path, *arguments: str, limit: float = check.LIMIT_SECONDS, **settings: str
+) -> Result:
+    return run(program, *arguments, limit=limit, **{**CLAIMED[name], **settings})
 
 
 # Every case.
@@ -72,7 +76,7 @@ class Worst:
 
 
 def errors_of(result: Result) -> dict[str, float]:
-    """By the name of a case; scans are called op/direction/dtype/..., steps shape/policy/mode/dtype."""
+    """By the name of a case: op/direction/dtype/... of scans, shape/policy/mode/dtype of steps."""
     lines = (line.split() for line in result.output.splitlines())
     return {line[2]: float(line[1]) for line in lines if len(line) >= 3 and len(line[0]) == 16}
 
@@ -95,7 +99,7 @@ def cases(archs: list[str]) -> str:
             runs = [{"EMULATION_POISON": POISON[0]}, {"EMULATION_POISON": POISON[1]}]
             runs[1] |= schedule(2, int(arch), 3)
             first, second = in_parallel(
-                lambda s=s, n=name, p=program: run_driver(n, p, **s) for s in runs
+                lambda s=s, n=name, p=program: run_driver(n, p, limit=1800, **s) for s in runs
             )
             for result in (first, second):
                 expect_success(result)
@@ -122,7 +126,7 @@ def thread(archs: list[str]) -> str:
     total = 0
     for name in check.DRIVERS:
         program = nvcc.driver(name, archs[0], "thread")
-        result = run_driver(name, program, "--quick", EMULATION_SHUFFLE="2", **STRICT)
+        result = run_driver(name, program, "--quick", limit=900, EMULATION_SHUFFLE="2", **STRICT)
         expect_success(result)
         total += len(result.hashes())
     return f"{total} cases for sm_{archs[0]}, no race"
@@ -176,7 +180,7 @@ def plant(mutation: Mutation, text: str) -> str:
     """The module with the bug in one kernel."""
     entries = [m.start() for m in re.finditer(r"^\.visible \.entry", text, re.M)] + [len(text)]
     pattern = mutation.settings["kernel"]
-    spans = list(zip(entries, entries[1:], strict=False))
+    spans = list(itertools.pairwise(entries))
     chosen = [s for s in spans if re.search(pattern, text[slice(*s)].split("(")[0])]
     if len(chosen) != 1:
         raise Failure(f"{len(chosen)} kernels are called like {pattern}")
