@@ -120,12 +120,14 @@ triton-%: $(VENV)/triton-%
 		tests/test_borders.py tests/test_multi_state.py -m "$(SHORT)"
 	@test $* != $(lastword $(TRITON)) || $</bin/python tests/budgets/triton.py --check --quick
 
-# What nvcc makes of the CUDA kernels, against a stored table: half an hour for all of them.
+# What nvcc makes of the CUDA kernels, against a stored table: half an hour for all of them. Then, in a
+# minute, bugs that must show there.
 budget: $(VENV)/ready
 	@command -v nvcc >/dev/null || { echo "$@: skipped, there is no nvcc"; exit 0; } && \
 		echo "== $@: nvcc compiles for $(ARCHS), $(DTYPES)" && \
 		$(BIN)/pip install -q nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump && \
-		$(BIN)/python tests/budgets/cuda.py --check --dtypes $(DTYPES) --archs $(ARCHS)
+		$(BIN)/python tests/budgets/cuda.py --check --dtypes $(DTYPES) --archs $(ARCHS) && \
+		$(BIN)/python tests/budgets/planted.py
 
 # One after the other, for they share a folder: instrumented, with CUDA, as a wheel.
 builds:
