@@ -24,7 +24,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" or TRITON_ARCH > 0  # sl
 
 
 def _clone(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    """From the allocator of tensors, which the machine for PTX knows; the usual one asks another."""
+    """From the allocator of tensors, which the machine for PTX knows; else another serves."""
     made = torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage()
     return made.copy_(storage)
 

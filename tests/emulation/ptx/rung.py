@@ -14,7 +14,7 @@ and regular expressions with what takes their place:
   # title
   object: scan_float32          of which of nvcc's objects
   kernel: MinGruILb0.*Lb0EE     a part of the name of one of its kernels
-  which: 2                      the second match in that kernel; the first, or all, if it is left out
+  which: 2                      the second match in that kernel, or all; the first if left out
   caught: values                or bits, dead-lock, thread, or words of the machine's report
   cases: NAME...
   - old
@@ -39,14 +39,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import check
 import nvcc
 from check import CLAIMED, STRICT, Failure, Result, expect_success, run, schedule
-from machine import BUILD
+from machine import BUILD, HERE
 
 RESULTS = HERE / "results.json"
 POISON = ("255", "60")  # NaN, and small positive numbers

@@ -2,7 +2,7 @@
 
 Triton's own JIT specialises and compiles every launch for the architecture, as it would with a GPU
 at hand; in place of loading the binary, this loads the PTX that it was made from, and in place of
-the launch runs it on CPU tensors. ``MSRNN_TEST_TRITON=90`` runs the test suite so (../../backends.py).
+the launch runs it on CPU tensors. ``MSRNN_TEST_TRITON=90`` runs the test suite so.
 """
 
 from __future__ import annotations
