@@ -364,6 +364,8 @@ row(
     "abs.f64", "f64 -> f64", (-1.5, 1.5), (-0.0, 0.0), (-INF, INF), (-DBL_TINY, DBL_TINY),
     (NAN, NAN),
 )
+row("abs.ftz.f32", "f32 -> f32", (-1.5, 1.5), (-FLT_TINY, 0.0), (FLT_TINY, 0.0), (-INF, INF))
+row("abs.f16x2", "b32 -> b32", (0xBC00C000, 0x3C004000), (0x80008001, 1), (0xFC003C00, 0x7C003C00))
 row("abs.bf16x2", "b32 -> b32", (0xBF80C000, 0x3F804000), (0x80008001, 1), (0xFF803F80, 0x7F803F80))
 # The sign of the first, the rest of the second.
 for kind in ("f32", "f64"):
@@ -492,7 +494,8 @@ PAIRS: dict[str, tuple[list[Any], list[Any], list[Any]]] = {
 COMPARED = {
     **dict.fromkeys(("lt", "le", "gt", "ge"), "s16 u16 s32 u32 s64 u64 f32 f64 f16 bf16"),
     **dict.fromkeys(("eq", "ne"), "b16 b32 b64 s16 u16 s32 u32 s64 u64 f32 f64 f16 bf16"),
-    **dict.fromkeys(("equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"), "f32 f64"),
+    **dict.fromkeys(("equ", "neu", "ltu", "leu", "gtu", "geu", "num"), "f32 f64"),
+    "nan": "f32 f64 f16 bf16",
 }
 for operator, kinds in COMPARED.items():
     smaller, equal, larger, unordered = HOLDS[operator]
@@ -507,24 +510,23 @@ for operator, kinds in COMPARED.items():
             cases, types = [case[:3] for case in cases], f"{kind} {kind} -> pred"
         row(f"setp.{operator}.{kind}", types, *cases, kinds="pss")
 row("setp.lt.s32", "s32 s32 -> pred", (1, 2, 1), (2, 1, 0), kinds="pss")  # p alone
-row(
-    "setp.nan.bf16", "bf16 bf16 -> pred", (0x7F80, 0xFF80, 0), (0x7F81, 0x3F80, 1), (0, 0xFFFF, 1),
-    kinds="pss",
-)
 # Of pairs: p for the low numbers, q for the high ones.
-for operator in ("eq", "ge"):
-    row(
-        f"setp.{operator}.bf16x2", "b32 b32 -> pred pred", (0x3F804000, 0x40004000, 1, 0),
-        (0x40003F80, 0x40004000, 0, 1), (0x80000000, 0x00008000, 1, 1),
-        (0x3F807FC0, 0x3F803F80, 0, 1), (0x7FC03F80, 0x7FC03F80, 1, 0),
-        kinds="pss",
-    )
-row("setp.ge.bf16x2", "b32 b32 -> pred pred", (0x3F80C000, 0xBF804000, 0, 1), kinds="pss")
-row(
-    "setp.ne.bf16x2", "b32 b32 -> pred pred", (0x3F803F80, 0x3F804000, 1, 0),
-    (0x3F803F80, 0x40003F80, 0, 1), (0x80000000, 0, 0, 0), (0x7FC03F80, 0x3F804000, 1, 0),
-    (0x00017FC0, 0x00020000, 0, 1), kinds="pss",
-)
+for kind in ("f16", "bf16"):
+    less, alike, nans = PAIRS[kind]
+    for operator in ("lt", "le", "gt", "ge", "eq", "ne", "nan"):
+        smaller, equal, larger, unordered = HOLDS[operator]
+        each = [(a, b, smaller) for a, b in less] + [(b, a, larger) for a, b in less]
+        each += [(a, b, equal) for a, b in alike] + [(a, b, unordered) for a, b in nans]
+        row(
+            f"setp.{operator}.{kind}x2", "b32 b32 -> pred pred",
+            *[
+                (low | high << 16, other_low | other_high << 16, p, q)
+                for (low, other_low, p), (high, other_high, q) in zip(
+                    each, each[4:] + each[:4], strict=True
+                )
+            ],
+            kinds="pss",
+        )
 
 # Bits.
 LOGIC: dict[str, Callable[[int, int], int]] = {
@@ -927,7 +929,7 @@ LOADS = {
     "ld.": "f32 f64",
     "ld.shared.": "u8 b8 u16 b16 u32 s32 b32 f32 u64 b64 f64",
     "ld.shared.v2.": "b16 u32 b32 f32 u64 b64 f64",
-    "ld.shared.v4.": "u32 b32 f32",
+    "ld.shared.v4.": "b16 u32 b32 f32",
 }
 STORES = {
     "st.global.": "u8 b8 u16 b16 u32 b32 f32 u64 b64 f64",
@@ -939,7 +941,7 @@ STORES = {
     "st.v4.": "f32",
     "st.shared.": "u8 b8 u16 b16 u32 b32 f32 u64 b64 f64",
     "st.shared.v2.": "b8 b32 f32 b64 f64",
-    "st.shared.v4.": "b32 u32 f32",
+    "st.shared.v4.": "b16 b32 u32 f32",
 }
 for prefix in [*LOADS, *STORES]:
     table = LOADS if prefix in LOADS else STORES
