@@ -22,7 +22,8 @@ SHORT = not reference and not threads and not long and not many_steps
 QUICK = $(SHORT) and $(FEW_OPS) and not large and not min_lstm_identity and not min_gru_joint \
 	and not float64 and not float16 and not bfloat16
 
-.PHONY: test test-cpu test-cuda test-triton verify slow emulate schedules triton budget builds sanitize cuda
+.PHONY: test test-cpu test-cuda test-triton verify verify-ptx slow emulate schedules ptx ptx-triton triton budget
+.PHONY: builds sanitize cuda
 .PHONY: wheel portable lint docs gpu-prepare gpu-check bench bench-full bench-cuda papers distributed clean
 
 # What to run after a change: every op, backend and layer against float64, under five minutes on two
@@ -48,7 +49,7 @@ test-triton: $(VENV)/triton-$(lastword $(TRITON))
 # schedules, sanitizers and planted bugs, Triton's versions, budgets, and every build. .ci/run takes
 # half of the planted bugs, one dtype and two architectures.
 verify: $(VENV)/ready
-	@$(MAKE) --no-print-directory -j2 emulate schedules triton slow builds budget portable
+	@$(MAKE) --no-print-directory -j2 emulate schedules ptx triton slow builds budget portable
 
 slow: $(VENV)/ready
 	@echo "== $@: the tests that make test leaves out"
@@ -65,6 +66,40 @@ emulate: $(VENV)/ready
 schedules: $(VENV)/ready
 	@echo "== $@: the emulated kernels under many schedules and sanitizers, and with planted bugs"
 	@$(BIN)/python tests/emulation/check.py selftest schedules address thread $(foreach m,$(MUTATIONS),'$(m)')
+
+# What nvcc and Triton emit for compute capability 9.0, executed on the CPU: every path of three scans
+# and of the steps, and planted bugs. make verify-ptx runs all of it.
+PTX_CASES = not large and not reference and not threads and not long and not many_steps
+PTX_SCANS = (min_gru or min_lstm or log_scan) and (float32 or bfloat16)
+ptx: $(VENV)/ready
+	@command -v nvcc >/dev/null || { echo "$@: skipped, there is no nvcc"; exit 0; } && \
+		echo "== $@: tests on the PTX that nvcc and Triton emit" && \
+		export MSRNN_TEST_EXAMPLES=3 MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/ptx/nvcc.py) && \
+		$(PYTEST) tests/test_scan.py tests/test_borders.py -m "$(PTX_SCANS) and $(PTX_CASES)" && \
+		$(PYTEST) tests/test_multi_state.py -m "$(PTX_CASES) and not float16 and not bfloat16" && \
+		$(BIN)/python tests/emulation/ptx/rung.py --archs 90 mutations
+	@$(MAKE) --no-print-directory ptx-triton PTX_ARCHS=90 PTX_TRITON="$(PTX_SCANS) and $(QUICK)"
+
+# All of it: every case for four architectures, the tests of make emulate, and Triton for two.
+verify-ptx: $(VENV)/ready
+	$(BIN)/python tests/emulation/ptx/rung.py
+	@for arch in 90 80 100 120; do \
+		export MSRNN_TEST_EXAMPLES=$$(test $$arch = 90 && echo 20 || echo 3) && \
+		export MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/ptx/nvcc.py --arch $$arch) && \
+		echo "== $@: the tests on nvcc's PTX for sm_$$arch" && \
+		$(PYTEST) tests/test_scan.py tests/test_borders.py tests/test_torch.py -m "not large and $(FEW_OPS)" && \
+		$(PYTEST) tests/test_multi_state.py -m "not large and not threads and not reference" || exit 1; \
+	done
+	@$(MAKE) --no-print-directory ptx-triton PTX_ARCHS="90 80"
+
+PTX_ARCHS ?= 90
+PTX_TRITON ?= $(SHORT)
+ptx-triton: $(VENV)/triton-$(lastword $(TRITON))
+	@for arch in $(PTX_ARCHS); do \
+		echo "== $@: the tests on what Triton emits for sm_$$arch" && \
+		MSRNN_TEST_TRITON=$$arch MSRNN_TEST_EXAMPLES=3 OMP_NUM_THREADS=1 $(subst $(BIN),$</bin,$(PYTEST)) \
+			tests/test_scan.py tests/test_borders.py tests/test_multi_state.py -m "$(PTX_TRITON)" || exit 1; \
+	done
 
 # Each version of Triton has an environment that sees the packages of $(VENV) too.
 $(VENV)/triton-%: $(VENV)/ready
@@ -85,12 +120,14 @@ triton-%: $(VENV)/triton-%
 		tests/test_borders.py tests/test_multi_state.py -m "$(SHORT)"
 	@test $* != $(lastword $(TRITON)) || $</bin/python tests/budgets/triton.py --check --quick
 
-# What nvcc makes of the CUDA kernels, against a stored table: half an hour for all of them.
+# What nvcc makes of the CUDA kernels, against a stored table: half an hour for all of them. Then, in a
+# minute, bugs that must show there.
 budget: $(VENV)/ready
 	@command -v nvcc >/dev/null || { echo "$@: skipped, there is no nvcc"; exit 0; } && \
 		echo "== $@: nvcc compiles for $(ARCHS), $(DTYPES)" && \
 		$(BIN)/pip install -q nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump && \
-		$(BIN)/python tests/budgets/cuda.py --check --dtypes $(DTYPES) --archs $(ARCHS)
+		$(BIN)/python tests/budgets/cuda.py --check --dtypes $(DTYPES) --archs $(ARCHS) && \
+		$(BIN)/python tests/budgets/planted.py
 
 # One after the other, for they share a folder: instrumented, with CUDA, as a wheel.
 builds:
@@ -142,7 +179,8 @@ lint: $(VENV)/ready
 	$(BIN)/pip install -q ruff mypy clang-format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(CSRC) $(wildcard tests/*/*.cpp tests/*/*.h tests/*/*.cu)
+	$(BIN)/clang-format --dry-run --Werror $(CSRC) $(wildcard tests/*/*.cpp tests/*/*.h tests/*/*.cu \
+		tests/emulation/ptx/*.cpp tests/emulation/ptx/*.h)
 
 # What gpu-check needs and no GPU: libraries for compute capability 9.0 against torch 2.11, a probe,
 # the peers' packages. Some minutes and an environment of 5 GB, for one folder: build/gpu.

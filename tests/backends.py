@@ -1,7 +1,7 @@
 """Which kernels the tests run on: by default the CPU's; by the environment any others.
 
-``MSRNN_TEST_KERNELS``: a library of tests/emulation, the CUDA kernels for CPU tensors: their source,
-or what nvcc made of it.
+``MSRNN_TEST_KERNELS``: a library of tests/emulation, the CUDA kernels for CPU tensors: their
+source, or what nvcc made of it.
 ``TRITON_INTERPRET=1`` with ``MSRNN_BACKEND=triton``: Triton's kernels on its interpreter.
 ``MSRNN_TEST_TRITON=90``: Triton's kernels, compiled for sm_90 and run as PTX (emulation/ptx).
 ``MSRNN_TEST_DEVICE=cuda``: a GPU.
@@ -24,7 +24,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" or TRITON_ARCH > 0  # sl
 
 
 def _clone(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    """From the allocator of tensors, of which the library for PTX knows. The usual one asks another."""
+    """From the allocator of tensors, which the machine for PTX knows; else another serves."""
     made = torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage()
     return made.copy_(storage)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from emulation.ptx import machine
 
-HEADER = """.version 8.3
-.target sm_90
+HEADER = """.version 8.8
+.target sm_100
 .address_size 64
 .shared .align 128 .b8 memory[4096];
 """

@@ -8,20 +8,22 @@ leaves a result open, a case says ANY: the machine must go on, and that is all.
 from __future__ import annotations
 
 import ctypes
+import shutil
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ptx_kernels
 import pytest
 from emulation.ptx import machine
+from processes import output_of
 
 pytestmark = pytest.mark.skipif(not ptx_kernels.AVAILABLE, reason="needs a C++ compiler")
 
 INF, NAN, ANY = float("inf"), float("nan"), object()
-CANONICAL_NAN = 0x7FFFFFFF  # as bits
 S16, S32, S64 = 2**15, 2**31, 2**63
 U32, U64 = 2**32 - 1, 2**64 - 1
 FLT_MAX, FLT_MIN, FLT_TINY = float.fromhex("0x1.fffffep127"), 2.0**-126, 2.0**-149
@@ -149,6 +151,7 @@ def row(form: str, types: str, *cases: tuple[Any, ...], kinds: str = "", **more:
     ROWS.append(Row(form, kinds, reads, writes, cases, **more))
 
 
+# fmt: off
 # Integers wrap around.
 row("add.s32", "s32 s32 -> s32", (1, 2, 3), (S32 - 1, 1, -S32), (-S32, -1, S32 - 1))
 row("add.s64", "s64 s64 -> s64", (U32, 1, 2**32), (S64 - 1, 1, -S64), (-S64, -1, S64 - 1))
@@ -157,104 +160,67 @@ row("sub.s64", "s64 s64 -> s64", (0, 1, -1), (-S64, 1, S64 - 1), (0, -S64, -S64)
 row("neg.s32", "s32 -> s32", (5, -5), (-S32, -S32), (0, 0))
 row("neg.s64", "s64 -> s64", (5, -5), (-S64, -S64), (2**32, -(2**32)))
 row(
-    "mul.lo.s32",
-    "s32 s32 -> s32",
-    (-3, 5, -15),
-    (65536, 65536, 0),
-    (-1, -S32, -S32),
+    "mul.lo.s32", "s32 s32 -> s32", (-3, 5, -15), (65536, 65536, 0), (-1, -S32, -S32),
     (0x12345678, 0x9ABCDEF0, 0x12345678 * 0x9ABCDEF0),
 )
 row(
-    "mul.lo.s64",
-    "s64 s64 -> s64",
-    (-3, 5, -15),
-    (2**32, 2**32, 0),
-    (-1, -S64, -S64),
+    "mul.lo.s64", "s64 s64 -> s64", (-3, 5, -15), (2**32, 2**32, 0), (-1, -S64, -S64),
     (0x123456789ABCDEF0, 0xFEDCBA9876543210, 0x123456789ABCDEF0 * 0xFEDCBA9876543210),
 )
 row("mul.hi.s32", "s32 s32 -> s32", (-1, 1, -1), (-S32, -S32, 2**30), (-S32, -1, 0), (-S32, 2, -1))
 row("mul.hi.u32", "u32 u32 -> u32", (U32, U32, U32 - 1), (S32, 2, 1), (S32, 1, 0))
 row("mul.wide.u16", "u16 u16 -> u32", (0xFFFF, 0xFFFF, 0xFFFE0001), (0x8000, 2, 0x10000))
 row(
-    "mul.wide.s16", "s16 s16 -> s32", (-S16, -S16, 2**30), (-1, 1, -1), (-S16, S16 - 1, -0x3FFF8000)
+    "mul.wide.s16", "s16 s16 -> s32", (-S16, -S16, 2**30), (-1, 1, -1),
+    (-S16, S16 - 1, -0x3FFF8000),
 )
 row("mul.wide.u32", "u32 u32 -> u64", (U32, U32, U32 * U32), (S32, 2, 2**32))
 row("mul.wide.s32", "s32 s32 -> s64", (-S32, -S32, 2**62), (-1, 1, -1), (S32 - 1, -2, -(2**32) + 2))
 row("mad.lo.s32", "s32 s32 s32 -> s32", (3, -4, 5, -7), (S32 - 1, 2, 2, 0), (65536, 65536, 7, 7))
 row("mad.lo.s64", "s64 s64 s64 -> s64", (3, -4, 5, -7), (S64 - 1, 2, 2, 0), (2**32, 2**32, 7, 7))
 row(
-    "mad.wide.u32",
-    "u32 u32 u64 -> u64",
-    (U32, U32, U64, 2**64 - 2**33),  # (2^64 - 2^33 + 1) - 1, modulo 2^64
-    (S32, 4, 5, 2**33 + 5),
+    "mad.wide.u32", "u32 u32 u64 -> u64", (S32, 4, 5, 2**33 + 5),
+    (U32, U32, U64, 2**64 - 2**33),  # (2^64 - 2^33 + 1) + (2^64 - 1), modulo 2^64
 )
 row(
-    "mad.wide.s32",
-    "s32 s32 s64 -> s64",
-    (-1, 1, 0, -1),
-    (-S32, -S32, -1, 2**62 - 1),
+    "mad.wide.s32", "s32 s32 s64 -> s64", (-1, 1, 0, -1), (-S32, -S32, -1, 2**62 - 1),
     (-1, 8, 100, 92),
 )
 # The quotient by zero is unspecified, and the text is silent on -2^31 / -1.
 for width, edge in (("32", S32), ("64", S64)):
     signed, unsigned = f"s{width}", f"u{width}"
     row(
-        f"div.{signed}",
-        f"{signed} {signed} -> {signed}",
-        *[
-            (7, 2, 3),
-            (-7, 2, -3),
-            (7, -2, -3),
-            (-7, -2, 3),
-            (edge - 1, -1, 1 - edge),
-            (-edge, 1, -edge),
-        ],
-        *[(5, 0, ANY), (-edge, -1, ANY)],
+        f"div.{signed}", f"{signed} {signed} -> {signed}", (7, 2, 3), (-7, 2, -3), (7, -2, -3),
+        (-7, -2, 3), (edge - 1, -1, 1 - edge), (-edge, 1, -edge), (5, 0, ANY), (-edge, -1, ANY),
     )
     row(
-        f"div.{unsigned}",
-        f"{unsigned} {unsigned} -> {unsigned}",
-        *[(7, 2, 3), (2 * edge - 1, 2, edge - 1), (edge, 2 * edge - 1, 0), (5, 0, ANY)],
+        f"div.{unsigned}", f"{unsigned} {unsigned} -> {unsigned}", (7, 2, 3),
+        (2 * edge - 1, 2, edge - 1), (edge, 2 * edge - 1, 0), (5, 0, ANY),
     )
     # The text leaves the sign of a remainder to the machine; that of CUDA C++ is the dividend's.
     row(
-        f"rem.{signed}",
-        f"{signed} {signed} -> {signed}",
-        *[(7, 2, 1), (-7, 2, -1), (7, -2, 1), (-edge, 3, -2), (5, 0, ANY), (-edge, -1, ANY)],
+        f"rem.{signed}", f"{signed} {signed} -> {signed}", (7, 2, 1), (-7, 2, -1), (7, -2, 1),
+        (-edge, 3, -2), (5, 0, ANY), (-edge, -1, ANY),
     )
     row(
-        f"rem.{unsigned}",
-        f"{unsigned} {unsigned} -> {unsigned}",
-        *[(7, 2, 1), (2 * edge - 1, 10, 5), (edge, 2 * edge - 1, edge), (5, 0, ANY)],
+        f"rem.{unsigned}", f"{unsigned} {unsigned} -> {unsigned}", (7, 2, 1), (2 * edge - 1, 10, 5),
+        (edge, 2 * edge - 1, edge), (5, 0, ANY),
     )
     row(
-        f"min.{signed}",
-        f"{signed} {signed} -> {signed}",
-        (-edge, edge - 1, -edge),
-        (1, -1, -1),
+        f"min.{signed}", f"{signed} {signed} -> {signed}", (-edge, edge - 1, -edge), (1, -1, -1),
         (2, 3, 2),
     )
     row(
-        f"max.{signed}",
-        f"{signed} {signed} -> {signed}",
-        (-edge, edge - 1, edge - 1),
-        (1, -1, 1),
+        f"max.{signed}", f"{signed} {signed} -> {signed}", (-edge, edge - 1, edge - 1), (1, -1, 1),
         (2, 3, 3),
     )
     row(
-        f"min.{unsigned}",
-        f"{unsigned} {unsigned} -> {unsigned}",
-        (edge, 1, 1),
+        f"min.{unsigned}", f"{unsigned} {unsigned} -> {unsigned}", (edge, 1, 1),
         (0, 2 * edge - 1, 0),
     )
     row(f"max.{unsigned}", f"{unsigned} {unsigned} -> {unsigned}", (edge, 1, edge), (0, 5, 5))
 row(
-    "div.u16",
-    "u16 u16 -> u16",
-    (7, 2, 3),
-    (65535, 65535, 1),
-    (65535, 1, 65535),
-    (32768, 65535, 0),
+    "div.u16", "u16 u16 -> u16", (7, 2, 3), (65535, 65535, 1), (65535, 1, 65535), (32768, 65535, 0),
     (1, 0, ANY),
 )
 
@@ -264,320 +230,215 @@ TWO = "f32 f32 -> f32"
 u = 2.0**-23
 for form in ("add.f32", "add.rn.f32"):
     row(
-        form,
-        TWO,
-        *[(1.0, 2.0**-24, 1.0), (1 + u, 2.0**-24, 1 + 2 * u), (1.0, 2.0**-24 + 2.0**-47, 1 + u)],
-        *[(FLT_TINY, FLT_TINY, 2.0**-148), (FLT_MAX, FLT_MAX, INF), (FLT_MAX, 2.0**102, FLT_MAX)],
-        *[
-            (1.0, -1.0, 0.0),
-            (-0.0, -0.0, -0.0),
-            (-0.0, 0.0, 0.0),
-            (INF, -INF, NAN),
-            (NAN, 1.0, NAN),
-        ],
+        form, TWO, (1.0, 2.0**-24, 1.0), (1 + u, 2.0**-24, 1 + 2 * u),
+        (1.0, 2.0**-24 + 2.0**-47, 1 + u), (FLT_TINY, FLT_TINY, 2.0**-148), (FLT_MAX, FLT_MAX, INF),
+        (FLT_MAX, 2.0**102, FLT_MAX), (1.0, -1.0, 0.0), (-0.0, -0.0, -0.0), (-0.0, 0.0, 0.0),
+        (INF, -INF, NAN), (NAN, 1.0, NAN),
     )
 for form in ("sub.f32", "sub.rn.f32"):
     row(
-        form,
-        TWO,
-        *[
-            (1.0, 2.0**-25, 1.0),
-            (1.0, 3 * 2.0**-25, 1 - 2.0**-23),
-            (FLT_MIN, FLT_TINY, FLT_MIN - FLT_TINY),
-        ],
-        *[(0.0, 0.0, 0.0), (-0.0, 0.0, -0.0), (INF, INF, NAN), (-FLT_MAX, FLT_MAX, -INF)],
+        form, TWO, (1.0, 2.0**-25, 1.0), (1.0, 3 * 2.0**-25, 1 - 2.0**-23),
+        (FLT_MIN, FLT_TINY, FLT_MIN - FLT_TINY), (0.0, 0.0, 0.0), (-0.0, 0.0, -0.0),
+        (INF, INF, NAN), (-FLT_MAX, FLT_MAX, -INF),
     )
 for form in ("mul.f32", "mul.rn.f32"):
     row(
-        form,
-        TWO,
-        *[
-            (1 + u, 1 + u, 1 + 2 * u),
-            (1 + 2.0**-12, 1 + 2.0**-12, 1 + 2.0**-11),
-        ],  # the second a tie
-        *[
-            (2.0**-100, 2.0**-49, FLT_TINY),
-            (2.0**-100, 2.0**-50, 0.0),
-            (2.0**-100, -(2.0**-50), -0.0),
-        ],
-        *[(2.0**100, 2.0**28, INF), (0.0, INF, NAN), (-0.0, 5.0, -0.0)],
+        form, TWO, (1 + u, 1 + u, 1 + 2 * u),
+        (1 + 2.0**-12, 1 + 2.0**-12, 1 + 2.0**-11),  # a tie
+        (2.0**-100, 2.0**-49, FLT_TINY), (2.0**-100, 2.0**-50, 0.0), (2.0**-100, -(2.0**-50), -0.0),
+        (2.0**100, 2.0**28, INF), (0.0, INF, NAN), (-0.0, 5.0, -0.0),
+    )
+# Pairs of floats in 64 bits, the first in the low half; each half is rounded on its own.
+def pair(low: float, high: float) -> int:
+    return int.from_bytes(struct.pack("<ff", low, high), "little")
+
+
+for rounding in ("", "rn."):
+    row(
+        f"add.{rounding}f32x2", "b64 b64 -> b64",
+        (pair(1.0, 1 + u), pair(2.0**-24, 2.0**-24), pair(1.0, 1 + 2 * u)),
+        (pair(FLT_TINY, -0.0), pair(FLT_TINY, -0.0), pair(2.0**-148, -0.0)),
+    )
+    row(
+        f"sub.{rounding}f32x2", "b64 b64 -> b64",
+        (pair(1.0, 5.0), pair(2.0**-25, 7.0), pair(1.0, -2.0)),
+        (pair(0.0, -FLT_MAX), pair(0.0, FLT_MAX), pair(0.0, -INF)),
+    )
+    row(
+        f"mul.{rounding}f32x2", "b64 b64 -> b64",
+        (pair(1 + u, 2.0**-100), pair(1 + u, -(2.0**-50)), pair(1 + 2 * u, -0.0)),
     )
 row(
-    "add.rz.f32",
-    TWO,
-    *[(1.0, 2.0**-24, 1.0), (1 + u, 2.0**-24, 1 + u), (-1 - u, -(2.0**-24), -1 - u)],
-    *[
-        (1.0, u - 2.0**-47, 1.0),
-        (1.0, 2.0**-100, 1.0),
-        (1.0, FLT_TINY, 1.0),
-        (-1.0, -FLT_TINY, -1.0),
-    ],
+    "fma.rn.f32x2", "b64 b64 b64 -> b64",
+    (
+        pair(1 + 2.0**-12, 3.0), pair(1 + 2.0**-12, -2.0), pair(-1 - 2.0**-11, 1.0),
+        pair(2.0**-24, -5.0),
+    ),
+)
+# A bfloat16, widened first, and a float.
+row(
+    "add.rn.f32.bf16", "b16 f32 -> f32", (0x3F80, 2.0**-24, 1.0),
+    (0x3F80, 2.0**-24 + 2.0**-47, 1 + u), (0xC040, 1.5, -1.5), (0xFF80, INF, NAN),
+    (0x0001, 0.0, 2.0**-133),
+)
+row(
+    "add.rz.f32", TWO, (1.0, 2.0**-24, 1.0), (1 + u, 2.0**-24, 1 + u),
+    (-1 - u, -(2.0**-24), -1 - u), (1.0, u - 2.0**-47, 1.0), (1.0, 2.0**-100, 1.0),
+    (1.0, FLT_TINY, 1.0), (-1.0, -FLT_TINY, -1.0),
     # Far below the last bit, and with the other sign: the next number towards zero.
-    *[
-        (1.0, -(2.0**-100), 1 - 2.0**-24),
-        (-FLT_TINY, 1.0, 1 - 2.0**-24),
-        (-1.0, FLT_TINY, -1 + 2.0**-24),
-    ],
-    *[(1.5, -(2.0**-60), 1.5 - u), (FLT_MAX, FLT_MAX, FLT_MAX), (-FLT_MAX, -FLT_MAX, -FLT_MAX)],
-    *[(1.0, -1.0, 0.0), (-0.0, -0.0, -0.0), (-0.0, 0.0, 0.0), (FLT_TINY, FLT_TINY, 2.0**-148)],
-    *[(INF, 1.0, INF), (-INF, FLT_MAX, -INF), (INF, -INF, NAN), (NAN, 1.0, NAN)],
+    (1.0, -(2.0**-100), 1 - 2.0**-24), (-FLT_TINY, 1.0, 1 - 2.0**-24),
+    (-1.0, FLT_TINY, -1 + 2.0**-24), (1.5, -(2.0**-60), 1.5 - u), (FLT_MAX, FLT_MAX, FLT_MAX),
+    (-FLT_MAX, -FLT_MAX, -FLT_MAX), (1.0, -1.0, 0.0), (-0.0, -0.0, -0.0), (-0.0, 0.0, 0.0),
+    (FLT_TINY, FLT_TINY, 2.0**-148), (INF, 1.0, INF), (-INF, FLT_MAX, -INF), (INF, -INF, NAN),
+    (NAN, 1.0, NAN),
 )
 TWO64 = "f64 f64 -> f64"
 v = 2.0**-52
 for form in ("add.f64", "add.rn.f64"):
     row(
-        form,
-        TWO64,
-        *[(1.0, 2.0**-53, 1.0), (1 + v, 2.0**-53, 1 + 2 * v), (DBL_TINY, DBL_TINY, 2.0**-1073)],
-        *[(DBL_MAX, DBL_MAX, INF), (1.0, -1.0, 0.0), (-0.0, -0.0, -0.0), (INF, -INF, NAN)],
+        form, TWO64, (1.0, 2.0**-53, 1.0), (1 + v, 2.0**-53, 1 + 2 * v),
+        (DBL_TINY, DBL_TINY, 2.0**-1073), (DBL_MAX, DBL_MAX, INF), (1.0, -1.0, 0.0),
+        (-0.0, -0.0, -0.0), (INF, -INF, NAN),
     )
 for form in ("sub.f64", "sub.rn.f64"):
     row(
-        form,
-        TWO64,
-        *[
-            (1.0, 2.0**-54, 1.0),
-            (DBL_MIN, DBL_TINY, DBL_MIN - DBL_TINY),
-            (-0.0, 0.0, -0.0),
-            (INF, INF, NAN),
-        ],
+        form, TWO64, (1.0, 2.0**-54, 1.0), (DBL_MIN, DBL_TINY, DBL_MIN - DBL_TINY),
+        (-0.0, 0.0, -0.0), (INF, INF, NAN),
     )
 for form in ("mul.f64", "mul.rn.f64"):
     row(
-        form,
-        TWO64,
-        *[
-            (1 + v, 1 + v, 1 + 2 * v),
-            (1 + 2.0**-27, 1 + 2.0**-26, 1 + 2.0**-26 + 2.0**-27),
-            (0.0, INF, NAN),
-        ],
-        *[(2.0**-1000, 2.0**-74, DBL_TINY), (2.0**-1000, 2.0**-75, 0.0), (-0.0, 5.0, -0.0)],
+        form, TWO64, (1 + v, 1 + v, 1 + 2 * v),
+        (1 + 2.0**-27, 1 + 2.0**-26, 1 + 2.0**-26 + 2.0**-27), (0.0, INF, NAN),
+        (2.0**-1000, 2.0**-74, DBL_TINY), (2.0**-1000, 2.0**-75, 0.0), (-0.0, 5.0, -0.0),
     )
+# One rounding: the product is exact, and so is what a double would lose.
 row(
-    "fma.rn.f32",
-    "f32 f32 f32 -> f32",
-    (1 + 2.0**-12, 1 + 2.0**-12, -1 - 2.0**-11, 2.0**-24),  # one rounding: the product is exact
-    (1 + 2.0**-12, 1 + 2.0**-12, 2.0**-100, 1 + 2.0**-11 + u),  # which a double would lose
-    (1 + 2.0**-12, 1 + 2.0**-12, -(2.0**-100), 1 + 2.0**-11),
-    *[(0.0, INF, 1.0, NAN), (INF, 1.0, -INF, NAN), (1.0, 1.0, -1.0, 0.0), (-0.0, 1.0, -0.0, -0.0)],
-    *[
-        (0.0, 1.0, -0.0, 0.0),
-        (2.0**-75, 2.0**-74, 0.0, FLT_TINY),
-        (FLT_MAX, 2.0, -FLT_MAX, FLT_MAX),
-    ],
+    "fma.rn.f32", "f32 f32 f32 -> f32", (1 + 2.0**-12, 1 + 2.0**-12, -1 - 2.0**-11, 2.0**-24),
+    (1 + 2.0**-12, 1 + 2.0**-12, 2.0**-100, 1 + 2.0**-11 + u),
+    (1 + 2.0**-12, 1 + 2.0**-12, -(2.0**-100), 1 + 2.0**-11), (0.0, INF, 1.0, NAN),
+    (INF, 1.0, -INF, NAN), (1.0, 1.0, -1.0, 0.0), (-0.0, 1.0, -0.0, -0.0), (0.0, 1.0, -0.0, 0.0),
+    (2.0**-75, 2.0**-74, 0.0, FLT_TINY), (FLT_MAX, 2.0, -FLT_MAX, FLT_MAX),
+)
+# Zeros in place of subnormal numbers, before and after.
+row(
+    "fma.rn.ftz.f32", "f32 f32 f32 -> f32",
+    (1 + 2.0**-12, 1 + 2.0**-12, -1 - 2.0**-11, 2.0**-24), (2.0**-127, 2.0**100, 1.0, 1.0),
+    (1.0, 1.0, 2.0**-127, 1.0), (2.0**-100, 2.0**-30, 0.0, 0.0),
+    (2.0**-100, -(2.0**-30), 0.0, -0.0), (1.0, -(2.0**-130), -0.0, -0.0),
+    (FLT_MIN, 1.0, 0.0, FLT_MIN), (0.0, INF, 1.0, NAN),
 )
 row(
-    "fma.rn.f64",
-    "f64 f64 f64 -> f64",
-    (1 + 2.0**-27, 1 + 2.0**-27, -1 - 2.0**-26, 2.0**-54),
-    (DBL_MAX, 2.0, -DBL_MAX, DBL_MAX),
-    *[(0.0, INF, 1.0, NAN), (1.0, 1.0, -1.0, 0.0), (-0.0, 1.0, -0.0, -0.0)],
+    "fma.rn.f64", "f64 f64 f64 -> f64", (1 + 2.0**-27, 1 + 2.0**-27, -1 - 2.0**-26, 2.0**-54),
+    (DBL_MAX, 2.0, -DBL_MAX, DBL_MAX), (0.0, INF, 1.0, NAN), (1.0, 1.0, -1.0, 0.0),
+    (-0.0, 1.0, -0.0, -0.0),
 )
 row(
-    "div.rn.f32",
-    TWO,
-    *[(1.0, 3.0, float.fromhex("0x1.555556p-2")), (2.0, 3.0, float.fromhex("0x1.555556p-1"))],
-    *[
-        (FLT_TINY, 2.0, 0.0),
-        (3 * FLT_TINY, 2.0, 2 * FLT_TINY),
-        (FLT_MAX, 0.5, INF),
-        (1.0, 0.0, INF),
-    ],
-    *[(-1.0, 0.0, -INF), (1.0, -0.0, -INF), (0.0, 0.0, NAN), (INF, INF, NAN), (1.0, -INF, -0.0)],
+    "div.rn.f32", TWO, (1.0, 3.0, float.fromhex("0x1.555556p-2")),
+    (2.0, 3.0, float.fromhex("0x1.555556p-1")), (FLT_TINY, 2.0, 0.0),
+    (3 * FLT_TINY, 2.0, 2 * FLT_TINY), (FLT_MAX, 0.5, INF), (1.0, 0.0, INF), (-1.0, 0.0, -INF),
+    (1.0, -0.0, -INF), (0.0, 0.0, NAN), (INF, INF, NAN), (1.0, -INF, -0.0),
 )
 row(
-    "div.rn.f64",
-    TWO64,
-    *[(1.0, 3.0, float.fromhex("0x1.5555555555555p-2")), (DBL_TINY, 2.0, 0.0), (1.0, -0.0, -INF)],
-    *[(0.0, 0.0, NAN), (1.0, -INF, -0.0)],
+    "div.rn.f64", TWO64, (1.0, 3.0, float.fromhex("0x1.5555555555555p-2")), (DBL_TINY, 2.0, 0.0),
+    (1.0, -0.0, -INF), (0.0, 0.0, NAN), (1.0, -INF, -0.0),
 )
 # .full: within 2 ulp over the whole range.
 row(
-    "div.full.f32",
-    TWO,
-    *[
-        (6.0, 3.0, 2.0),
-        (1.0, 3.0, float.fromhex("0x1.555556p-2")),
-        (-(2.0**100), 2.0**-20, -(2.0**120)),
-    ],
-    *[(1.0, 0.0, INF), (-1.0, 0.0, -INF), (0.0, 0.0, NAN), (NAN, 1.0, NAN)],
-    ulps=2,
+    "div.full.f32", TWO, (6.0, 3.0, 2.0), (1.0, 3.0, float.fromhex("0x1.555556p-2")),
+    (-(2.0**100), 2.0**-20, -(2.0**120)), (1.0, 0.0, INF), (-1.0, 0.0, -INF), (0.0, 0.0, NAN),
+    (NAN, 1.0, NAN), ulps=2,
 )
 row(
-    "neg.f32",
-    "f32 -> f32",
-    (1.5, -1.5),
-    (0.0, -0.0),
-    (-0.0, 0.0),
-    (INF, -INF),
-    (FLT_TINY, -FLT_TINY),
+    "neg.f32", "f32 -> f32", (1.5, -1.5), (0.0, -0.0), (-0.0, 0.0), (INF, -INF),
+    (FLT_TINY, -FLT_TINY), (NAN, NAN),
+)
+row(
+    "neg.f64", "f64 -> f64", (1.5, -1.5), (0.0, -0.0), (-0.0, 0.0), (-INF, INF),
+    (DBL_TINY, -DBL_TINY), (NAN, NAN),
+)
+row(
+    "abs.f32", "f32 -> f32", (-1.5, 1.5), (-0.0, 0.0), (-INF, INF), (-FLT_TINY, FLT_TINY),
     (NAN, NAN),
 )
 row(
-    "neg.f64",
-    "f64 -> f64",
-    (1.5, -1.5),
-    (0.0, -0.0),
-    (-0.0, 0.0),
-    (-INF, INF),
-    (DBL_TINY, -DBL_TINY),
+    "abs.f64", "f64 -> f64", (-1.5, 1.5), (-0.0, 0.0), (-INF, INF), (-DBL_TINY, DBL_TINY),
     (NAN, NAN),
 )
-row(
-    "abs.f32",
-    "f32 -> f32",
-    (-1.5, 1.5),
-    (-0.0, 0.0),
-    (-INF, INF),
-    (-FLT_TINY, FLT_TINY),
-    (NAN, NAN),
-)
-row(
-    "abs.f64",
-    "f64 -> f64",
-    (-1.5, 1.5),
-    (-0.0, 0.0),
-    (-INF, INF),
-    (-DBL_TINY, DBL_TINY),
-    (NAN, NAN),
-)
+row("abs.ftz.f32", "f32 -> f32", (-1.5, 1.5), (-FLT_TINY, 0.0), (FLT_TINY, 0.0), (-INF, INF))
+row("abs.f16x2", "b32 -> b32", (0xBC00C000, 0x3C004000), (0x80008001, 1), (0xFC003C00, 0x7C003C00))
 row("abs.bf16x2", "b32 -> b32", (0xBF80C000, 0x3F804000), (0x80008001, 1), (0xFF803F80, 0x7F803F80))
 # The sign of the first, the rest of the second.
 for kind in ("f32", "f64"):
     row(
-        f"copysign.{kind}",
-        f"{kind} {kind} -> {kind}",
-        *[
-            (-2.0, 3.0, -3.0),
-            (2.0, -3.0, 3.0),
-            (-0.0, 5.0, -5.0),
-            (-INF, 0.0, -0.0),
-            (0.0, -INF, INF),
-        ],
+        f"copysign.{kind}", f"{kind} {kind} -> {kind}", (-2.0, 3.0, -3.0), (2.0, -3.0, 3.0),
+        (-0.0, 5.0, -5.0), (-INF, 0.0, -0.0), (0.0, -INF, INF),
     )
     # A number beats NaN, and +0 is larger than -0.
-    both = CANONICAL_NAN if kind == "f32" else NAN
     tiny = FLT_TINY if kind == "f32" else DBL_TINY
     row(
-        f"min.{kind}",
-        f"{kind} {kind} -> {kind}",
-        *[
-            (1.0, 2.0, 1.0),
-            (2.0, 1.0, 1.0),
-            (NAN, 1.0, 1.0),
-            (1.0, NAN, 1.0),
-            (NAN, INF, INF),
-            (NAN, NAN, both),
-        ],
-        *[(-0.0, 0.0, -0.0), (0.0, -0.0, -0.0), (2 * tiny, tiny, tiny), (-INF, 1.0, -INF)],
+        f"min.{kind}", f"{kind} {kind} -> {kind}", (1.0, 2.0, 1.0), (2.0, 1.0, 1.0),
+        (NAN, 1.0, 1.0), (1.0, NAN, 1.0), (NAN, INF, INF), (NAN, NAN, NAN), (-0.0, 0.0, -0.0),
+        (0.0, -0.0, -0.0), (2 * tiny, tiny, tiny), (-INF, 1.0, -INF),
     )
     row(
-        f"max.{kind}",
-        f"{kind} {kind} -> {kind}",
-        *[
-            (1.0, 2.0, 2.0),
-            (2.0, 1.0, 2.0),
-            (NAN, 1.0, 1.0),
-            (1.0, NAN, 1.0),
-            (-INF, NAN, -INF),
-            (NAN, NAN, both),
-        ],
-        *[(-0.0, 0.0, 0.0), (0.0, -0.0, 0.0), (2 * tiny, tiny, 2 * tiny), (-INF, 1.0, 1.0)],
+        f"max.{kind}", f"{kind} {kind} -> {kind}", (1.0, 2.0, 2.0), (2.0, 1.0, 2.0),
+        (NAN, 1.0, 1.0), (1.0, NAN, 1.0), (-INF, NAN, -INF), (NAN, NAN, NAN), (-0.0, 0.0, 0.0),
+        (0.0, -0.0, 0.0), (2 * tiny, tiny, 2 * tiny), (-INF, 1.0, 1.0),
     )
+# Of three.
+row(
+    "max.f32", "f32 f32 f32 -> f32", (1.0, 2.0, 3.0, 3.0), (3.0, 2.0, 1.0, 3.0),
+    (1.0, 3.0, 2.0, 3.0), (NAN, 1.0, 2.0, 2.0), (1.0, NAN, 0.5, 1.0),
+    (NAN, NAN, 1.0, 1.0), (1.0, -1.0, NAN, 1.0),
+    (NAN, NAN, NAN, NAN), (-0.0, -0.0, 0.0, 0.0), (-INF, -1.0, -FLT_TINY, -FLT_TINY),
+)
 for name, low, high, zero in (("min", 1.0, -INF, -0.0), ("max", 2.0, 1.0, 0.0)):
     row(
-        f"{name}.NaN.f32",
-        TWO,
-        *[(1.0, 2.0, low), (-INF, 1.0, high), (-0.0, 0.0, zero), (0.0, -0.0, zero)],
-        *[(NAN, 1.0, CANONICAL_NAN), (1.0, NAN, CANONICAL_NAN), (NAN, NAN, CANONICAL_NAN)],
+        f"{name}.NaN.f32", TWO, (1.0, 2.0, low), (-INF, 1.0, high), (-0.0, 0.0, zero),
+        (0.0, -0.0, zero), (NAN, 1.0, NAN), (1.0, NAN, NAN), (NAN, NAN, NAN),
     )
 # Approximate: the tables of special values hold exactly. .ftz takes subnormal numbers for zeros of
 # their sign, and returns none.
 row(
-    "ex2.approx.ftz.f32",
-    "f32 -> f32",
-    *[
-        (0.0, 1.0),
-        (-0.0, 1.0),
-        (2.0**-130, 1.0),
-        (-(2.0**-130), 1.0),
-        (-INF, 0.0),
-        (INF, INF),
-        (NAN, NAN),
-    ],
-    *[(1.0, 2.0), (-126.0, FLT_MIN), (-127.0, 0.0), (128.0, INF)],
+    "ex2.approx.ftz.f32", "f32 -> f32", (0.0, 1.0), (-0.0, 1.0), (2.0**-130, 1.0),
+    (-(2.0**-130), 1.0), (-INF, 0.0), (INF, INF), (NAN, NAN), (1.0, 2.0), (-126.0, FLT_MIN),
+    (-127.0, 0.0), (128.0, INF),
     *[(x, float(np.float32(2.0 ** float(np.float32(x))))) for x in (0.5, -10.3, 100.7, 1e-3)],
     ulps=2,
 )
 row(
-    "lg2.approx.ftz.f32",
-    "f32 -> f32",
-    *[
-        (1.0, 0.0),
-        (8.0, 3.0),
-        (0.5, -1.0),
-        (0.0, -INF),
-        (-0.0, -INF),
-        (2.0**-130, -INF),
-        (-(2.0**-130), -INF),
-    ],
-    *[(-1.0, NAN), (-INF, NAN), (INF, INF), (NAN, NAN), (FLT_MIN, -126.0)],
+    "lg2.approx.ftz.f32", "f32 -> f32", (1.0, 0.0), (8.0, 3.0), (0.5, -1.0), (0.0, -INF),
+    (-0.0, -INF), (2.0**-130, -INF), (-(2.0**-130), -INF), (-1.0, NAN), (-INF, NAN), (INF, INF),
+    (NAN, NAN), (FLT_MIN, -126.0),
     *[(x, float(np.float32(np.log2(float(np.float32(x)))))) for x in (3.0, 1e-20, 12345.678)],
     ulps=4,
 )
 row(
-    "rcp.approx.ftz.f32",
-    "f32 -> f32",
-    *[
-        (2.0, 0.5),
-        (3.0, float.fromhex("0x1.555556p-2")),
-        (0.0, INF),
-        (-0.0, -INF),
-        (INF, 0.0),
-        (-INF, -0.0),
-    ],
-    *[(2.0**-127, INF), (-(2.0**-127), -INF), (2.0**127, 0.0), (-(2.0**127), -0.0), (NAN, NAN)],
-    ulps=1,
+    "rcp.approx.ftz.f32", "f32 -> f32", (2.0, 0.5), (3.0, float.fromhex("0x1.555556p-2")),
+    (0.0, INF), (-0.0, -INF), (INF, 0.0), (-INF, -0.0), (2.0**-127, INF), (-(2.0**-127), -INF),
+    (2.0**127, 0.0), (-(2.0**127), -0.0), (NAN, NAN), ulps=1,
 )
 # Only the upper half of a double takes part: about 20 bits.
 row(
-    "rcp.approx.ftz.f64",
-    "f64 -> f64",
-    *[
-        (2.0, 0.5),
-        (3.0, 1 / 3),
-        (-1 / 3, -3.0),
-        (0.0, INF),
-        (-0.0, -INF),
-        (INF, 0.0),
-        (-INF, -0.0),
-        (NAN, NAN),
-    ],
-    *[(2.0**-1030, INF), (-(2.0**-1030), -INF), (2.0**1023, 0.0), (-(2.0**1023), -0.0)],
-    ulps=2**33,
+    "rcp.approx.ftz.f64", "f64 -> f64", (2.0, 0.5), (3.0, 1 / 3), (-1 / 3, -3.0), (0.0, INF),
+    (-0.0, -INF), (INF, 0.0), (-INF, -0.0), (NAN, NAN), (2.0**-1030, INF), (-(2.0**-1030), -INF),
+    (2.0**1023, 0.0), (-(2.0**1023), -0.0), ulps=2**33,
 )
 row(
-    "rcp.rn.f32",
-    "f32 -> f32",
-    *[(3.0, float.fromhex("0x1.555556p-2")), (0.0, INF), (-0.0, -INF), (-INF, -0.0), (NAN, NAN)],
-    *[(FLT_TINY, INF), (2.0**127, 2.0**-127)],
+    "rcp.rn.f32", "f32 -> f32", (3.0, float.fromhex("0x1.555556p-2")), (0.0, INF), (-0.0, -INF),
+    (-INF, -0.0), (NAN, NAN), (FLT_TINY, INF), (2.0**127, 2.0**-127),
 )
 row(
-    "rcp.rn.f64", "f64 -> f64", (3.0, 1 / 3), (-0.0, -INF), (DBL_TINY, INF), (2.0**1023, 2.0**-1023)
+    "rcp.rn.f64", "f64 -> f64", (3.0, 1 / 3), (-0.0, -INF), (DBL_TINY, INF),
+    (2.0**1023, 2.0**-1023),
 )
 row(
-    "sqrt.rn.f32",
-    "f32 -> f32",
-    *[(4.0, 2.0), (2.0, float.fromhex("0x1.6a09e6p0")), (-0.0, -0.0), (-1.0, NAN), (INF, INF)],
-    *[(2.0**-148, 2.0**-74), (3.0, float(np.sqrt(np.float32(3))))],
+    "sqrt.rn.f32", "f32 -> f32", (4.0, 2.0), (2.0, float.fromhex("0x1.6a09e6p0")), (-0.0, -0.0),
+    (-1.0, NAN), (INF, INF), (2.0**-148, 2.0**-74), (3.0, float(np.sqrt(np.float32(3)))),
 )
 row(
-    "sqrt.rn.f64",
-    "f64 -> f64",
-    (2.0, float.fromhex("0x1.6a09e667f3bcdp0")),
-    (-0.0, -0.0),
-    (-1.0, NAN),
-    (DBL_TINY, 2.0**-537),
+    "sqrt.rn.f64", "f64 -> f64", (2.0, float.fromhex("0x1.6a09e667f3bcdp0")), (-0.0, -0.0),
+    (-1.0, NAN), (DBL_TINY, 2.0**-537),
 )
 
 # Comparisons: whether they hold of a < b, a = b, a > b, and of a NaN. q is the opposite of p.
@@ -633,7 +494,8 @@ PAIRS: dict[str, tuple[list[Any], list[Any], list[Any]]] = {
 COMPARED = {
     **dict.fromkeys(("lt", "le", "gt", "ge"), "s16 u16 s32 u32 s64 u64 f32 f64 f16 bf16"),
     **dict.fromkeys(("eq", "ne"), "b16 b32 b64 s16 u16 s32 u32 s64 u64 f32 f64 f16 bf16"),
-    **dict.fromkeys(("equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"), "f32 f64"),
+    **dict.fromkeys(("equ", "neu", "ltu", "leu", "gtu", "geu", "num"), "f32 f64"),
+    "nan": "f32 f64 f16 bf16",
 }
 for operator, kinds in COMPARED.items():
     smaller, equal, larger, unordered = HOLDS[operator]
@@ -643,16 +505,28 @@ for operator, kinds in COMPARED.items():
         cases += [(b, a, larger, 1 - larger) for a, b in less]
         cases += [(a, b, equal, 1 - equal) for a, b in alike]
         cases += [(a, b, unordered, 1 - unordered) for a, b in nans]
-        row(f"setp.{operator}.{kind}", f"{kind} {kind} -> pred pred", *cases, kinds="pss")
+        types = f"{kind} {kind} -> pred pred"
+        if kind in NAN_BITS:  # have no q
+            cases, types = [case[:3] for case in cases], f"{kind} {kind} -> pred"
+        row(f"setp.{operator}.{kind}", types, *cases, kinds="pss")
 row("setp.lt.s32", "s32 s32 -> pred", (1, 2, 1), (2, 1, 0), kinds="pss")  # p alone
 # Of pairs: p for the low numbers, q for the high ones.
-row(
-    "setp.ne.bf16x2",
-    "b32 b32 -> pred pred",
-    *[(0x3F803F80, 0x3F804000, 1, 0), (0x3F803F80, 0x40003F80, 0, 1), (0x80000000, 0, 0, 0)],
-    *[(0x7FC03F80, 0x3F804000, 1, 0), (0x00017FC0, 0x00020000, 0, 1)],
-    kinds="pss",
-)
+for kind in ("f16", "bf16"):
+    less, alike, nans = PAIRS[kind]
+    for operator in ("lt", "le", "gt", "ge", "eq", "ne", "nan"):
+        smaller, equal, larger, unordered = HOLDS[operator]
+        each = [(a, b, smaller) for a, b in less] + [(b, a, larger) for a, b in less]
+        each += [(a, b, equal) for a, b in alike] + [(a, b, unordered) for a, b in nans]
+        row(
+            f"setp.{operator}.{kind}x2", "b32 b32 -> pred pred",
+            *[
+                (low | high << 16, other_low | other_high << 16, p, q)
+                for (low, other_low, p), (high, other_high, q) in zip(
+                    each, each[4:] + each[:4], strict=True
+                )
+            ],
+            kinds="pss",
+        )
 
 # Bits.
 LOGIC: dict[str, Callable[[int, int], int]] = {
@@ -672,39 +546,16 @@ for bits in (16, 32, 64):
     row(f"not.b{bits}", f"b{bits} -> b{bits}", (PATTERN_A & 2**bits - 1, ~PATTERN_A))
     # Shifts by the width and by more leave zeros, or signs.
     row(
-        f"shl.b{bits}",
-        f"b{bits} u32 -> b{bits}",
-        *[
-            (top + 1, 1, 2),
-            (1, bits - 1, top),
-            (1, bits, 0),
-            (3, bits + 1, 0),
-            (1, U32, 0),
-            (5, 0, 5),
-        ],
+        f"shl.b{bits}", f"b{bits} u32 -> b{bits}", (top + 1, 1, 2), (1, bits - 1, top),
+        (1, bits, 0), (3, bits + 1, 0), (1, U32, 0), (5, 0, 5),
     )
     row(
-        f"shr.u{bits}",
-        f"u{bits} u32 -> u{bits}",
-        *[
-            (top, bits - 1, 1),
-            (top, bits, 0),
-            (top, U32, 0),
-            (top + 3, 1, top // 2 + 1),
-            (top, 0, top),
-        ],
+        f"shr.u{bits}", f"u{bits} u32 -> u{bits}", (top, bits - 1, 1), (top, bits, 0),
+        (top, U32, 0), (top + 3, 1, top // 2 + 1), (top, 0, top),
     )
     row(
-        f"shr.s{bits}",
-        f"s{bits} u32 -> s{bits}",
-        *[
-            (-top, bits - 1, -1),
-            (-top, bits, -1),
-            (-top, U32, -1),
-            (top - 1, bits, 0),
-            (-3, 1, -2),
-            (-top, 1, -top // 2),
-        ],
+        f"shr.s{bits}", f"s{bits} u32 -> s{bits}", (-top, bits - 1, -1), (-top, bits, -1),
+        (-top, U32, -1), (top - 1, bits, 0), (-3, 1, -2), (-top, 1, -top // 2),
     )
 # 32 bits of b (high) and a (low). .wrap takes the amount modulo 32, .clamp makes it 32 at most.
 LOW, HIGH = 0x89ABCDEF, 0x01234567
@@ -715,8 +566,7 @@ for direction, mode, amounts in (
     ("r", "clamp", {0: LOW, 4: 0x789ABCDE, 31: 0x02468ACF, 32: HIGH, 36: HIGH, U32: HIGH}),
 ):
     row(
-        f"shf.{direction}.{mode}.b32",
-        "b32 b32 u32 -> b32",
+        f"shf.{direction}.{mode}.b32", "b32 b32 u32 -> b32",
         *[(LOW, HIGH, amount, result) for amount, result in amounts.items()],
     )
 # The table of a function is what it makes of 0xF0, 0xCC and 0xAA.
@@ -735,107 +585,57 @@ LOGIC3: dict[str, Callable[[int, int, int], int]] = {
 for literal, function in LOGIC3.items():
     a, b, c = 0xF0F0A5A5, 0xFF005A3C, 0x0F1E2D4B
     row(
-        "lop3.b32",
-        "b32 b32 b32 -> b32",
-        (a, b, c, function(a, b, c)),
-        kinds="dsssi",
+        "lop3.b32", "b32 b32 b32 -> b32", (a, b, c, function(a, b, c)), kinds="dsssi",
         literal=literal,
     )
 # Bytes 0 to 3 are those of a, 4 to 7 those of b; a selector of 8 or more repeats the byte's sign.
 row(
-    "prmt.b32",
-    "b32 b32 b32 -> b32",
-    *[
-        (0x33221100, 0x77665544, selectors, result)
-        for selectors, result in (
-            (0x3210, 0x33221100),
-            (0x7654, 0x77665544),
-            (0x5410, 0x55441100),
-            (0x0123, 0x00112233),
-            (0x7777, 0x77777777),
-            (0xFFFF3210, 0x33221100),  # only four nibbles count
-        )
-    ],
-    (0x7F80FF01, 0x80000000, 0xBA98, 0x00FFFF00),
-    (0x7F80FF01, 0x80000000, 0xF0F1, 0xFF01FFFF),
+    "prmt.b32", "b32 b32 b32 -> b32",
+    (0x33221100, 0x77665544, 0x3210, 0x33221100), (0x33221100, 0x77665544, 0x7654, 0x77665544),
+    (0x33221100, 0x77665544, 0x5410, 0x55441100), (0x33221100, 0x77665544, 0x0123, 0x00112233),
+    (0x33221100, 0x77665544, 0x7777, 0x77777777),
+    (0x33221100, 0x77665544, 0xFFFF3210, 0x33221100),  # only four nibbles count
+    (0x7F80FF01, 0x80000000, 0xBA98, 0x00FFFF00), (0x7F80FF01, 0x80000000, 0xF0F1, 0xFF01FFFF),
 )
 # bfi f, a, b, position, length: the low bits of a in b. Both numbers are taken modulo 256.
 row(
-    "bfi.b32",
-    "b32 b32 u32 u32 -> b32",
-    *[
-        (0xABCD, 0, 8, 8, 0xCD00),
-        (U32, 0x12345678, 4, 8, 0x12345FF8),
-        (0, 0x12345678, 4, 8, 0x12345008),
-    ],
-    *[(U32, 0x12345678, 4, 0, 0x12345678), (0xFF, 0, 28, 8, 0xF0000000), (U32, 5, 32, 4, 5)],
-    *[
-        (0xABCD1234, 5, 0, 32, 0xABCD1234),
-        (0xABCD1234, 5, 0, 255, 0xABCD1234),
-        (U32, 5, 255, 255, 5),
-    ],
-    *[(0xF, 0, 256, 4, 0xF), (0xF, 7, 0, 256, 7)],
+    "bfi.b32", "b32 b32 u32 u32 -> b32", (0xABCD, 0, 8, 8, 0xCD00),
+    (U32, 0x12345678, 4, 8, 0x12345FF8), (0, 0x12345678, 4, 8, 0x12345008),
+    (U32, 0x12345678, 4, 0, 0x12345678), (0xFF, 0, 28, 8, 0xF0000000), (U32, 5, 32, 4, 5),
+    (0xABCD1234, 5, 0, 32, 0xABCD1234), (0xABCD1234, 5, 0, 255, 0xABCD1234), (U32, 5, 255, 255, 5),
+    (0xF, 0, 256, 4, 0xF), (0xF, 7, 0, 256, 7),
 )
 row(
-    "bfi.b64",
-    "b64 b64 u32 u32 -> b64",
-    *[(0xABCD, 0, 40, 8, 0xCD0000000000), (0xFF, 0, 60, 8, 0xF000000000000000), (U64, 5, 64, 4, 5)],
-    *[(U64, 5, 30, 0, 5), (PATTERN_A, 5, 0, 64, PATTERN_A), (0, U64, 31, 2, U64 - (3 << 31))],
+    "bfi.b64", "b64 b64 u32 u32 -> b64", (0xABCD, 0, 40, 8, 0xCD0000000000),
+    (0xFF, 0, 60, 8, 0xF000000000000000), (U64, 5, 64, 4, 5), (U64, 5, 30, 0, 5),
+    (PATTERN_A, 5, 0, 64, PATTERN_A), (0, U64, 31, 2, U64 - (3 << 31)),
 )
 # bfe d, a, position, length. Signed: its last bit goes on, or that of a where a ends first.
 row(
-    "bfe.u32",
-    "u32 u32 u32 -> u32",
-    *[(0xABCD1234, 8, 8, 0x12), (0xABCD1234, 28, 8, 0xA), (U32, 32, 8, 0), (U32, 0, 0, 0)],
-    *[
-        (0xABCD1234, 0, 32, 0xABCD1234),
-        (0xABCD1234, 264, 8, 0x12),
-        (U32, 4, 256, 0),
-        (U32, 255, 255, 0),
-    ],
+    "bfe.u32", "u32 u32 u32 -> u32", (0xABCD1234, 8, 8, 0x12), (0xABCD1234, 28, 8, 0xA),
+    (U32, 32, 8, 0), (U32, 0, 0, 0), (0xABCD1234, 0, 32, 0xABCD1234), (0xABCD1234, 264, 8, 0x12),
+    (U32, 4, 256, 0), (U32, 255, 255, 0),
 )
 row(
-    "bfe.s32",
-    "s32 u32 u32 -> s32",
-    *[(0xF000, 12, 4, -1), (0x7000, 12, 4, 7), (0x90000000, 28, 8, -7), (-S32, 40, 4, -1)],
-    *[(0x40000000, 40, 4, 0), (-1, 5, 0, 0), (0xABCD1234, 0, 32, 0xABCD1234), (0x8000, 15, 1, -1)],
+    "bfe.s32", "s32 u32 u32 -> s32", (0xF000, 12, 4, -1), (0x7000, 12, 4, 7),
+    (0x90000000, 28, 8, -7), (-S32, 40, 4, -1), (0x40000000, 40, 4, 0), (-1, 5, 0, 0),
+    (0xABCD1234, 0, 32, 0xABCD1234), (0x8000, 15, 1, -1),
 )
 row(
-    "bfe.u64",
-    "u64 u32 u32 -> u64",
-    *[
-        (PATTERN_A, 28, 12, 0xA51),
-        (PATTERN_A, 60, 8, 0xF),
-        (U64, 64, 8, 0),
-        (U64, 0, 0, 0),
-        (PATTERN_A, 0, 64, PATTERN_A),
-    ],
+    "bfe.u64", "u64 u32 u32 -> u64", (PATTERN_A, 28, 12, 0xA51), (PATTERN_A, 60, 8, 0xF),
+    (U64, 64, 8, 0), (U64, 0, 0, 0), (PATTERN_A, 0, 64, PATTERN_A),
 )
 row(
-    "bfe.s64",
-    "s64 u32 u32 -> s64",
-    *[
-        (0xF0 << 32, 36, 4, -1),
-        (0x70 << 32, 36, 4, 7),
-        (0x9 << 60, 60, 8, -7),
-        (-S64, 100, 4, -1),
-        (-1, 5, 0, 0),
-    ],
+    "bfe.s64", "s64 u32 u32 -> s64", (0xF0 << 32, 36, 4, -1), (0x70 << 32, 36, 4, 7),
+    (0x9 << 60, 60, 8, -7), (-S64, 100, 4, -1), (-1, 5, 0, 0),
 )
 for bits in (32, 64):
     row(
-        f"popc.b{bits}",
-        f"b{bits} -> u32",
-        (0, 0),
-        (-1, bits),
+        f"popc.b{bits}", f"b{bits} -> u32", (0, 0), (-1, bits),
         (PATTERN_A & 2**bits - 1, f"{PATTERN_A & 2**bits - 1:b}".count("1")),
     )
     row(
-        f"clz.b{bits}",
-        f"b{bits} -> u32",
-        (0, bits),
-        (-1, 0),
-        (1, bits - 1),
+        f"clz.b{bits}", f"b{bits} -> u32", (0, bits), (-1, 0), (1, bits - 1),
         (2 ** (bits // 2), bits // 2 - 1),
     )
 
@@ -846,8 +646,7 @@ for kind in ("b16", "u16", "b32", "u32", "b64", "u64"):
 for kind in ("f32", "f64"):
     row(f"mov.{kind}", f"{kind} -> {kind}", (-0.0, -0.0), (INF, INF), (1.5, 1.5))
     row(
-        f"mov.{kind}",
-        f"{kind.replace('f', 'b')} -> {kind.replace('f', 'b')}",
+        f"mov.{kind}", f"{kind.replace('f', 'b')} -> {kind.replace('f', 'b')}",
         (0x7F800001, 0x7F800001),
     )
 row("mov.b32", "b16 b16 -> b32", (0x1234, 0xABCD, 0xABCD1234), kinds="dS2")
@@ -892,222 +691,89 @@ for form, types, integer_cases in (
     row(form, types, *integer_cases)
 # To integers they clamp. NaN is 0, or the highest bit alone where 64 bits take part.
 row(
-    "cvt.rzi.s32.f32",
-    "f32 -> s32",
-    *[
-        (1.9, 1),
-        (-1.9, -1),
-        (-0.5, 0),
-        (2.0**31 - 128, 2**31 - 128),
-        (2.0**31, S32 - 1),
-        (INF, S32 - 1),
-    ],
-    *[(-(2.0**31), -S32), (-(2.0**31) - 256, -S32), (-INF, -S32), (NAN, 0), (FLT_TINY, 0)],
+    "cvt.rzi.s32.f32", "f32 -> s32", (1.9, 1), (-1.9, -1), (-0.5, 0), (2.0**31 - 128, 2**31 - 128),
+    (2.0**31, S32 - 1), (INF, S32 - 1), (-(2.0**31), -S32), (-(2.0**31) - 256, -S32), (-INF, -S32),
+    (NAN, 0), (FLT_TINY, 0),
 )
 row(
-    "cvt.rzi.u32.f32",
-    "f32 -> u32",
-    *[
-        (1.9, 1),
-        (-0.9, 0),
-        (-1.0, 0),
-        (-INF, 0),
-        (3e9, 3_000_000_000),
-        (2.0**32 - 256, 2**32 - 256),
-    ],
-    *[(2.0**32, U32), (INF, U32), (NAN, 0)],
+    "cvt.rzi.u32.f32", "f32 -> u32", (1.9, 1), (-0.9, 0), (-1.0, 0), (-INF, 0),
+    (3e9, 3_000_000_000), (2.0**32 - 256, 2**32 - 256), (2.0**32, U32), (INF, U32), (NAN, 0),
 )
 row(
-    "cvt.rzi.s64.f32",
-    "f32 -> s64",
-    *[
-        (-1.9, -1),
-        (2.0**62, 2**62),
-        (2.0**63, S64 - 1),
-        (INF, S64 - 1),
-        (-(2.0**63), -S64),
-        (-INF, -S64),
-    ],
-    (NAN, S64),
+    "cvt.rzi.s64.f32", "f32 -> s64", (-1.9, -1), (2.0**62, 2**62), (2.0**63, S64 - 1),
+    (INF, S64 - 1), (-(2.0**63), -S64), (-INF, -S64), (NAN, S64),
 )
 row(
-    "cvt.rn.f32.s32",
-    "s32 -> f32",
-    (2**24 + 1, 2.0**24),
-    (2**24 + 3, 2.0**24 + 4),
-    (-(2**24) - 1, -(2.0**24)),
-    (-S32, -(2.0**31)),
-    (S32 - 1, 2.0**31),
-    (0, 0.0),
+    "cvt.rn.f32.s32", "s32 -> f32", (2**24 + 1, 2.0**24), (2**24 + 3, 2.0**24 + 4),
+    (-(2**24) - 1, -(2.0**24)), (-S32, -(2.0**31)), (S32 - 1, 2.0**31), (0, 0.0),
 )
 row(
-    "cvt.rn.f32.u32",
-    "u32 -> f32",
-    (2**24 + 1, 2.0**24),
-    (2**24 + 3, 2.0**24 + 4),
-    (U32, 2.0**32),
+    "cvt.rn.f32.u32", "u32 -> f32", (2**24 + 1, 2.0**24), (2**24 + 3, 2.0**24 + 4), (U32, 2.0**32),
     (S32, 2.0**31),
 )
 row(
-    "cvt.rn.f32.s64",
-    "s64 -> f32",
-    (2**62 + 2**38, 2.0**62),
-    (2**62 + 3 * 2**38, 2.0**62 + 2.0**40),
-    (2**62 + 2**38 + 1, 2.0**62 + 2.0**39),
-    (S64 - 1, 2.0**63),
-    (-S64, -(2.0**63)),
+    "cvt.rn.f32.s64", "s64 -> f32", (2**62 + 2**38, 2.0**62),
+    (2**62 + 3 * 2**38, 2.0**62 + 2.0**40), (2**62 + 2**38 + 1, 2.0**62 + 2.0**39),
+    (S64 - 1, 2.0**63), (-S64, -(2.0**63)),
 )
 row(
-    "cvt.rn.f32.u64",
-    "u64 -> f32",
-    (2**63 + 2**39, 2.0**63),
-    (2**63 + 2**39 + 1, 2.0**63 + 2.0**40),
-    (U64, 2.0**64),
+    "cvt.rn.f32.u64", "u64 -> f32", (2**63 + 2**39, 2.0**63),
+    (2**63 + 2**39 + 1, 2.0**63 + 2.0**40), (U64, 2.0**64),
 )
 row("cvt.rn.f64.s32", "s32 -> f64", (-S32, -(2.0**31)), (S32 - 1, 2.0**31 - 1))
 row("cvt.rn.f64.u32", "u32 -> f64", (U32, 2.0**32 - 1))
 row(
-    "cvt.rn.f64.s64",
-    "s64 -> f64",
-    (2**53 + 1, 2.0**53),
-    (2**53 + 3, 2.0**53 + 4),
-    (-(2**53) - 1, -(2.0**53)),
-    (S64 - 1, 2.0**63),
-    (-S64, -(2.0**63)),
+    "cvt.rn.f64.s64", "s64 -> f64", (2**53 + 1, 2.0**53), (2**53 + 3, 2.0**53 + 4),
+    (-(2**53) - 1, -(2.0**53)), (S64 - 1, 2.0**63), (-S64, -(2.0**63)),
 )
 row(
-    "cvt.rn.f64.u64",
-    "u64 -> f64",
-    (2**63 + 2**10, 2.0**63),
-    (2**63 + 3 * 2**10, 2.0**63 + 2.0**12),
-    (U64, 2.0**64),
+    "cvt.rn.f64.u64", "u64 -> f64", (2**63 + 2**10, 2.0**63),
+    (2**63 + 3 * 2**10, 2.0**63 + 2.0**12), (U64, 2.0**64),
 )
 row(
-    "cvt.rn.f32.f64",
-    "f64 -> f32",
-    *[
-        (1 + 2.0**-24, 1.0),
-        (1 + 2.0**-24 + 2.0**-50, 1 + u),
-        (1 + u + 2.0**-24, 1 + 2 * u),
-        (1e39, INF),
-    ],
-    *[
-        (2.0**128 - 2.0**103, INF),
-        (2.0**128 - 2.0**103 - 2.0**80, FLT_MAX),
-        (2.0**-150, 0.0),
-        (-(2.0**-150), -0.0),
-    ],
-    *[
-        (2.0**-150 + 2.0**-180, FLT_TINY),
-        (3 * 2.0**-150, 2 * FLT_TINY),
-        (-INF, -INF),
-        (NAN, NAN),
-        (-0.0, -0.0),
-    ],
-)
-row(
-    "cvt.f64.f32",
-    "f32 -> f64",
-    (FLT_TINY, FLT_TINY),
-    (-FLT_MAX, -FLT_MAX),
+    "cvt.rn.f32.f64", "f64 -> f32", (1 + 2.0**-24, 1.0), (1 + 2.0**-24 + 2.0**-50, 1 + u),
+    (1 + u + 2.0**-24, 1 + 2 * u), (1e39, INF), (2.0**128 - 2.0**103, INF),
+    (2.0**128 - 2.0**103 - 2.0**80, FLT_MAX), (2.0**-150, 0.0), (-(2.0**-150), -0.0),
+    (2.0**-150 + 2.0**-180, FLT_TINY), (3 * 2.0**-150, 2 * FLT_TINY), (-INF, -INF), (NAN, NAN),
     (-0.0, -0.0),
-    (INF, INF),
-    (NAN, NAN),
 )
 row(
-    "cvt.f32.f16",
-    "b16 -> f32",
-    *[(0x0001, 2.0**-24), (0x03FF, 1023 * 2.0**-24), (0x0400, 2.0**-14), (0x3C01, 1 + 2.0**-10)],
-    *[
-        (0x7BFF, 65504.0),
-        (0xFBFF, -65504.0),
-        (0x8000, -0.0),
-        (0xFC00, -INF),
-        (0x7C00, INF),
-        (0x7E00, NAN),
-        (0xFC01, NAN),
-    ],
+    "cvt.f64.f32", "f32 -> f64", (FLT_TINY, FLT_TINY), (-FLT_MAX, -FLT_MAX), (-0.0, -0.0),
+    (INF, INF), (NAN, NAN),
 )
 row(
-    "cvt.f32.bf16",
-    "b16 -> f32",
-    *[
-        (0x3F81, 1 + 2.0**-7),
-        (0x0001, 2.0**-133),
-        (0x8000, -0.0),
-        (0xFF80, -INF),
-        (0x7F7F, 2.0**128 - 2.0**120),
-        (0x7FC0, NAN),
-        (0x7F81, NAN),
-    ],
+    "cvt.f32.f16", "b16 -> f32", (0x0001, 2.0**-24), (0x03FF, 1023 * 2.0**-24), (0x0400, 2.0**-14),
+    (0x3C01, 1 + 2.0**-10), (0x7BFF, 65504.0), (0xFBFF, -65504.0), (0x8000, -0.0), (0xFC00, -INF),
+    (0x7C00, INF), (0x7E00, NAN), (0xFC01, NAN),
 )
 row(
-    "cvt.rn.f16.f32",
-    "f32 -> f16",
-    *[
-        (1.0, 0x3C00),
-        (1 + 2.0**-11, 0x3C00),
-        (1 + 3 * 2.0**-11, 0x3C02),
-        (1 + 2.0**-11 + u, 0x3C01),
-    ],
-    *[
-        (65519.99609375, 0x7BFF),
-        (65520.0, 0x7C00),
-        (-65520.0, 0xFC00),
-        (FLT_MAX, 0x7C00),
-        (-INF, 0xFC00),
-    ],
-    *[
-        (2.0**-25, 0),
-        (-(2.0**-25), 0x8000),
-        (2.0**-25 + 2.0**-48, 1),
-        (3 * 2.0**-25, 2),
-        (2.0**-14 - 2.0**-25, 0x0400),
-    ],
-    *[
-        (2.0**-14, 0x0400),
-        (1023 * 2.0**-24, 0x03FF),
-        (FLT_TINY, 0),
-        (-0.0, 0x8000),
-        (NAN, NAN),
-        (2047 * 2.0**-11, 0x3BFF),
-    ],
+    "cvt.f32.bf16", "b16 -> f32", (0x3F81, 1 + 2.0**-7), (0x0001, 2.0**-133), (0x8000, -0.0),
+    (0xFF80, -INF), (0x7F7F, 2.0**128 - 2.0**120), (0x7FC0, NAN), (0x7F81, NAN),
 )
 row(
-    "cvt.rn.bf16.f32",
-    "b32 -> bf16",
-    *[
-        (0x3F808000, 0x3F80),
-        (0x3F818000, 0x3F82),
-        (0x3F808001, 0x3F81),
-        (0x3F807FFF, 0x3F80),
-        (0xBF818000, 0xBF82),
-    ],
-    *[(0x7F7FFFFF, 0x7F80), (0x7F7F7FFF, 0x7F7F), (0x7F7F8000, 0x7F80), (0xFF800000, 0xFF80)],
-    *[
-        (0x7F800001, NAN),
-        (0xFFFFFFFF, NAN),
-        (0x80000000, 0x8000),
-        (0x00008000, 0),
-        (0x00018000, 2),
-        (0x007FFFFF, 0x80),
-    ],
+    "cvt.rn.f16.f32", "f32 -> f16", (1.0, 0x3C00), (1 + 2.0**-11, 0x3C00),
+    (1 + 3 * 2.0**-11, 0x3C02), (1 + 2.0**-11 + u, 0x3C01), (65519.99609375, 0x7BFF),
+    (65520.0, 0x7C00), (-65520.0, 0xFC00), (FLT_MAX, 0x7C00), (-INF, 0xFC00), (2.0**-25, 0),
+    (-(2.0**-25), 0x8000), (2.0**-25 + 2.0**-48, 1), (3 * 2.0**-25, 2),
+    (2.0**-14 - 2.0**-25, 0x0400), (2.0**-14, 0x0400), (1023 * 2.0**-24, 0x03FF), (FLT_TINY, 0),
+    (-0.0, 0x8000), (NAN, NAN), (2047 * 2.0**-11, 0x3BFF),
+)
+row(
+    "cvt.rn.bf16.f32", "b32 -> bf16", (0x3F808000, 0x3F80), (0x3F818000, 0x3F82),
+    (0x3F808001, 0x3F81), (0x3F807FFF, 0x3F80), (0xBF818000, 0xBF82), (0x7F7FFFFF, 0x7F80),
+    (0x7F7F7FFF, 0x7F7F), (0x7F7F8000, 0x7F80), (0xFF800000, 0xFF80), (0x7F800001, NAN),
+    (0xFFFFFFFF, NAN), (0x80000000, 0x8000), (0x00008000, 0), (0x00018000, 2), (0x007FFFFF, 0x80),
 )
 # The first number goes to the upper half.
 row(
-    "cvt.rn.f16x2.f32",
-    "f32 f32 -> b32",
-    (1.0, -2.0, 0x3C00C000),
-    (65520.0, 2.0**-24, 0x7C000001),
+    "cvt.rn.f16x2.f32", "f32 f32 -> b32", (1.0, -2.0, 0x3C00C000), (65520.0, 2.0**-24, 0x7C000001),
     (-0.0, 1 + 3 * 2.0**-11, 0x80003C02),
 )
 row(
-    "cvt.rn.bf16x2.f32",
-    "f32 f32 -> b32",
-    (1.0, -2.0, 0x3F80C000),
-    (INF, 1 + 2.0**-8, 0x7F803F80),
+    "cvt.rn.bf16x2.f32", "f32 f32 -> b32", (1.0, -2.0, 0x3F80C000), (INF, 1 + 2.0**-8, 0x7F803F80),
     (1 + 3 * 2.0**-8, -0.0, 0x3F828000),
 )
+# fmt: on
 
 # Operations of a warp: the 32 threads of a block are the cases. Lanes outside the mask skip it.
 ALL, LANES = U32, range(32)
@@ -1262,8 +928,8 @@ LOADS = {
     "ld.relaxed.gpu.global.": "u32 u64",
     "ld.": "f32 f64",
     "ld.shared.": "u8 b8 u16 b16 u32 s32 b32 f32 u64 b64 f64",
-    "ld.shared.v2.": "u32 b32 f32 u64 b64 f64",
-    "ld.shared.v4.": "u32 b32 f32",
+    "ld.shared.v2.": "b16 u32 b32 f32 u64 b64 f64",
+    "ld.shared.v4.": "b16 u32 b32 f32",
 }
 STORES = {
     "st.global.": "u8 b8 u16 b16 u32 b32 f32 u64 b64 f64",
@@ -1274,8 +940,8 @@ STORES = {
     "st.": "f32 f64",
     "st.v4.": "f32",
     "st.shared.": "u8 b8 u16 b16 u32 b32 f32 u64 b64 f64",
-    "st.shared.v2.": "b32 f32 b64 f64",
-    "st.shared.v4.": "b32 u32 f32",
+    "st.shared.v2.": "b8 b32 f32 b64 f64",
+    "st.shared.v4.": "b16 b32 u32 f32",
 }
 for prefix in [*LOADS, *STORES]:
     table = LOADS if prefix in LOADS else STORES
@@ -1623,12 +1289,12 @@ for count, trans in TRANSFERS:
     kernel(
         identifier(f"ld{form}"),
         f"{address} {fill} bar.sync 0; ld{form} {held}, [%r1]; {give}",
-        f"ld{form} D{count}a",
+        f"ld{form} {'da' if count == 1 else f'D{count}a'}",
     )
     kernel(
         identifier(f"st{form}"),
         f"{address} {clear} {take} bar.sync 0; st{form} [%r1], {held}; bar.sync 0; {keep}",
-        f"st{form} aS{count}",
+        f"st{form} {'as' if count == 1 else f'aS{count}'}",
     )
 
 
@@ -1801,6 +1467,14 @@ def test_values(index: int) -> None:
             assert same(kind, got, expected, row.ulps), (
                 f"{row}: {case[:width]} gave 0x{int.from_bytes(got, 'little'):x}, not {expected}"
             )
+
+
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs ptxas")
+def test_ptxas_accepts_these_kernels(tmp_path: Path) -> None:
+    (tmp_path / "forms.ptx").write_text(module())
+    output_of(
+        "ptxas", "-arch=sm_100", str(tmp_path / "forms.ptx"), "-o", str(tmp_path / "forms.cubin")
+    )
 
 
 def test_every_form_has_a_case() -> None:

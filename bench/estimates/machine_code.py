@@ -67,6 +67,7 @@ KERNELS |= {
     f"{DTYPES[name].mangled}Li{pieces}E": f"attend_evict/{name}/{pieces}"
     for name, pieces in (("float32", 1), ("float32", 2), ("bfloat16", 1), ("float16", 1))
 }
+KERNELS["evict_kernel"] = "evict/float32/1"  # its scores are float32, whatever the state holds
 
 
 def tool(name: str) -> str:
@@ -93,17 +94,22 @@ def output_of(*command: str, cwd: Path = ROOT) -> str:
 
 
 def kernel_name(mangled: str) -> str | None:
-    """Such as min_gru/bfloat16/forward; none for what is neither a scan nor a step."""
-    found = re.search(r"(?:scan_kernelINS_|step_kernelI)(\S+?L[bi]\dE)EEvNS", mangled)
-    return KERNELS.get(found[1]) if found else None
+    """Such as min_gru/bfloat16/forward; none for what is no kernel of ours."""
+    pattern = r"(?:scan_kernelINS_|step_kernelI)(\S+?L[bi]\dE)EEvNS|(evict_kernel)ENS"
+    found = re.search(pattern, mangled)
+    return KERNELS.get(found[1] or found[2]) if found else None
 
 
 def disassemble(cubin: Path) -> Code:
-    """Machine code of the scan kernels by name: instructions, and labels with a colon."""
-    text = output_of(tool("nvdisasm"), "-c", str(cubin))
+    """Machine code of the kernels by name."""
+    return code_of(output_of(tool("nvdisasm"), "-c", str(cubin)))
+
+
+def code_of(text: str) -> Code:
+    """What nvdisasm printed, by kernel: instructions, and labels with a colon."""
     code = {}
     for section in re.split(r"\n\s*\.section\s+\.text\.", text)[1:]:
-        lines = re.findall(r"^(\.L_x_\d+:)|/\*[0-9a-f]{4,}\*/\s+([^;]*?) *;", section, re.M)
+        lines = re.findall(r"^(\.L_x_\d+:|\$\S+:)|/\*[0-9a-f]{4,}\*/\s+([^;]*?) *;", section, re.M)
         if name := kernel_name(section[: section.index(",")]):
             code[name] = [label or line for label, line in lines]
     return code

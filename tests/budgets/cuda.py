@@ -3,15 +3,18 @@
     python tests/budgets/cuda.py [--check | --update] [--archs 75,90] [--dtypes float32,...]
                                  [--kernels min_gru/bfloat16,...]
 
-Every kernel is compiled for every architecture that wheels hold, and its registers, stack frame,
-spills, static shared memory and, from the machine code, its 16-byte loads and stores, special
-functions and instructions are compared with the stored table. A spill costs a kernel that lives on
-bandwidth more than any arithmetic, and nothing else would tell: results stay right.
+Every kernel is compiled for every architecture that wheels hold. A stored table has its registers,
+its static shared memory, its instructions, and the facts of ptxas.py: how often PTX has a barrier,
+an acquire, a wide load, a special function, a fused multiply-add and the like, and how many more
+the machine code has (24-5: PTX has 24 and the machine code 19). A spill or a narrow load costs a
+kernel that lives on bandwidth more than any arithmetic, and nothing else would tell: results stay
+right. A fence that is missing shows in results, but on no processor that the tests run on.
 
-Whatever the compiler, a kernel must neither spill nor have a stack frame, and must load and store
-16 bytes at a time. With the compiler of the table its registers must also leave room for as many
-blocks, it must have the same number of wide accesses and at most a tenth more instructions; other
-compilers only report these. `--kernels` takes beginnings of names.
+Whatever the compiler, a kernel must have no faults as ptxas.py finds them, must neither spill nor
+have a stack frame, and must load and store 16 bytes at a time, unless it is evict, which reads a
+few scores. With the compiler of the table its registers must also leave room for as many blocks,
+its facts must be the same, and it must have at most a tenth more instructions; other compilers only
+report these. `--kernels` takes beginnings of names.
 
 Nearly all time goes into cicc (C++ to PTX, 60 %) and ptxas, nothing into a front end that several
 architectures could share. So PTX is made once for those whose PTX differs in its name alone, as
@@ -28,17 +31,17 @@ import re
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.estimates.machine_code import KERNELS as NAMES
-from bench.estimates.machine_code import ROOT, disassemble, kernel_name, opcode, output_of, tool
+from bench.estimates.machine_code import ROOT, disassemble, kernel_name, output_of, tool
 from bench.table import Table, show
+from tests.budgets.ptxas import FACTS, facts_of, faults_of, ptx_of
 
 TABLE = Path(__file__).with_suffix(".json")
 FOLDER = ROOT / "build/budget"
@@ -52,22 +55,18 @@ Usage = dict[str, "Budget"]  # by "kernel/sm_90"
 
 @dataclass(frozen=True)
 class Budget:
-    """What one kernel takes on one architecture; bytes of memory are those of a thread."""
+    """What one kernel takes on one architecture."""
 
-    registers: int
-    shared: int  # static, of a block
-    stack: int
-    spill_stores: int
-    spill_loads: int
-    wide_loads: int
-    wide_stores: int
-    special: int
+    registers: int  # of a thread
+    shared: int  # static, of a block, in bytes
     instructions: int
+    facts: dict[str, str]
+    faults: list[str] = field(default_factory=list)  # what no compiler may do
 
-    def faults(self) -> list[str]:
-        """What no compiler may do."""
-        bad = [n for n in ("stack", "spill_stores", "spill_loads") if getattr(self, n)]
-        return bad + [n for n in ("wide_loads", "wide_stores") if not getattr(self, n)]
+    def cells(self) -> dict[str, str]:
+        """What is stored, by name."""
+        numbers = {name: str(getattr(self, name)) for name in NUMBERS}
+        return {**numbers, **self.facts}
 
     def resident(self, threads: int) -> int:
         """How many blocks the 64 Ki registers of a multiprocessor hold."""
@@ -77,10 +76,12 @@ class Budget:
         """What the compiler of the table may not do."""
         more = ["registers"] * (self.resident(threads) < stored.resident(threads))
         more += ["shared"] * (self.shared > stored.shared)
-        wide = ("wide_loads", "wide_stores")
-        more += [n for n in wide if getattr(self, n) != getattr(stored, n)]
-        grown = self.instructions > 1.1 * stored.instructions
-        return more + ["instructions"] * grown
+        more += ["instructions"] * (self.instructions > 1.1 * stored.instructions)
+        return more + [name for name in FACTS if self.facts[name] != stored.facts[name]]
+
+
+NUMBERS = ("registers", "shared", "instructions")
+COLUMNS = (*NUMBERS, *FACTS)
 
 
 def nvcc_version() -> str:
@@ -89,64 +90,81 @@ def nvcc_version() -> str:
 
 
 def source_of(kernel: str) -> str:
-    """The file that compiles a kernel, without its suffix."""
+    """The file that compiles a kernel, in csrc/cuda and without its suffix."""
     op, dtype, _ = kernel.split("/")
-    return f"step_{dtype}" if op == "attend_evict" else f"scan_{dtype}"
+    if op == "evict":
+        return op
+    return f"instantiations/{'step' if op == 'attend_evict' else 'scan'}_{dtype}"
 
 
-def compile_file(folder: Path, source: str, ptx: str, archs: list[str]) -> Path:
-    """The fatbin of one source; what ptxas says of its kernels lies beside it."""
-    fatbin = folder / f"{source}.{'_'.join(archs)}.fatbin"
+def compile_file(source: Path, fatbin: Path, ptx: str, archs: list[str]) -> None:
+    """The fatbin of one source, with its PTX; what ptxas says of its kernels lies beside it."""
+    codes = ",".join([f"compute_{ptx}", *(f"sm_{arch}" for arch in archs)])
+    generate = f"-gencode=arch=compute_{ptx},code=[{codes}]"
+    command = ["-std=c++20", "-O3", generate, "-fatbin", "-Xptxas", "-v"]
+    said = output_of(tool("nvcc"), *command, str(source), "-o", str(fatbin))
+    fatbin.with_suffix(".log").write_text(said)
+
+
+def compile_anew(folder: Path, source: str, ptx: str, archs: list[str]) -> Path:
+    """The fatbin of a source, unless it is newer than the sources."""
+    fatbin = folder / f"{Path(source).name}.{ptx}.{'_'.join(archs)}.fatbin"
     log = fatbin.with_suffix(".log")
-    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.*"))
-    if log.exists() and log.stat().st_mtime > newest:
-        return fatbin
-    started = time.time()
-    codes = f"-gencode=arch=compute_{ptx},code=[{','.join(f'sm_{a}' for a in archs)}]"
-    command = ["-std=c++20", "-O3", codes, "-fatbin", "-Xptxas", "-v"]
-    path = f"csrc/cuda/instantiations/{source}.cu"
-    log.write_text(output_of(tool("nvcc"), *command, path, "-o", str(fatbin)))
-    os.utime(log, (started, started))  # what is edited meanwhile is newer
+    sources = (path for path in (ROOT / "csrc").rglob("*.*") if path.suffix != ".md")
+    newest = max(path.stat().st_mtime for path in sources)
+    if not log.exists() or log.stat().st_mtime <= newest:
+        started = time.time()
+        compile_file(ROOT / f"csrc/cuda/{source}.cu", fatbin, ptx, archs)
+        os.utime(log, (started, started))  # what is edited meanwhile is newer
     return fatbin
 
 
-def memory_of(log: str) -> Iterator[tuple[str, list[int]]]:
-    """From ptxas: the key of each kernel, then registers, shared, stack and spilled bytes."""
+def memory_of(log: str) -> Iterator[tuple[str, dict[str, int]]]:
+    """From ptxas: the key of each kernel, its registers, and bytes of memory by their names."""
     pattern = (
         r"Compiling entry function '(\S+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, "
         r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
     )
-    for name, arch, stack, stores, loads, registers, rest in re.findall(pattern, log, re.S):
+    names = ("stack frame", "spill stores", "spill loads", "registers", "shared")
+    for name, arch, *numbers, rest in re.findall(pattern, log, re.S):
         shared = re.search(r"(\d+) bytes smem", rest)
-        numbers = [registers, shared[1] if shared else 0, stack, stores, loads]
         if kernel := kernel_name(name):
-            yield f"{kernel}/sm_{arch}", [int(n) for n in numbers]
+            values = map(int, [*numbers, shared[1] if shared else 0])
+            yield f"{kernel}/sm_{arch}", dict(zip(names, values, strict=True))
 
 
-def code_of(cubin: Path, arch: str) -> Iterator[tuple[str, list[int]]]:
-    """From the machine code: wide loads and stores, special functions, all instructions."""
-    for kernel, lines in disassemble(cubin).items():
-        direct = arch == "75" or kernel.startswith("attend_evict")
-        load = "LDG" if direct else "LDGSTS"
-        names = [opcode(line) for line in lines if not line.endswith(":")]
-        wide = Counter(name.split(".")[0] for name in names if ".128" in name)
-        special = sum(name.startswith("MUFU") for name in names)
-        yield f"{kernel}/sm_{arch}", [wide[load], wide["STG"], special, len(names)]
+def budget_of(kernel: str, memory: dict[str, int], ptx: list[str], code: list[str]) -> Budget:
+    """From what ptxas says of a kernel, its PTX and its machine code."""
+    facts, faults = facts_of(ptx, code), faults_of(code)
+    local = ("stack frame", "spill stores", "spill loads")
+    faults += [f"{memory[name]} bytes of {name}" for name in local if memory[name]]
+    for names in (("loads", "copies"), ("stores",)):
+        if kernel != "evict/float32/1" and not any(in_machine_code(facts[name]) for name in names):
+            faults.append(f"no {names[0]} of 16 bytes")
+    instructions = sum(not line.endswith(":") for line in code)
+    return Budget(memory["registers"], memory["shared"], instructions, facts, faults)
 
 
-def measure_file(folder: Path, source: str, ptx: str, archs: list[str]) -> Usage:
+def in_machine_code(fact: str) -> int:
+    return sum(map(int, re.findall(r"[+-]?\d+", fact)))
+
+
+def measure_file(fatbin: Path, archs: list[str]) -> Usage:
     """The budgets of the kernels of one source."""
-    fatbin = compile_file(folder, source, ptx, archs)
-    cubins = folder / fatbin.stem
-    shutil.rmtree(cubins, ignore_errors=True)
-    cubins.mkdir()
-    output_of(tool("cuobjdump"), "-xelf", "all", str(fatbin), cwd=cubins)
+    parts = fatbin.with_suffix("")
+    shutil.rmtree(parts, ignore_errors=True)
+    parts.mkdir()
+    for kind in ("elf", "ptx"):
+        output_of(tool("cuobjdump"), f"-x{kind}", "all", str(fatbin), cwd=parts)
     memory = dict(memory_of(fatbin.with_suffix(".log").read_text()))
+    (path,) = parts.glob("*.ptx")
+    before = ptx_of(path.read_text())
     usage = {}
     for arch in archs:
-        (cubin,) = cubins.glob(f"*sm_{arch}.cubin")
-        for key, code in code_of(cubin, arch):
-            usage[key] = Budget(*memory[key], *code)
+        (cubin,) = parts.glob(f"*sm_{arch}.cubin")
+        for kernel, code in disassemble(cubin).items():
+            key = f"{kernel}/sm_{arch}"
+            usage[key] = budget_of(kernel, memory[key], before[kernel], code)
     return usage
 
 
@@ -159,7 +177,7 @@ def measure(kernels: list[str], archs: list[str]) -> Usage:
     jobs = [(folder, source, ptx, same) for ptx, same in shared.items() for source in sources]
     jobs.sort(key=lambda job: len(job[3]), reverse=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = list(pool.map(lambda job: measure_file(*job), jobs))
+        parts = list(pool.map(lambda job: measure_file(compile_anew(*job), job[3]), jobs))
     usage = {key: budget for part in parts for key, budget in part.items()}
     keys = [f"{kernel}/sm_{arch}" for kernel in kernels for arch in archs]
     if missing := [key for key in keys if key not in usage]:
@@ -172,15 +190,21 @@ def load() -> tuple[str, Usage]:
     if not TABLE.exists():
         return "", {}
     stored = json.loads(TABLE.read_text())
-    return stored["nvcc"], {key: Budget(*row) for key, row in stored["budgets"].items()}
+    usage = {}
+    for key, row in stored["budgets"].items():
+        cells = dict(zip(COLUMNS, row, strict=True))
+        facts = {name: str(cells.pop(name)) for name in FACTS}
+        usage[key] = Budget(**cells, facts=facts)
+    return stored["nvcc"], usage
 
 
 def save(version: str, usage: Usage) -> None:
     """One line for each kernel and architecture, in the order of KERNELS and PTX."""
     order = [f"{kernel}/sm_{arch}" for kernel in KERNELS for arch in PTX]
-    rows = (f'    "{key}": {list(astuple(usage[key]))}' for key in order if key in usage)
-    names = json.dumps([field.name for field in fields(Budget)])
-    lines = ",\n".join(rows)
+    cells = {key: usage[key].cells().values() for key in order if key in usage}
+    rows = {key: [int(c) if c.isdigit() else c for c in row] for key, row in cells.items()}
+    lines = ",\n".join(f'    "{key}": {json.dumps(row)}' for key, row in rows.items())
+    names = json.dumps(COLUMNS)
     TABLE.write_text(
         f'{{\n  "nvcc": "{version}",\n  "fields": {names},\n  "budgets": {{\n{lines}\n  }}\n}}\n'
     )
@@ -191,17 +215,16 @@ def compare(usage: Usage, stored: Usage, strict: bool) -> tuple[list[list[str]],
     rows, failed = [], False
     for key, now in usage.items():
         before = stored.get(key)
-        bad = now.faults()
-        if strict and before:
-            bad += now.regressions(before, 128 if "/backward/" in key else 256)
+        bad = now.regressions(before, 128 if "/backward/" in key else 256) if before else []
+        bad = bad if strict else []
+        rows += [[key, fault, "", "", "fails"] for fault in now.faults]
         if strict and not before:
             rows.append([key, "not in the table", "", "", "fails"])
-        failed |= bool(bad) or (strict and not before)
-        for field in fields(Budget):
-            old, new = getattr(before or now, field.name), getattr(now, field.name)
-            if old != new or field.name in bad:
-                verdict = "fails" if field.name in bad else ""
-                rows.append([key, field.name, str(old) if before else "", str(new), verdict])
+        failed |= bool(bad or now.faults) or (strict and not before)
+        old = before.cells() if before else dict.fromkeys(COLUMNS, "")
+        for name, cell in now.cells().items():
+            if old[name] not in ("", cell):
+                rows.append([key, name, old[name], cell, "fails" if name in bad else ""])
     return rows, failed
 
 
@@ -229,9 +252,9 @@ def main() -> int:
         same = stored_version == version
         save(version, {**(stored if same else {}), **usage})
     if not (options.check or options.update):
-        names = [field.name for field in fields(Budget)]
-        rows = [[k, *map(str, astuple(b))] for k, b in usage.items()]
-        show(Table("Kernels", "", ["kernel", *names], rows))
+        for key, budget in usage.items():
+            print(key, *(f"{name}={cell}" for name, cell in budget.cells().items() if cell != "0"))
+            print(*(f"    {fault}\n" for fault in budget.faults), sep="", end="")
         return 0
     rows, failed = compare(usage, stored, strict=options.check and version == stored_version)
     if rows:

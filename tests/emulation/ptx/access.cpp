@@ -25,8 +25,7 @@ struct Caller {
   static constexpr uint64_t kExternal = uint64_t{1} << 60;
 
   [[gnu::no_sanitize_thread]] Caller() : instruction(accessing) {
-    __tsan_func_entry(
-        reinterpret_cast<void*>(reinterpret_cast<uint64_t>(instruction) | kExternal));
+    __tsan_func_entry(reinterpret_cast<void*>(reinterpret_cast<uint64_t>(instruction) | kExternal));
   }
   ~Caller() { __tsan_func_exit(); }
   [[gnu::no_sanitize_thread]] void let_others_run() const {

@@ -2,11 +2,11 @@
 //
 // A form is an opcode with all its modifiers and the kinds of its operands. Whatever is not in the
 // table is an error when a program is read: no modifier is skipped. Every form has a self-test
-// (../test_ptx_forms.py), whose values come from the text of the PTX ISA.
+// (../../test_ptx_forms.py), whose values come from the text of the PTX ISA.
 //
 // The kinds of operands, one letter each:
-//   d  a register to write, or _          D1 D2 D4  a vector of them, {a, b}
-//   s  a register or a number to read     S1 S2 S4  a vector of them
+//   d  a register to write, or _          D2 D4  a vector of them, {a, b}; {a} is a
+//   s  a register or a number to read     S2 S4  a vector of them
 //   p  a predicate to write, or two, p|q  (two operands; the second may be absent)
 //   a  an address, [register + number]    (two operands: the slot and the slot of the number)
 //   i  a number that selects what is done l  a label

@@ -135,10 +135,16 @@ void add_comparisons(Forms& forms) {
   rows<f32, f64>(forms, "setp.geu.", "pss", comparison<or_nan<at_least>>);
   rows<f32, f64>(forms, "setp.num.", "pss", comparison<both_numbers>);
   rows<f32, f64>(forms, "setp.nan.", "pss", comparison<one_is_nan>);
-  rows<bf16>(forms, "setp.nan.", "pss", comparison<one_is_nan>);
-  forms.add("setp.eq.bf16x2", "pss", set_predicates<BFloat162, equal>);
-  forms.add("setp.ne.bf16x2", "pss", set_predicates<BFloat162, unequal>);
-  forms.add("setp.ge.bf16x2", "pss", set_predicates<BFloat162, at_least>);
+  rows<bf16, f16>(forms, "setp.nan.", "pss", comparison<one_is_nan>);
+  rows<bf16x2, f16x2>(forms, "setp.lt.", "pss", []<class T> { return set_predicates<T, less>; });
+  rows<bf16x2, f16x2>(forms, "setp.le.", "pss", []<class T> { return set_predicates<T, at_most>; });
+  rows<bf16x2, f16x2>(forms, "setp.gt.", "pss", []<class T> { return set_predicates<T, greater>; });
+  rows<bf16x2, f16x2>(forms, "setp.ge.", "pss",
+                      []<class T> { return set_predicates<T, at_least>; });
+  rows<bf16x2, f16x2>(forms, "setp.eq.", "pss", []<class T> { return set_predicates<T, equal>; });
+  rows<bf16x2, f16x2>(forms, "setp.ne.", "pss", []<class T> { return set_predicates<T, unequal>; });
+  rows<bf16x2, f16x2>(forms, "setp.nan.", "pss",
+                      []<class T> { return set_predicates<T, one_is_nan>; });
 }
 
 }  // namespace
@@ -176,7 +182,8 @@ void add_arithmetic(Forms& forms) {
   forms.add("max.NaN.f32", "dss", binary<float, propagating<larger>>);
   rows<s32, s64, f32, f64>(forms, "neg.", "ds", of_one<negative>);
   rows<f32, f64>(forms, "abs.", "ds", of_one<absolute>);
-  rows<bf16x2>(forms, "abs.", "ds", of_one<absolute_pair>);
+  rows<bf16x2, f16x2>(forms, "abs.", "ds", of_one<absolute_pair>);
+  forms.add("abs.ftz.f32", "ds", unary<float, flushed<absolute>>);
   rows<f32, f64>(forms, "copysign.", "dss", of_two<sign_of_first>);
   forms.add("ex2.approx.ftz.f32", "ds", unary<float, flushed<power_of_two>>);
   forms.add("lg2.approx.ftz.f32", "ds", unary<float, flushed<logarithm>>);

@@ -11,14 +11,10 @@ void convert(Thread& t, const Instruction& i) {
 template <class To>
 constexpr auto plainly = [](auto x) { return static_cast<To>(x); };
 template <class To>
-constexpr auto within_range = [](auto x) { return saturated<To>(x); };
-template <class To, Rounding how>
-constexpr auto to_integers = [](auto x) { return to_integer<To, how>(value_of(x)); };
+constexpr auto clamped = [](auto x) { return to_integer<To>(x); };
 constexpr auto widened = [](auto x) { return value_of(x); };
 template <class To>
 constexpr auto narrowed = [](float x) { return nearest<To>(x); };
-template <Rounding how>
-constexpr auto to_whole = [](auto x) { return rounded<how>(x); };
 
 // Two floats, the first in the high half.
 template <class Narrow>
@@ -36,9 +32,8 @@ void integers(Forms& forms) {
 }
 template <class... To>
 void from_float(Forms& forms) {
-  (forms.add(
-       std::string("cvt.rzi.") + To::name + ".f32", "ds",
-       convert<typename To::type, float, to_integers<typename To::type, Rounding::towards_zero>>),
+  (forms.add(std::string("cvt.rzi.") + To::name + ".f32", "ds",
+             convert<typename To::type, float, clamped<typename To::type>>),
    ...);
 }
 template <class To, class... From>

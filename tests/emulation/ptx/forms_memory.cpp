@@ -109,11 +109,11 @@ void add_memory(Forms& forms) {
                                                               reads<kShared, 1>);
     rows<b16, u32, b32, f32, u64, b64, f64>(forms, "ld." + shared + "v2.", "D2a",
                                             reads<kShared, 2>);
-    rows<u32, b32, f32>(forms, "ld." + shared + "v4.", "D4a", reads<kShared, 4>);
+    rows<b16, u32, b32, f32>(forms, "ld." + shared + "v4.", "D4a", reads<kShared, 4>);
     rows<u8, b8, u16, b16, u32, b32, f32, u64, b64, f64>(forms, "st." + shared, "as",
                                                          writes<kShared, 1>);
     rows<b8, b32, f32, b64, f64>(forms, "st." + shared + "v2.", "aS2", writes<kShared, 2>);
-    rows<b32, u32, f32>(forms, "st." + shared + "v4.", "aS4", writes<kShared, 4>);
+    rows<b16, b32, u32, f32>(forms, "st." + shared + "v4.", "aS4", writes<kShared, 4>);
   }
 
   rows<u32, u64>(forms, "ld.acquire.gpu.global.", "da",

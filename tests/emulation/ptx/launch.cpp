@@ -34,7 +34,7 @@ void run(void* argument) {
   const Launch& launch = *static_cast<const Launch*>(argument);
   const Kernel& kernel = *launch.kernel;
   auto* const slots = static_cast<uint64_t*>(alloca(kernel.slots * sizeof(uint64_t)));
-  std::memset(slots, runtime::poison(), kernel.registers * sizeof(uint64_t));
+  std::memset(slots, runtime::poison(), kernel.poisoned * sizeof(uint64_t));
   std::copy(kernel.constants.begin(), kernel.constants.end(), slots + kernel.registers);
   for (const Special& s : kernel.specials) slots[s.slot] = s.read();
   Thread thread{launch, slots};
@@ -62,7 +62,8 @@ const Kernel* find_kernel(std::string_view name) {
 
 bool launch(const Kernel& kernel, emulated::dim3 grid, emulated::dim3 block,
             uint64_t dynamic_shared, void** values) {
-  if (block.x * block.y * block.z > kernel.most_threads) return false;
+  const uint32_t threads = block.x * block.y * block.z;
+  if (threads < kernel.fewest_threads || threads > kernel.most_threads) return false;
   // In words, so that the first parameter is aligned to 16 bytes.
   const auto memory =
       std::make_unique<std::max_align_t[]>(kernel.parameter_bytes / sizeof(std::max_align_t) + 1);

@@ -9,6 +9,7 @@
 //   program.h    text -> kernels; a form of instruction that nobody described stops the reading
 //   forms.h      the table of all forms that are known: "add.s32" and what executes it
 //   forms_*.cpp  its rows: arithmetic, conversions, memory, threads
+//   registers.h  registers share slots
 //   number.h     the functions behind them: rounding, comparing, shifting
 //   memory.h     the state spaces, and what makes an access a fault
 //   access.h     the loads and stores themselves, which ThreadSanitizer sees
@@ -45,6 +46,7 @@ struct Instruction {
   static constexpr uint32_t kNoGuard = ~0u;
 
   Execute execute;
+  const char* kinds = "";     // of its operands (forms.h)
   uint32_t line;              // of the text
   uint32_t guard = kNoGuard;  // the predicate under which it is executed
   bool unless = false;        // or, with @!, is not
@@ -68,8 +70,9 @@ struct Kernel {
   std::vector<Parameter> parameters;
   uint64_t parameter_bytes = 0;
   uint64_t static_shared = 0;
-  uint32_t most_threads = 1024;  // of a block
-  uint32_t registers = 0;        // slots 0 to registers - 1; the constants follow
+  uint32_t fewest_threads = 1, most_threads = 1024;  // of a block
+  uint32_t registers = 0;  // slots 0 to registers - 1; the constants follow
+  uint32_t poisoned = 0;   // so many of them may be read before they are written
   std::vector<uint64_t> constants;
   std::vector<Special> specials;
   uint32_t slots = 0;

@@ -171,8 +171,12 @@ void copy_later(Thread& t, uint64_t shared, uint64_t global, uint32_t bytes, uin
   char* const to = checked(t, Space::shared, shared, bytes);
   if (global & (bytes - 1)) fail(t, "misaligned access", global, bytes);
   const char* const from = given > 0 ? in_global(t, global, given) : nullptr;
+  Byte* const mark = marks(t, to);
+  if (std::find(mark, mark + bytes, Byte::awaited) != mark + bytes) {
+    fail(t, "two asynchronous copies to one place", to - shared_memory(), bytes);
+  }
   for (uint32_t b = 0; b < bytes; b += 4) store(to + b, 4, ~0u);
-  std::fill_n(marks(t, to), bytes, Byte::awaited);
+  std::fill_n(mark, bytes, Byte::awaited);
   runtime::queue_copy({to, from, bytes, given, 0}, t.where());
 }
 

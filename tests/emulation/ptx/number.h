@@ -77,11 +77,11 @@ inline constexpr auto flushed = [](auto... x) { return flush(f(flush(x)...)); };
 
 template <class T>
 using Unsigned = std::make_unsigned_t<T>;
+// The integer of twice the bits, for T of 16 or 32.
 template <class T>
-using Twice = std::conditional_t<
-    sizeof(T) == 8, std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>,
+using Twice =
     std::conditional_t<sizeof(T) == 4, std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>,
-                       std::conditional_t<std::is_signed_v<T>, int32_t, uint32_t>>>;
+                       std::conditional_t<std::is_signed_v<T>, int32_t, uint32_t>>;
 
 inline constexpr auto sum = []<class T>(T a, T b) -> T {
   if constexpr (is_floating<T>)
@@ -275,46 +275,19 @@ T extract_bits(T a, uint32_t position, uint32_t length) {
 
 // Conversions.
 
-enum class Rounding { exact, nearest, towards_zero, down, up };
-
-template <Rounding how, class T>
-T rounded(T x) {
-  switch (how) {
-    case Rounding::nearest:
-      return std::nearbyint(x);
-    case Rounding::towards_zero:
-      return std::trunc(x);
-    case Rounding::down:
-      return std::floor(x);
-    case Rounding::up:
-      return std::ceil(x);
-    default:
-      return x;
-  }
-}
-
-// To the nearest integer within the range of To. NaN is 0, or, where 64 bits take part, the integer
-// of the highest bit alone.
-template <class To, Rounding how, class From>
+// Towards zero, to the nearest that To has. NaN is 0, or, where 64 bits take part, the integer of
+// the highest bit alone.
+template <class To, class From>
 To to_integer(From x) {
   using Limits = std::numeric_limits<To>;
   if (x != x) {
     constexpr bool wide = sizeof(From) == 8 || sizeof(To) == 8;
     return wide ? static_cast<To>(Unsigned<To>{1} << (8 * sizeof(To) - 1)) : To{0};
   }
-  const From whole = rounded<how>(x);
+  const From whole = std::trunc(x);
   if (whole <= static_cast<From>(Limits::min())) return Limits::min();
   if (whole >= static_cast<From>(Limits::max())) return Limits::max();
   return static_cast<To>(whole);
-}
-
-// .sat of integers: the nearest that To has.
-template <class To, class From>
-To saturated(From x) {
-  using Limits = std::numeric_limits<To>;
-  if (std::cmp_less(x, Limits::min())) return Limits::min();
-  if (std::cmp_greater(x, Limits::max())) return Limits::max();
-  return static_cast<To>(x);
 }
 
 }  // namespace ptx

@@ -1,8 +1,8 @@
 """``python tests/emulation/ptx/nvcc.py [--arch 90]``: the CUDA operators, run as nvcc's PTX.
 
 The library registers them for CPU tensors, as that of ../library.py does for the source of the
-kernels: with its path in ``MSRNN_TEST_KERNELS`` the test suite runs what nvcc emits, launched by the
-host code that nvcc compiled. Prints that path.
+kernels: with its path in ``MSRNN_TEST_KERNELS`` the test suite runs what nvcc emits, launched by
+the host code that nvcc compiled. Prints that path.
 """
 
 from __future__ import annotations

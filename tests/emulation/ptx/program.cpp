@@ -8,6 +8,7 @@
 
 #include "forms.h"
 #include "memory.h"
+#include "registers.h"
 
 namespace ptx {
 namespace {
@@ -170,7 +171,8 @@ Variable read_variable(Text text, uint32_t line) {
   uint64_t count = 1;
   if (bracket != Text::npos) {
     const Text length = text.substr(bracket);
-    if (!encloses('[', length, ']')) unknown(line, "variable " + std::string(text));
+    if (!encloses('[', length, ']') || length.rfind('[') > 0)
+      unknown(line, "variable " + std::string(text));
     v.open = inside(length).empty();
     count = v.open ? 0 : number(inside(length), line);
   }
@@ -236,8 +238,9 @@ class Reader {
         unknown_.insert(u.what());
       }
     }
-    kernel_.code.push_back(
-        {.execute = run_past, .line = statements.empty() ? 0 : statements.back().line});
+    kernel_.code.push_back({.execute = run_past,
+                            .kinds = "",
+                            .line = statements.empty() ? 0 : statements.back().line});
     while (!scopes_.empty()) close_scope();
     const auto constants_end = static_cast<uint32_t>(kernel_.registers + kernel_.constants.size());
     for (Special& s : kernel_.specials) s.slot += constants_end;
@@ -245,6 +248,7 @@ class Reader {
       kernel_.code[index].operand[operand] += constants_end;
     }
     kernel_.slots = constants_end + kernel_.specials.size();
+    share_slots(&kernel_);
     if (kernel_.slots > kMostSlots) {
       unknown_.insert(kernel_.name + ": more registers and constants than the stack holds");
     }
@@ -471,7 +475,7 @@ class Reader {
 
   void read_instruction(const Piece& s) {
     Text text = s.text;
-    Instruction i{.execute = nullptr, .line = s.line};
+    Instruction i{.execute = nullptr, .kinds = "", .line = s.line};
     if (starts(text, "@")) {
       Text guard = take_word(&text).substr(1);
       i.unless = starts(guard, "!");
@@ -487,6 +491,7 @@ class Reader {
     }
     for (const Form& form : *forms) {
       if (!fit(form.operands, operands)) continue;
+      i.kinds = form.operands.c_str();
       decode(form.operands, operands, &i);
       i.execute = form.execute;
       kernel_.code.push_back(i);
@@ -543,6 +548,7 @@ void read_limits(Text text, uint32_t line, Kernel* kernel) {
     if (limit == ".maxntid" || limit == ".reqntid") {
       kernel->most_threads = 1;
       for (const Text n : split(values)) kernel->most_threads *= number(n, line);
+      if (limit == ".reqntid") kernel->fewest_threads = kernel->most_threads;
     } else if (limit != ".minnctapersm" && limit != ".maxnreg") {
       unknown(line, "directive " + std::string(limit));
     }

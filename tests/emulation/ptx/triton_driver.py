@@ -1,8 +1,8 @@
-"""A driver for Triton whose device is the machine for PTX: kernels are compiled for a GPU, run here.
+"""A driver for Triton whose device is the machine for PTX: compiled for a GPU, run on the CPU.
 
 Triton's own JIT specialises and compiles every launch for the architecture, as it would with a GPU
-at hand; in place of loading the binary, this loads the PTX that it was made from, and in place of the
-launch runs it on CPU tensors. ``MSRNN_TEST_TRITON=90`` runs the test suite so (../../backends.py).
+at hand; in place of loading the binary, this loads the PTX that it was made from, and in place of
+the launch runs it on CPU tensors. ``MSRNN_TEST_TRITON=90`` runs the test suite so.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import machine
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-
-import machine
 
 _TYPES = {
     "i1": ctypes.c_int8, "i8": ctypes.c_int8, "i32": ctypes.c_int32, "i64": ctypes.c_int64,
@@ -73,7 +72,7 @@ class _Utilities:
         self._ptx = edited(Path(path).read_text())
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        """Under a name of its own: kernels of one function differ in what they are specialised for."""
+        """Under a name of its own: one function is specialised to many kernels."""
         unique = f"{name}_{hashlib.sha256(self._ptx.encode()).hexdigest()[:12]}"
         machine.load(self._ptx.replace(name, unique))
         compiled.add(unique)
