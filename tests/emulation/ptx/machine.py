@@ -121,13 +121,8 @@ def announce_tensors() -> None:
     include = [f"-isystem{path}" for path in include_paths()]
     memory = compile_one(TENSORS, BUILD / "torch_memory.o", *include)
     where = [f"-L{path}" for path in (BUILD, *library_paths())]
-    target = link(
-        BUILD / "libptx_memory.so",
-        "-shared",
-        memory,
-        *where,
-        "-lptx",
-        "-lc10",
-        f"-Wl,-rpath,{BUILD}",
-    )
+    target = BUILD / "libptx_memory.so"
+    newest = max(path.stat().st_mtime for path in (memory, BUILD / "libptx.so"))
+    if not target.exists() or target.stat().st_mtime < newest:
+        link(target, "-shared", memory, *where, "-lptx", "-lc10", f"-Wl,-rpath,{BUILD}")
     torch.ops.load_library(str(target))
