@@ -247,6 +247,8 @@ void add_corners(std::vector<Case>& cases) {
     add("many_chains", backward, 132, 700, 64);
     add("few_rows", backward, 3, 42, 40);  // a thread folds several parts
     add("fewer_rows", backward, 1, 3, 40);
+    add("few_unaligned", backward, 3, 41, 5);
+    add("one_sequence", backward, 1, 600, 9, {600});
     add("short_sequences", backward, 1, 600, 9, {100, 0, 100});
   }
 }
