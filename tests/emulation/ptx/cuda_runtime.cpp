@@ -3,7 +3,8 @@
 // nvcc's objects bring their PTX along (compiled with code=compute_XX and --no-compress) and
 // register it before main. What the host code asks of a device is answered as the emulator's
 // settings say: as many multiprocessors as EMULATION_CLAIMED, with room for one block each.
-// Whatever else of the runtime host code calls does not link.
+// Whatever else of the runtime host code calls does not link. A module is read when one of its
+// kernels is first launched.
 //
 // EMULATION_PTX names a file whose kernels take the place of those of the same name, for planted
 // bugs.
@@ -42,7 +43,8 @@ void load(std::string_view text) {
 
 struct Runtime {
   std::map<const void*, std::string> kernels;  // by the host function that launches each
-  bool replaced = false;
+  std::vector<std::string_view> modules;
+  std::mutex reading;
   cudaError_t last_error = cudaSuccess;
 };
 // Made when the first object registers, and never destroyed: objects unregister at the very end.
@@ -56,15 +58,24 @@ cudaError_t noted(cudaError_t error) {
   return error;
 }
 
+void load_planted() {
+  const char* const path = std::getenv("EMULATION_PTX");
+  if (path == nullptr) return;
+  std::ifstream file(path);
+  if (!file) stop("no file "s + path);
+  load(std::string(std::istreambuf_iterator<char>(file), {}));
+}
+
 const ptx::Kernel& kernel_of(const void* function) {
-  if (const char* path = std::getenv("EMULATION_PTX"); path && !runtime().replaced) {
-    std::ifstream file(path);
-    if (!file) stop("no file "s + path);
-    load(std::string(std::istreambuf_iterator<char>(file), {}));
-    runtime().replaced = true;
+  const std::string& name = runtime().kernels.at(function);
+  const std::lock_guard lock(runtime().reading);
+  if (const ptx::Kernel* const kernel = ptx::find_kernel(name)) return *kernel;
+  for (const std::string_view text : runtime().modules) {
+    if (text.find(".entry " + name + "(") != text.npos) load(text);
   }
-  const ptx::Kernel* const kernel = ptx::find_kernel(runtime().kernels.at(function));
-  if (kernel == nullptr) stop("no PTX of "s + runtime().kernels.at(function));
+  load_planted();
+  const ptx::Kernel* const kernel = ptx::find_kernel(name);
+  if (kernel == nullptr) stop("no PTX of " + name);
   return *kernel;
 }
 
@@ -98,7 +109,9 @@ void** __cudaRegisterFatBinary(void* wrapper) {
   std::memcpy(&bytes, container + 8, sizeof bytes);
   const std::string_view all(container, header_bytes + bytes);
   const size_t begin = all.find("\n.version");
-  if (begin != all.npos) load(all.substr(begin, all.find('\0', begin) - begin));
+  if (begin != all.npos) {
+    runtime().modules.push_back(all.substr(begin, all.find('\0', begin) - begin));
+  }
   static void* handle;
   return &handle;
 }
