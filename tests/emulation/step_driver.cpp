@@ -341,7 +341,7 @@ bool run(const Case& c) {
     call.times = reinterpret_cast<int64_t*>(d.times.data());
     // As attend_sequence prepares them.
     memset(d.position.data(), 0xFF, d.position.bytes());
-    launch_step(call, nullptr);
+    launch_step(call, kStream);
     std::vector<int64_t> expiry(c.rows * d.groups * c.tokens);
     for (int64_t b = 0; b < c.rows; ++b) {
       std::vector<int64_t> time_of;
@@ -370,7 +370,7 @@ bool run(const Case& c) {
       at_token(t);
       call.first = 0;
       call.last = call.time = 1;
-      launch_step(call, nullptr);
+      launch_step(call, kStream);
       for (int64_t b = 0; b < c.rows; ++b) {
         attend(d, truth, b, t, out, attention);
         compare_output(b, t);
@@ -381,7 +381,7 @@ bool run(const Case& c) {
         }
         evict(truth, b, attention);
       }
-      if (c.mode == Mode::halves) launch_evict(call.state, c.policy, call.scores, nullptr);
+      if (c.mode == Mode::halves) launch_evict(call.state, c.policy, call.scores, kStream);
       compare_state();
     }
   }
