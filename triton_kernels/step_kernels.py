@@ -344,7 +344,7 @@ def _decide_together(
     # the counter's value does. So the last to arrive sees every candidate, and may overwrite what
     # any part has read or written. It does not matter which one is the last.
     tl.debug_barrier()
-    is_last = tl.atomic_add(exchange + ARRIVALS, 1, sem="acq_rel") == parts - 1
+    is_last = tl.atomic_add(exchange + ARRIVALS, 1, sem="relaxed") == parts - 1
     evicts, goes = is_last, tl.full((), _NEVER, tl.int64)
     if is_last:
         i = tl.arange(0, PARTS)
