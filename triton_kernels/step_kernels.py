@@ -152,7 +152,7 @@ def attend(
         there = there | (slot == slot_free)
         at = state_at + slot[:, None].to(tl.int64) * HEAD_DIM + d[None, :]
         inside = (slot < end)[:, None] & in_row[None, :]  # loads that wait for no other
-        block = tl.load(keys + at, inside, 0.0)
+        block = tl.load(keys + at, inside)
         x = tl.dot(query, tl.trans(block), input_precision="ieee") * scale
         x = tl.where(there[None, :], x, -_INFINITY)
         if logits is not None:
@@ -344,7 +344,7 @@ def _decide_together(
     # the counter's value does. So the last to arrive sees every candidate, and may overwrite what
     # any part has read or written. It does not matter which one is the last.
     tl.debug_barrier()
-    is_last = tl.atomic_add(exchange + ARRIVALS, 1, sem="relaxed") == parts - 1
+    is_last = tl.atomic_add(exchange + ARRIVALS, 1, sem="acq_rel") == parts - 1
     evicts, goes = is_last, tl.full((), _NEVER, tl.int64)
     if is_last:
         i = tl.arange(0, PARTS)
