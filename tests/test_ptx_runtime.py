@@ -1,8 +1,8 @@
 """The stand-in for the CUDA runtime: what it refuses of host code, as CUDA would or does not.
 
 Host code that nvcc compiled makes each mistake (`<wrong|right>`) in a process of its own. What CUDA
-answers with an error must be answered so, and what would only go wrong on a GPU must end the process
-with code 98. The same call without the mistake passes.
+answers with an error must be answered so, and what would only go wrong on a GPU must end the
+process with code 98. The same call without the mistake passes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ FAULTS = {
     "a tall grid": ("small<<<dim3(1, <65536|3>), 32, 0, stream>>>(); SAY", "error 9"),
     "a deep grid": ("small<<<dim3(1, 1, <65536|3>), 32, 0, stream>>>(); SAY", "error 9"),
     "a deep block": ("small<<<1, dim3(1, 1, <65|64>), 0, stream>>>(); SAY", "error 9"),
-    "shared memory that nobody allowed": ("small<<<1, 32, <49153|49152>, stream>>>(); SAY", "error 1"),
+    "shared memory that nobody allowed": (
+        "small<<<1, 32, <49153|49152>, stream>>>(); SAY",
+        "error 1",
+    ),
     "static shared memory counts": (
         "kernel<<<1, 32, <48641|48640>, stream>>>(memory); SAY",
         "error 1",

@@ -6,10 +6,11 @@
 // Whatever else of the runtime host code calls does not link. A module is read when one of its
 // kernels is first launched.
 //
-// Here nothing runs later than it is asked for, whatever the stream. So what would go wrong on a GPU
-// alone ends the process, with code 98 and a report: work in another stream than the caller's, a
-// memset out of bounds, a launch that would return the error of an earlier call. What CUDA answers
-// with an error is answered so: more shared memory than was allowed, or than any GPU allows.
+// Here nothing runs later than it is asked for, whatever the stream. So what would go wrong on a
+// GPU alone ends the process, with code 98 and a report: work in another stream than the caller's,
+// a memset out of bounds, a launch that would return the error of an earlier call. What CUDA
+// answers with an error is answered so: more shared memory than was allowed, or than any GPU
+// allows.
 //
 // EMULATION_PTX names a file whose kernels take the place of those of the same name, for planted
 // bugs.
