@@ -5,6 +5,7 @@ The kernels themselves run on the CPU, by tests/emulation; on a GPU by MSRNN_TES
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from processes import output_of
 import msrnn_ops as ms
 from msrnn_ops._C import scan_plan, step_plan
 
+ROOT = Path(__file__).resolve().parents[1]
 BUILT = ms.build_info()["cuda"] is not None
 built = pytest.mark.skipif(not BUILT, reason="the CUDA operators were not built")
 SHAPES = st.tuples(st.integers(1, 64), st.integers(0, 300_000), st.integers(1, 5000))
@@ -120,3 +122,40 @@ def test_cuda_library_needs_no_symbol_that_torch_2_11_lacks() -> None:
     # nvcc puts an exit where the host calls what is only for the device, and does not always say.
     assert " U exit" not in listed
     assert not re.findall(r" U (_ZN?K?(?:3c10|2at|5torch)\S*|Py\S+|cuda\S+)", listed)
+
+
+def assembly_without_its_memory(source: str) -> list[str]:
+    """The instructions that touch memory, or order what does, and do not tell the compiler."""
+    statements = re.findall(r"\basm\b(.*?);\n", source.replace("\\\n", "\n"), re.S)
+    touching = re.compile(r'"(ld|st|atom|red|cp|fence|membar)\.')
+    return [
+        text
+        for text in statements
+        if touching.search(text) and not ("volatile" in text[:10] and '"memory"' in text)
+    ]
+
+
+def test_assembly_tells_the_compiler_of_its_memory() -> None:
+    """Without it nvcc may move other accesses across, though the version at hand does not."""
+    source = (ROOT / "csrc/cuda/device.h").read_text()
+    assert assembly_without_its_memory(source) == []
+    asm = [text for text in re.findall(r"\basm\b.*?;\n", source, re.S) if '"memory"' in text]
+    assert len(asm) >= 6
+    for text in asm:
+        for wrong in (re.sub(' ?: "memory"', "", text), text.replace("asm volatile", "asm")):
+            assert wrong != text and assembly_without_its_memory(source.replace(text, wrong))
+
+
+def test_what_is_verified_is_compiled_as_it_is_built() -> None:
+    """The flags of nvcc that decide what a kernel computes: in setup.py and in every rung."""
+    rungs = ("setup.py", "tests/emulation/ptx/nvcc.py", "tests/budgets/cuda.py")
+    neutral = r"-(Xcompiler|fPIC.*|-threads|c|o|-no-compress|Werror|fatbin|Xptxas|v|gencode.*)"
+    found = {}
+    for name in rungs:
+        tree = ast.parse((ROOT / name).read_text())
+        functions = ("compile_kernel", "compile_kernels", "compile_file")
+        (function,) = (x for x in tree.body if getattr(x, "name", "") in functions)
+        words = {x.value for x in ast.walk(function) if isinstance(x, ast.Constant)}
+        flags = (x for x in words if isinstance(x, str) and x.startswith("-"))
+        found[name] = {x for x in flags if not re.fullmatch(neutral, x)}
+    assert all(flags == {"-std=c++20", "-O3"} for flags in found.values()), found

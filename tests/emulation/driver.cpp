@@ -585,7 +585,7 @@ const char* launch(const Case& c, const Data& d, const Memory& workspace, ScanCa
   if (workspace.bytes() > 0) {
     lay_out(call.plan, size_of(state_dtype(c.dtype)), workspace.data(), &call.exchange);
   }
-  return launch_scan(c.op, c.dtype, c.backward, call, nullptr);
+  return launch_scan(c.op, c.dtype, c.backward, call, kStream);
 }
 
 // Comparison.

@@ -694,10 +694,13 @@ void run_grid() {
   machine.freed_at_end.clear();
 }
 
+// As the CUDA Programming Guide has it, but for grids of more blocks than we would count.
 bool launchable(const dim3& grid, const dim3& block) {
+  constexpr unsigned kMostAlongYZ = 65535, kMostThreads = 1024, kMostAlongZ = 64;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
-  return blocks > 0 && blocks <= INT32_MAX && threads > 0 && threads <= 1024;
+  return blocks > 0 && blocks <= INT32_MAX && grid.y <= kMostAlongYZ && grid.z <= kMostAlongYZ &&
+         threads > 0 && threads <= kMostThreads && block.z <= kMostAlongZ;
 }
 
 }  // namespace

@@ -47,7 +47,7 @@ struct Case {
   std::string name;
   DType dtype;
   int64_t rows, query_heads, kv_heads, head_dim, kept;
-  int64_t tokens;
+  int64_t tokens, planned_rows;
   bool per_head;
   Policy policy;
   Mode mode;
@@ -59,6 +59,7 @@ struct Shape {
   const char* name;
   int64_t rows, query_heads, kv_heads, head_dim, kept, tokens;
   bool quick;
+  int64_t planned_rows = 0;  // the plan is that of so many rows: the more, the larger the blocks
 };
 constexpr Shape kShapes[] = {
     {"tiny", 2, 2, 1, 8, 3, 7, true},
@@ -71,6 +72,7 @@ constexpr Shape kShapes[] = {
     {"wider", 1, 3, 1, 136, 34, 36, false},
     {"long", 1, 4, 2, 32, 165, 168, false},
     {"rows", 5, 2, 1, 8, 32, 34, false},
+    {"large_blocks", 1, 16, 8, 16, 99, 103, false, 132},
 };
 struct Named {
   const char* name;
@@ -104,7 +106,8 @@ std::vector<Case> all_cases() {
       cases.push_back({std::string(s.name) + '/' + p.name + '/' + kModes[turn % 3] + '/' +
                            name_of(dtype) + (padded ? "/padded" : ""),
                        dtype, s.rows, s.query_heads, s.kv_heads, s.head_dim, s.kept,
-                       few ? 60 : s.tokens, p.per_head, p.policy, mode, padded,
+                       few ? 60 : s.tokens, s.planned_rows > 0 ? s.planned_rows : s.rows,
+                       p.per_head, p.policy, mode, padded,
                        s.quick && (s.kept < 10 || mode != Mode::halves)});
 #if defined(ONLY_FLOAT32)
       if (dtype != DType::float32) cases.pop_back();
@@ -294,7 +297,8 @@ bool run(const Case& c) {
   call.query_heads = c.query_heads;
   call.evicting = c.mode != Mode::halves;
   call.scores = c.mode == Mode::halves ? reinterpret_cast<float*>(d.scores.data()) : nullptr;
-  call.plan = step_plan(c.rows, c.query_heads, c.kv_heads, d.slots, c.head_dim, size_of(c.dtype));
+  call.plan =
+      step_plan(c.planned_rows, c.query_heads, c.kv_heads, d.slots, c.head_dim, size_of(c.dtype));
   step_fits(call, &call.fits);
   call.plan.one_launch = call.plan.one_launch && call.fits != Fits::not_at_all;
   const Memory workspace(lay_out(call.plan, call.state, c.query_heads, nullptr, nullptr).bytes);
@@ -309,6 +313,12 @@ bool run(const Case& c) {
   std::vector<double> out, attention;
   double error = 0;
   bool same = true;
+  const auto launches = [&](const char* wrong) {
+    if (wrong && strcmp(wrong, "no error") != 0) {
+      std::printf("WRONG %s: %s\n", c.name.c_str(), wrong);
+      same = false;
+    }
+  };
   const auto compare_output = [&](int64_t b, int64_t t) {
     for (int64_t h = 0; h < c.query_heads; ++h) {
       for (int64_t x = 0; x < c.head_dim; ++x) {
@@ -342,7 +352,7 @@ bool run(const Case& c) {
     call.times = reinterpret_cast<int64_t*>(d.times.data());
     // As attend_sequence prepares them.
     memset(d.position.data(), 0xFF, d.position.bytes());
-    launch_step(call, nullptr);
+    launches(launch_step(call, kStream));
     std::vector<int64_t> expiry(c.rows * d.groups * c.tokens);
     for (int64_t b = 0; b < c.rows; ++b) {
       std::vector<int64_t> time_of;
@@ -371,7 +381,7 @@ bool run(const Case& c) {
       at_token(t);
       call.first = 0;
       call.last = call.time = 1;
-      launch_step(call, nullptr);
+      launches(launch_step(call, kStream));
       for (int64_t b = 0; b < c.rows; ++b) {
         attend(d, truth, b, t, out, attention);
         compare_output(b, t);
@@ -382,7 +392,9 @@ bool run(const Case& c) {
         }
         evict(truth, b, attention);
       }
-      if (c.mode == Mode::halves) launch_evict(call.state, c.policy, call.scores, nullptr);
+      if (c.mode == Mode::halves) {
+        launches(launch_evict(call.state, c.policy, call.scores, kStream));
+      }
       compare_state();
     }
   }

@@ -6,10 +6,17 @@
 // Whatever else of the runtime host code calls does not link. A module is read when one of its
 // kernels is first launched.
 //
+// Here nothing runs later than it is asked for, whatever the stream. So what would go wrong on a
+// GPU alone ends the process, with code 98 and a report: work in another stream than the caller's,
+// a memset out of bounds, a launch that would return the error of an earlier call. What CUDA
+// answers with an error is answered so: more shared memory than was allowed, or than any GPU
+// allows.
+//
 // EMULATION_PTX names a file whose kernels take the place of those of the same name, for planted
 // bugs.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -22,6 +29,7 @@
 #include <vector>
 
 #include "launch.h"
+#include "memory.h"
 #include "program.h"
 
 namespace {
@@ -41,8 +49,14 @@ void load(std::string_view text) {
   }
 }
 
+// Of shared memory, what a block may have unasked, and what it may ask for on the smallest GPU that
+// runs PTX for 8.0 (8.6).
+constexpr size_t kAllowedShared = 48 << 10, kMostShared = 99 << 10;
+
 struct Runtime {
   std::map<const void*, std::string> kernels;  // by the host function that launches each
+  std::map<const void*, size_t> allowed;       // dynamic shared memory, where that was set
+  std::mutex mutex;                            // of `allowed`
   std::vector<std::string_view> modules;
   std::mutex reading;
   cudaError_t last_error = cudaSuccess;
@@ -81,7 +95,24 @@ const ptx::Kernel& kernel_of(const void* function) {
 
 emulated::dim3 size(dim3 d) { return {d.x, d.y, d.z}; }
 
-cudaError_t launch(const void* function, dim3 grid, dim3 block, void** values, size_t shared) {
+bool has_room(const void* function, size_t shared) {
+  const std::lock_guard lock(runtime().mutex);
+  const auto set = runtime().allowed.find(function);
+  const size_t allowed = set == runtime().allowed.end() ? 0 : set->second;
+  const size_t fixed = kernel_of(function).static_shared;
+  return shared <= std::max(allowed, kAllowedShared - fixed);
+}
+
+// Streams of the caller's are never the null stream, which would wait for all others.
+void check_stream(cudaStream_t stream) {
+  if (stream == nullptr) stop("work outside of the caller's stream");
+}
+
+cudaError_t launch(const void* function, dim3 grid, dim3 block, void** values, size_t shared,
+                   cudaStream_t stream) {
+  check_stream(stream);
+  if (runtime().last_error != cudaSuccess) stop("a launch would return an earlier call's error");
+  if (!has_room(function, shared)) return noted(cudaErrorInvalidValue);
   const bool ran = ptx::launch(kernel_of(function), size(grid), size(block), shared, values);
   return noted(ran ? cudaSuccess : cudaErrorInvalidConfiguration);
 }
@@ -137,8 +168,8 @@ cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, 
   return cudaSuccess;
 }
 cudaError_t __cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** values,
-                               size_t shared, cudaStream_t) {
-  return launch(function, grid, block, values, shared);
+                               size_t shared, cudaStream_t stream) {
+  return launch(function, grid, block, values, shared, stream);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
                                 void** values) {
@@ -150,7 +181,8 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
         uint64_t{g.x} * g.y * g.z <= static_cast<uint64_t>(emulated::runtime::resident_blocks());
     if (a.val.cooperative && !fit) return noted(cudaErrorCooperativeLaunchTooLarge);
   }
-  return launch(function, config->gridDim, config->blockDim, values, config->dynamicSmemBytes);
+  return launch(function, config->gridDim, config->blockDim, values, config->dynamicSmemBytes,
+                config->stream);
 }
 cudaError_t cudaGetLastError() {
   const cudaError_t error = runtime().last_error;
@@ -169,13 +201,29 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = emulated::runtime::resident_blocks();
   return cudaSuccess;
 }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int,
-                                                                   size_t, unsigned) {
-  *blocks = 1;
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    stop("an unknown attribute of a kernel");
+  }
+  const auto bytes = static_cast<size_t>(value);
+  if (value < 0 || bytes + kernel_of(function).static_shared > kMostShared) {
+    return noted(cudaErrorInvalidValue);
+  }
+  const std::lock_guard lock(runtime().mutex);
+  runtime().allowed[function] = bytes;
   return cudaSuccess;
 }
-cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks,
+                                                                   const void* function,
+                                                                   int threads, size_t shared,
+                                                                   unsigned) {
+  const bool fits = static_cast<uint32_t>(threads) <= kernel_of(function).most_threads;
+  *blocks = fits && has_room(function, shared);
+  return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t stream) {
+  check_stream(stream);
+  if (!ptx::is_allocated(p, bytes)) stop("a memset out of bounds");
   std::memset(p, value, bytes);
   return cudaSuccess;
 }

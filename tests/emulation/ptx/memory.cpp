@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <vector>
@@ -101,6 +102,15 @@ void freed(void* p) {
   const std::lock_guard lock(allocations.mutex);
   allocations.now.erase(reinterpret_cast<uint64_t>(p));
   allocations.changed = true;
+}
+
+bool is_allocated(const void* p, size_t bytes) {
+  const std::lock_guard lock(allocations.mutex);
+  const auto address = reinterpret_cast<uint64_t>(p);
+  const auto after = allocations.now.upper_bound(address);
+  if (after == allocations.now.begin()) return false;
+  const auto& [begin, end] = *std::prev(after);
+  return contains({begin, end}, address, bytes);
 }
 
 void take_stock() {

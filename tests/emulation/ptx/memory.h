@@ -25,6 +25,8 @@ constexpr uint16_t kUnwritten = 0xFFA5;
 // Host: memory that kernels may access from now on, and no longer.
 void allocated(void* p, size_t bytes);
 void freed(void* p);
+// Host: whether all of this is memory that was announced.
+bool is_allocated(const void* p, size_t bytes);
 // Host: launches see what was announced before.
 void take_stock();
 

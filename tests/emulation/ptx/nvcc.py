@@ -55,6 +55,7 @@ def compile_kernels(arch: str, *drivers: str) -> list[Path]:
         if not target.exists() or target.stat().st_mtime <= newest:
             target.parent.mkdir(parents=True, exist_ok=True)
             command = ["nvcc", "-std=c++20", "-O3", "-Xcompiler", "-fPIC", "--no-compress"]
+            command += ["-Werror", "all-warnings"]  # a missing return is only a warning
             command += ["-gencode", f"arch=compute_{arch},code=compute_{arch}"]
             subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
         return target

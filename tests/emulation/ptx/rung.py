@@ -55,10 +55,10 @@ TRITON = "triton"  # stands for what Triton compiles, among the objects of nvcc
 
 
 def triton_python() -> Path:
-    """The newest environment that the Makefile made with Triton."""
-    found = sorted((check.ROOT / ".venv").glob("triton-*/bin/python"))
+    """The newest environment that the Makefile made with Triton, beside this Python's packages."""
+    found = sorted(Path(sys.prefix).glob("triton-*/bin/python"))
     if not found:
-        raise Failure("no environment with Triton: make triton makes them")
+        raise Failure("no environment with Triton: make ptx makes one")
     return found[-1]
 
 
