@@ -152,7 +152,7 @@ def attend(
         there = there | (slot == slot_free)
         at = state_at + slot[:, None].to(tl.int64) * HEAD_DIM + d[None, :]
         inside = (slot < end)[:, None] & in_row[None, :]  # loads that wait for no other
-        block = tl.load(keys + at, inside)
+        block = tl.load(keys + at, inside, 0.0)
         x = tl.dot(query, tl.trans(block), input_precision="ieee") * scale
         x = tl.where(there[None, :], x, -_INFINITY)
         if logits is not None:

@@ -106,7 +106,8 @@ std::vector<Case> all_cases() {
       cases.push_back({std::string(s.name) + '/' + p.name + '/' + kModes[turn % 3] + '/' +
                            name_of(dtype) + (padded ? "/padded" : ""),
                        dtype, s.rows, s.query_heads, s.kv_heads, s.head_dim, s.kept,
-                       few ? 60 : s.tokens, s.planned_rows > 0 ? s.planned_rows : s.rows, p.per_head, p.policy, mode, padded,
+                       few ? 60 : s.tokens, s.planned_rows > 0 ? s.planned_rows : s.rows,
+                       p.per_head, p.policy, mode, padded,
                        s.quick && (s.kept < 10 || mode != Mode::halves)});
 #if defined(ONLY_FLOAT32)
       if (dtype != DType::float32) cases.pop_back();
@@ -296,7 +297,8 @@ bool run(const Case& c) {
   call.query_heads = c.query_heads;
   call.evicting = c.mode != Mode::halves;
   call.scores = c.mode == Mode::halves ? reinterpret_cast<float*>(d.scores.data()) : nullptr;
-  call.plan = step_plan(c.planned_rows, c.query_heads, c.kv_heads, d.slots, c.head_dim, size_of(c.dtype));
+  call.plan =
+      step_plan(c.planned_rows, c.query_heads, c.kv_heads, d.slots, c.head_dim, size_of(c.dtype));
   step_fits(call, &call.fits);
   call.plan.one_launch = call.plan.one_launch && call.fits != Fits::not_at_all;
   const Memory workspace(lay_out(call.plan, call.state, c.query_heads, nullptr, nullptr).bytes);

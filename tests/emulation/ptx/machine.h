@@ -71,8 +71,8 @@ struct Kernel {
   uint64_t parameter_bytes = 0;
   uint64_t static_shared = 0;
   uint32_t fewest_threads = 1, most_threads = 1024;  // of a block
-  uint32_t registers = 0;        // slots 0 to registers - 1; the constants follow
-  uint32_t poisoned = 0;         // so many of them may be read before they are written
+  uint32_t registers = 0;  // slots 0 to registers - 1; the constants follow
+  uint32_t poisoned = 0;   // so many of them may be read before they are written
   std::vector<uint64_t> constants;
   std::vector<Special> specials;
   uint32_t slots = 0;
