@@ -71,20 +71,20 @@ schedules: $(VENV)/ready
 # and of the steps, and planted bugs. make verify-ptx runs all of it.
 PTX_CASES = not large and not reference and not threads and not long and not many_steps
 PTX_SCANS = (min_gru or min_lstm or log_scan) and (float32 or bfloat16)
-ptx: $(VENV)/ready
+ptx: $(VENV)/triton-$(lastword $(TRITON))
 	@command -v nvcc >/dev/null || { echo "$@: skipped, there is no nvcc"; exit 0; } && \
 		echo "== $@: tests on the PTX that nvcc and Triton emit" && \
 		export MSRNN_TEST_EXAMPLES=3 MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/ptx/nvcc.py) && \
 		$(PYTEST) tests/test_scan.py tests/test_borders.py -m "$(PTX_SCANS) and $(PTX_CASES)" && \
 		$(PYTEST) tests/test_multi_state.py -m "$(PTX_CASES) and not float16 and not bfloat16" && \
 		$(BIN)/python tests/emulation/ptx/rung.py --archs 90 mutations
-	@$(MAKE) --no-print-directory ptx-triton PTX_ARCHS=90 PTX_TRITON="$(PTX_SCANS) and $(QUICK)"
+	@$(MAKE) --no-print-directory ptx-triton PTX_TRITON="$(PTX_SCANS) and $(QUICK)" PTX_STEPS="$(QUICK)"
 
 # All of it: every case for four architectures, the tests of make emulate, and Triton for two.
-verify-ptx: $(VENV)/ready
+verify-ptx: $(VENV)/triton-$(lastword $(TRITON))
 	$(BIN)/python tests/emulation/ptx/rung.py
 	@for arch in 90 80 100 120; do \
-		export MSRNN_TEST_EXAMPLES=$$(test $$arch = 90 && echo 20 || echo 3) && \
+		export MSRNN_TEST_EXAMPLES=$$(test $$arch = 90 && echo 5 || echo 2) && \
 		export MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/ptx/nvcc.py --arch $$arch) && \
 		echo "== $@: the tests on nvcc's PTX for sm_$$arch" && \
 		$(PYTEST) tests/test_scan.py tests/test_borders.py tests/test_torch.py -m "not large and $(FEW_OPS)" && \
@@ -94,11 +94,14 @@ verify-ptx: $(VENV)/ready
 
 PTX_ARCHS ?= 90
 PTX_TRITON ?= $(SHORT)
+PTX_STEPS ?= $(SHORT)
 ptx-triton: $(VENV)/triton-$(lastword $(TRITON))
 	@for arch in $(PTX_ARCHS); do \
 		echo "== $@: the tests on what Triton emits for sm_$$arch" && \
 		MSRNN_TEST_TRITON=$$arch MSRNN_TEST_EXAMPLES=3 OMP_NUM_THREADS=1 $(subst $(BIN),$</bin,$(PYTEST)) \
-			tests/test_scan.py tests/test_borders.py tests/test_multi_state.py -m "$(PTX_TRITON)" || exit 1; \
+			tests/test_scan.py tests/test_borders.py -m "$(PTX_TRITON)" && \
+		MSRNN_TEST_TRITON=$$arch MSRNN_TEST_EXAMPLES=3 OMP_NUM_THREADS=1 $(subst $(BIN),$</bin,$(PYTEST)) \
+			tests/test_multi_state.py -m "$(PTX_STEPS)" || exit 1; \
 	done
 
 # Each version of Triton has an environment that sees the packages of $(VENV) too.

@@ -223,7 +223,8 @@ def run_drivers(flavour: str, *arguments: str, **settings: str) -> int:
     """How many cases were right."""
     cases = 0
     for driver in build_drivers(flavour):
-        result = run(driver, *arguments, **settings, **CLAIMED[driver.name])
+        settings = CLAIMED[driver.name] | settings
+        result = run(driver, *arguments, limit=LIMIT_SECONDS, **settings)
         expect_success(result)
         cases += len(result.hashes())
     return cases
@@ -319,7 +320,7 @@ def what_notices(mutation: Mutation, driver: Path) -> set[str]:
     for seed, (shuffle, resident) in enumerate([(0, 4), (2, 2), (2, 4), (1, 9), (2, 1), (2, 5)]):
         settings = {**STRICT, "EMULATION_SPINS": "200000", **schedule(shuffle, seed, resident)}
         settings |= CLAIMED[mutation.driver]
-        result = run(driver, *cases, **settings)
+        result = run(driver, *cases, limit=LIMIT_SECONDS, **settings)
         bits.add(str(result.hashes()))
         if "ThreadSanitizer: data race" in result.output:
             noticed.add("thread")

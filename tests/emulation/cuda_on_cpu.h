@@ -25,7 +25,8 @@
 // Settings, read from the environment at every launch:
 //   EMULATION_SEED          seed of the schedule, default 1
 //   EMULATION_SHUFFLE       0: blocks and threads in order; 1 (default): random threads;
-//                           2: blocks become resident in random order, too
+//                           2: blocks become resident in random order, too;
+//                           3: and warps starve while those before them do not wait
 //   EMULATION_RESIDENT      blocks resident at once, default 4
 //   EMULATION_CLAIMED       blocks that a kernel is told can be resident, default as many as are
 //   EMULATION_SPINS         polls without progress that count as dead-lock, default 20 million

@@ -2,6 +2,8 @@
 // memory that knows what must not be written.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -139,6 +141,13 @@ inline void store(DType dtype, char* p, double x) {
     default:
       return as(to_half(static_cast<float>(x)));
   }
+}
+
+// How far the nearest number of a 16-bit dtype may be from x; of others 0.
+inline double half_a_unit(DType dtype, double x) {
+  if (size_of(dtype) > 2 || x == 0 || !std::isfinite(x)) return 0;
+  const int digits = dtype == DType::float16 ? 11 : 8, least = dtype == DType::float16 ? -14 : -126;
+  return std::ldexp(1, std::max(std::ilogb(x), least) - digits);
 }
 
 // All cases, or those named, or --quick ones; --list names them. The exit code.

@@ -254,7 +254,7 @@ struct Block {
 
 struct Settings {
   uint64_t seed;
-  bool shuffle_threads, shuffle_blocks, strict_warps;
+  bool shuffle_threads, shuffle_blocks, starve, strict_warps;
   size_t resident;
   uint64_t spins;
   int poison;
@@ -268,6 +268,7 @@ struct Settings {
     return {.seed = static_cast<uint64_t>(read("EMULATION_SEED", 1)),
             .shuffle_threads = shuffle >= 1,
             .shuffle_blocks = shuffle >= 2,
+            .starve = shuffle >= 3,
             .strict_warps = read("EMULATION_STRICT_WARPS", 0) != 0,
             .resident = static_cast<size_t>(std::max(1l, read("EMULATION_RESIDENT", 4))),
             .spins = static_cast<uint64_t>(read("EMULATION_SPINS", 20'000'000)),
@@ -295,6 +296,7 @@ struct Machine {
   Context* previous = nullptr;
   Thread* thread = nullptr;  // that runs now
   uint32_t warp = 0;         // its index in `runnable`
+  uint32_t favourite = 0;    // the warp that goes first, if others may starve
   Block* ended_block = nullptr;
 
   uint64_t random_state;
@@ -419,7 +421,9 @@ Thread* choose_thread(bool leave_warp) {
   const uint64_t random = shuffle ? machine.random() : 0;
   if (leave_warp || machine.runnable[machine.warp] == 0 || (shuffle && random % kBurst == 0)) {
     const auto any_warp = static_cast<uint32_t>((random >> 32) * machine.runnable.size() >> 32);
-    const uint32_t start = shuffle ? any_warp : machine.warp + 1;
+    const uint32_t start = machine.settings.starve ? machine.favourite
+                           : shuffle               ? any_warp
+                                                   : machine.warp + 1;
     if (!find_runnable_warp(start, &machine.warp)) return nullptr;
   }
   uint32_t& lanes = machine.runnable[machine.warp];
@@ -448,6 +452,7 @@ void wait(bool for_ever = false) {
 void yield() {
   Thread* self = machine.thread;
   machine.runnable[self->warp->index] |= self->bit();
+  machine.favourite = machine.warp + 1;
   Thread* next = choose_thread(/*leave_warp=*/true);
   if (next != self) resume(next);
 }

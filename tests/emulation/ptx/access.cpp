@@ -2,10 +2,43 @@
 
 #include "../runtime.h"
 
+#if defined(__SANITIZE_THREAD__)
+extern "C" {
+void __tsan_func_entry(void* pc);
+void __tsan_func_exit();
+}
+#endif
+
 namespace ptx {
+
+const Instruction* accessing = nullptr;
+
 namespace {
 
 namespace runtime = emulated::runtime;
+
+// While it lives, the instruction is a function that calls the one that accesses memory.
+#if defined(__SANITIZE_THREAD__)
+struct Caller {
+  const Instruction* const instruction;
+  // A mark of ThreadSanitizer: a place that launch.cpp has the name of.
+  static constexpr uint64_t kExternal = uint64_t{1} << 60;
+
+  [[gnu::no_sanitize_thread]] Caller() : instruction(accessing) {
+    __tsan_func_entry(reinterpret_cast<void*>(reinterpret_cast<uint64_t>(instruction) | kExternal));
+  }
+  ~Caller() { __tsan_func_exit(); }
+  [[gnu::no_sanitize_thread]] void let_others_run() const {
+    runtime::scheduling_point();
+    accessing = instruction;
+  }
+};
+#else
+struct Caller {
+  Caller() {}
+  static void let_others_run() { runtime::scheduling_point(); }
+};
+#endif
 
 template <class T>
 using Aliased [[gnu::may_alias]] = T;
@@ -28,15 +61,18 @@ auto sized(uint32_t bytes, F f) {
 }  // namespace
 
 uint64_t load(const char* p, uint32_t bytes) {
+  const Caller caller;
   return sized(bytes, [=]<class T>(T*) -> uint64_t { return *reinterpret_cast<const T*>(p); });
 }
 
 void store(char* p, uint32_t bytes, uint64_t x) {
+  const Caller caller;
   sized(bytes, [=]<class T>(T*) { *reinterpret_cast<T*>(p) = static_cast<T>(x); });
 }
 
 uint64_t load_ordered(const char* p, uint32_t bytes, Order order) {
-  runtime::scheduling_point();
+  const Caller caller;
+  caller.let_others_run();
   return sized(bytes, [=]<class T>(T*) -> uint64_t {
     const auto* at = reinterpret_cast<const T*>(p);
     return order == Order::acquire ? __atomic_load_n(at, __ATOMIC_ACQUIRE)
@@ -45,7 +81,8 @@ uint64_t load_ordered(const char* p, uint32_t bytes, Order order) {
 }
 
 void store_ordered(char* p, uint32_t bytes, uint64_t x, Order order) {
-  runtime::scheduling_point();
+  const Caller caller;
+  caller.let_others_run();
   sized(bytes, [=]<class T>(T*) {
     auto* at = reinterpret_cast<T*>(p);
     if (order == Order::release) {
@@ -58,6 +95,7 @@ void store_ordered(char* p, uint32_t bytes, uint64_t x, Order order) {
 }
 
 bool exchange(char* p, uint32_t bytes, uint64_t* x, uint64_t y, Order order) {
+  const Caller caller;
   return sized(bytes, [=]<class T>(T*) {
     auto* at = reinterpret_cast<T*>(p);
     auto before = static_cast<T>(*x);

@@ -7,6 +7,12 @@
 
 namespace ptx {
 
+struct Instruction;
+
+// The instruction that accesses memory: ThreadSanitizer names it in reports. Set before a call of
+// those below.
+extern const Instruction* accessing;
+
 enum class Order { relaxed, acquire, release, both };
 
 uint64_t load(const char* p, uint32_t bytes);

@@ -4,7 +4,8 @@
 // register it before main. What the host code asks of a device is answered as the emulator's
 // settings say: as many multiprocessors as EMULATION_CLAIMED, with room for one block each. Other
 // grids hold all but EMULATION_RESIDENT of them, and a cooperative launch waits until they are
-// gone. Whatever else of the runtime host code calls does not link.
+// gone. Whatever else of the runtime host code calls does not link. A module is read when one of
+// its kernels is first launched.
 //
 // Here nothing runs later than it is asked for, whatever the stream. So what would go wrong on a
 // GPU alone ends the process, with code 98 and a report: work in another stream than the caller's,
@@ -57,7 +58,8 @@ struct Runtime {
   std::map<const void*, std::string> kernels;  // by the host function that launches each
   std::map<const void*, size_t> allowed;       // dynamic shared memory, where that was set
   std::mutex mutex;                            // of `allowed`
-  bool replaced = false;
+  std::vector<std::string_view> modules;
+  std::mutex reading;
   cudaError_t last_error = cudaSuccess;
 };
 // Made when the first object registers, and never destroyed: objects unregister at the very end.
@@ -71,15 +73,24 @@ cudaError_t noted(cudaError_t error) {
   return error;
 }
 
+void load_planted() {
+  const char* const path = std::getenv("EMULATION_PTX");
+  if (path == nullptr) return;
+  std::ifstream file(path);
+  if (!file) stop("no file "s + path);
+  load(std::string(std::istreambuf_iterator<char>(file), {}));
+}
+
 const ptx::Kernel& kernel_of(const void* function) {
-  if (const char* path = std::getenv("EMULATION_PTX"); path && !runtime().replaced) {
-    std::ifstream file(path);
-    if (!file) stop("no file "s + path);
-    load(std::string(std::istreambuf_iterator<char>(file), {}));
-    runtime().replaced = true;
+  const std::string& name = runtime().kernels.at(function);
+  const std::lock_guard lock(runtime().reading);
+  if (const ptx::Kernel* const kernel = ptx::find_kernel(name)) return *kernel;
+  for (const std::string_view text : runtime().modules) {
+    if (text.find(".entry " + name + "(") != text.npos) load(text);
   }
-  const ptx::Kernel* const kernel = ptx::find_kernel(runtime().kernels.at(function));
-  if (kernel == nullptr) stop("no PTX of "s + runtime().kernels.at(function));
+  load_planted();
+  const ptx::Kernel* const kernel = ptx::find_kernel(name);
+  if (kernel == nullptr) stop("no PTX of " + name);
   return *kernel;
 }
 
@@ -131,7 +142,9 @@ void** __cudaRegisterFatBinary(void* wrapper) {
   std::memcpy(&bytes, container + 8, sizeof bytes);
   const std::string_view all(container, header_bytes + bytes);
   const size_t begin = all.find("\n.version");
-  if (begin != all.npos) load(all.substr(begin, all.find('\0', begin) - begin));
+  if (begin != all.npos) {
+    runtime().modules.push_back(all.substr(begin, all.find('\0', begin) - begin));
+  }
   static void* handle;
   return &handle;
 }

@@ -80,8 +80,23 @@ bool launch(const Kernel& kernel, emulated::dim3 grid, emulated::dim3 block,
 
 }  // namespace ptx
 
-// For Python.
 extern "C" {
+
+// ThreadSanitizer asks for the name of an instruction (access.cpp).
+void __tsan_symbolize_external_ex(uint64_t place,
+                                  void (*add_frame)(void* of, const char* function,
+                                                    const char* file, int line, int column),
+                                  void* of) {
+  const auto* const at = reinterpret_cast<const ptx::Instruction*>(place & ((1ull << 60) - 1));
+  for (const auto& [name, kernel] : ptx::kernels()) {
+    const std::vector<ptx::Instruction>& code = kernel->code;
+    if (code.data() <= at && at < code.data() + code.size()) {
+      add_frame(of, name.c_str(), "PTX", static_cast<int>(at->line), 0);
+    }
+  }
+}
+
+// For Python:
 
 // Null, or what is wrong.
 const char* ptx_load(const char* text) {

@@ -118,7 +118,8 @@ struct Thread {
     }
   }
 
-  Where where() const { return {launch.kernel->name.c_str(), launch.kernel->code[next - 1].line}; }
+  const Instruction& instruction() const { return launch.kernel->code[next - 1]; }
+  Where where() const { return {launch.kernel->name.c_str(), instruction().line}; }
   // Ends the process with a report.
   [[noreturn]] void fail(const char* message) const { runtime::fail(message, where()); }
 };

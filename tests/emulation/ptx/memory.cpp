@@ -123,6 +123,7 @@ void take_stock() {
 }
 
 char* checked(const Thread& t, Space space, uint64_t address, uint32_t bytes) {
+  accessing = &t.instruction();
   if (address & (bytes - 1)) fail(t, "misaligned access", address, bytes);
   switch (space_of(t, space, address)) {
     case Space::shared: {
@@ -190,6 +191,7 @@ void copy_later(Thread& t, uint64_t shared, uint64_t global, uint32_t bytes, uin
 }
 
 void finish_copies(Thread& t, int pending_groups) {
+  accessing = &t.instruction();
   runtime::AsyncCopy copy;
   while (runtime::take_copy(pending_groups, &copy)) {
     auto* const to = static_cast<char*>(copy.shared);

@@ -12,7 +12,7 @@ The parts, all of them by default:
 A mutation is a text file: a title, where it is planted, what notices it, the cases to run,
 and regular expressions with what takes their place:
   # title
-  object: scan_float32          of which of nvcc's objects
+  object: scan_float32          of which of nvcc's objects, or triton, for Triton's kernels
   kernel: MinGruILb0.*Lb0EE     a part of the name of one of its kernels
   which: 2                      the second match in that kernel, or all; the first if left out
   caught: values                or bits, dead-lock, thread, or words of the machine's report
@@ -49,7 +49,17 @@ from machine import BUILD, HERE
 
 RESULTS = HERE / "results.json"
 POISON = ("255", "60")  # NaN, and small positive numbers
+SCHEDULES = [(0, 4), (2, 2), (3, 4), (1, 9), (2, 1), (3, 2), (2, 5)]  # shuffling, resident blocks
 JOBS = os.cpu_count() or 1
+TRITON = "triton"  # stands for what Triton compiles, among the objects of nvcc
+
+
+def triton_python() -> Path:
+    """The newest environment that the Makefile made with Triton, beside this Python's packages."""
+    found = sorted(Path(sys.prefix).glob("triton-*/bin/python"))
+    if not found:
+        raise Failure("no environment with Triton: make ptx makes one")
+    return found[-1]
 
 
 def in_parallel(calls: Iterable[Callable[[], Result]]) -> list[Result]:
@@ -127,9 +137,16 @@ def thread(archs: list[str]) -> str:
     total = 0
     for name in check.DRIVERS:
         program = nvcc.driver(name, archs[0], "thread")
-        result = run_driver(name, program, "--quick", limit=900, EMULATION_SHUFFLE="2", **STRICT)
-        expect_success(result)
-        total += len(result.hashes())
+        orders = "2" if name == "driver" else "23"  # 3: warps starve, and find flags set at once
+        results = in_parallel(
+            lambda s=s, n=name, p=program: run_driver(
+                n, p, "--quick", limit=900, EMULATION_SHUFFLE=s, **STRICT
+            )
+            for s in orders
+        )
+        for result in results:
+            expect_success(result)
+        total += len(results[0].hashes())
     return f"{total} cases for sm_{archs[0]}, no race"
 
 
@@ -145,6 +162,8 @@ class Mutation:
 
     @property
     def driver(self) -> str:
+        if self.settings["object"] == TRITON:
+            return TRITON
         return "driver" if self.settings["object"].startswith("scan") else "step_driver"
 
     @property
@@ -178,7 +197,7 @@ def replace(text: str, old: str, new: str, which: str) -> str:
 
 
 def plant(mutation: Mutation, text: str) -> str:
-    """The module with the bug in one kernel."""
+    """A module of one kernel with the bug."""
     entries = [m.start() for m in re.finditer(r"^\.visible \.entry", text, re.M)] + [len(text)]
     pattern = mutation.settings["kernel"]
     spans = list(itertools.pairwise(entries))
@@ -189,11 +208,12 @@ def plant(mutation: Mutation, text: str) -> str:
     kernel = text[begin:end]
     for old, new in mutation.replaced:
         kernel = replace(kernel, old, new, mutation.settings.get("which", "1"))
-    return text[:begin] + kernel + text[end:]
+    return text[: entries[0]] + kernel
 
 
-def assemble(path: Path, arch: str) -> None:
-    command = ["ptxas", f"-arch=sm_{arch}", "-O0", str(path), "-o", "/dev/null"]
+def assemble(path: Path, ptxas: str) -> None:
+    (target,) = re.findall(r"^\.target (\w+)", path.read_text(), re.M)
+    command = [ptxas, f"-arch={target}", "-O0", str(path), "-o", "/dev/null"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise Failure(f"no PTX: {done.stderr}")
@@ -211,6 +231,25 @@ def noticed_in(result: Result) -> str:
     return "values" if "WRONG" in result.output else f"exit code {result.code}" * bool(result.code)
 
 
+def assembled(mutation: Mutation, text: str, ptxas: str = "ptxas") -> Path:
+    """A file of one kernel of this module, with the bug, which ptxas takes."""
+    path = BUILD / "mutations" / f"{mutation.name}.ptx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(plant(mutation, text))
+    assemble(path, ptxas)
+    return path
+
+
+def command_of(mutation: Mutation, path: Path, arch: str) -> tuple[list[Path], dict[str, str]]:
+    """What runs its cases, and in which environment."""
+    if mutation.driver == TRITON:
+        settings = {"EMULATION_TRITON_EDIT": str(path), "MSRNN_TEST_TRITON": arch}
+        return [triton_python(), HERE / "triton_cases.py"], settings
+    text = nvcc.text_of(BUILD / f"sm_{arch}" / f"{mutation.settings['object']}.o")
+    settings = {"EMULATION_PTX": str(assembled(mutation, text)), **CLAIMED[mutation.driver]}
+    return [nvcc.driver(mutation.driver, arch, mutation.sanitizer)], settings
+
+
 def check_mutation(path: Path, arch: str) -> str:
     """What went wrong, or nothing."""
     mutation = read_mutation(path)
@@ -219,19 +258,15 @@ def check_mutation(path: Path, arch: str) -> str:
     noticed: set[str] = set()
     hashes = set()
     try:
-        text = nvcc.text_of(BUILD / f"sm_{arch}" / f"{mutation.settings['object']}.o")
-        planted = BUILD / "mutations" / f"{path.stem}.ptx"
-        planted.parent.mkdir(parents=True, exist_ok=True)
-        planted.write_text(plant(mutation, text))
-        assemble(planted, arch)
+        (program, *script), given = command_of(mutation, path, arch)
     except Failure as failure:
         return f"{path.name}: {failure}"
-    program = nvcc.driver(mutation.driver, arch, mutation.sanitizer)
+    given |= {**STRICT, "EMULATION_SPINS": "200000", "TSAN_OPTIONS": "halt_on_error=1 symbolize=0"}
     cases = mutation.settings["cases"].split()
-    for seed, (shuffle, resident) in enumerate([(0, 4), (2, 2), (2, 4), (1, 9), (2, 1), (2, 5)]):
-        settings = {**STRICT, "EMULATION_SPINS": "200000", "EMULATION_PTX": str(planted)}
-        settings |= {"EMULATION_POISON": POISON[seed % 2], **schedule(shuffle, seed, resident)}
-        result = run_driver(mutation.driver, program, *cases, **settings)
+    for seed, (shuffle, resident) in enumerate(SCHEDULES):
+        settings = given | schedule(shuffle, seed, resident)
+        settings["EMULATION_POISON"] = POISON[seed % 2]
+        result = run(program, *map(str, script), *cases, **settings)
         hashes.add(str(result.hashes()))
         if said := noticed_in(result):
             noticed.add(said)
@@ -248,9 +283,13 @@ def check_mutation(path: Path, arch: str) -> str:
 def mutations(archs: list[str], chosen: str = "*") -> str:
     paths = sorted((HERE / "mutations").glob(f"{chosen}.txt"))
     arch = "90" if "90" in archs else archs[0]
-    needed = {(m.driver, m.sanitizer) for m in map(read_mutation, paths)}
-    for driver, sanitizer in sorted(needed):  # before they are wanted twice at once
-        nvcc.driver(driver, arch, sanitizer)
+    planted = [read_mutation(path) for path in paths]
+    for driver, sanitizer in sorted({(m.driver, m.sanitizer) for m in planted}):
+        if driver == TRITON:  # the cases without a bug
+            wanted = " ".join(m.settings["cases"] for m in planted if m.driver == TRITON).split()
+            expect_success(run(triton_python(), str(HERE / "triton_cases.py"), *set(wanted)))
+        else:  # before they are wanted twice at once
+            nvcc.driver(driver, arch, sanitizer)
     with ThreadPoolExecutor(JOBS) as pool:
         wrong = [text for text in pool.map(lambda p: check_mutation(p, arch), paths) if text]
     if wrong or not paths:
