@@ -295,6 +295,20 @@ $L__info_string0:
     out.free()
 
 
+@pytest.mark.parametrize("align", [4, 16, 128])
+def test_dynamic_memory_begins_no_further_than_its_alignment_says(align: int) -> None:
+    text = f""".version 8.8
+.target sm_100
+.address_size 64
+.shared .align 4 .b8 fixed[4];
+.extern .shared .align {align} .b8 dynamic[];
+"""
+    body = """mov.u32 %r1, dynamic; mov.u32 %r2, fixed; sub.s32 %r1, %r1, %r2;
+    st.global.b32 [%out], %r1;"""
+    machine.load(text + ptx_kernels.entry("aligned", body))
+    assert words(ptx_kernels.run("aligned", bytes(4), 4, shared=16)) == [align]
+
+
 def test_a_kernel_of_the_same_name_takes_its_place() -> None:
     for number in (1, 2):
         machine.load(HEADER + ptx_kernels.entry("again", f"st.global.b32 [%out], {number};"))
@@ -450,6 +464,11 @@ FAULTS = {
         inputs="a5ff00ff",
     ),
     # Asynchronous copies.
+    "a copy of what nobody wrote": Fault(
+        "<cp.async.cg.shared.global [memory], [%in], 16;|> cp.async.wait_all;",
+        "a copy of global memory that nobody wrote: 4 bytes",
+        inputs="01" * 12 + FRESH,
+    ),
     "no wait": Fault(
         """cp.async.cg.shared.global [memory], [%in], 16;
         <|cp.async.wait_all;>

@@ -799,10 +799,12 @@ int resident_blocks() {
 
 int poison() { return machine.settings.poison; }
 
-bool launch(dim3 grid, dim3 block, size_t shared_bytes, void (*thread)(void*), void* argument) {
+bool launch(dim3 grid, dim3 block, size_t shared_bytes, void (*thread)(void*), void* argument,
+            bool together) {
   if (!launchable(grid, block)) return false;
   const std::lock_guard lock(machine.mutex);
   machine.settings = Settings::from_environment();
+  if (together) machine.settings.resident = static_cast<size_t>(resident_blocks());
   machine.random_state = (machine.settings.seed * 0x9E3779B97F4A7C15) | 1;
   machine.grid = grid;
   machine.block_dim = block;

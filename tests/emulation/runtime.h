@@ -72,8 +72,10 @@ bool take_copy(int pending_groups, AsyncCopy* copy);  // the next one that a wai
 int resident_blocks();  // what kernels are told
 int poison();           // a byte of what nobody has written
 
-// Returns false if no GPU could run such a grid.
-bool launch(dim3 grid, dim3 block, size_t shared_bytes, void (*thread)(void*), void* argument);
+// Returns false if no GPU could run such a grid. If `together`, it waits for the rest of the
+// device, and all blocks that kernels are told of can be resident at once.
+bool launch(dim3 grid, dim3 block, size_t shared_bytes, void (*thread)(void*), void* argument,
+            bool together = false);
 
 }  // namespace runtime
 }  // namespace emulated

@@ -2,9 +2,10 @@
 //
 // nvcc's objects bring their PTX along (compiled with code=compute_XX and --no-compress) and
 // register it before main. What the host code asks of a device is answered as the emulator's
-// settings say: as many multiprocessors as EMULATION_CLAIMED, with room for one block each.
-// Whatever else of the runtime host code calls does not link. A module is read when one of its
-// kernels is first launched.
+// settings say: as many multiprocessors as EMULATION_CLAIMED, with room for one block each. Other
+// grids hold all but EMULATION_RESIDENT of them, and a cooperative launch waits until they are
+// gone. Whatever else of the runtime host code calls does not link. A module is read when one of
+// its kernels is first launched.
 //
 // Here nothing runs later than it is asked for, whatever the stream. So what would go wrong on a
 // GPU alone ends the process, with code 98 and a report: work in another stream than the caller's,
@@ -109,11 +110,12 @@ void check_stream(cudaStream_t stream) {
 }
 
 cudaError_t launch(const void* function, dim3 grid, dim3 block, void** values, size_t shared,
-                   cudaStream_t stream) {
+                   cudaStream_t stream, bool together = false) {
   check_stream(stream);
   if (runtime().last_error != cudaSuccess) stop("a launch would return an earlier call's error");
   if (!has_room(function, shared)) return noted(cudaErrorInvalidValue);
-  const bool ran = ptx::launch(kernel_of(function), size(grid), size(block), shared, values);
+  const bool ran =
+      ptx::launch(kernel_of(function), size(grid), size(block), shared, values, together);
   return noted(ran ? cudaSuccess : cudaErrorInvalidConfiguration);
 }
 
@@ -173,16 +175,18 @@ cudaError_t __cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
                                 void** values) {
+  bool together = false;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& a = config->attrs[i];
     if (a.id != cudaLaunchAttributeCooperative) stop("a launch with an unknown attribute");
     const dim3& g = config->gridDim;
+    together = a.val.cooperative != 0;
     const bool fit =
         uint64_t{g.x} * g.y * g.z <= static_cast<uint64_t>(emulated::runtime::resident_blocks());
-    if (a.val.cooperative && !fit) return noted(cudaErrorCooperativeLaunchTooLarge);
+    if (together && !fit) return noted(cudaErrorCooperativeLaunchTooLarge);
   }
   return launch(function, config->gridDim, config->blockDim, values, config->dynamicSmemBytes,
-                config->stream);
+                config->stream, together);
 }
 cudaError_t cudaGetLastError() {
   const cudaError_t error = runtime().last_error;

@@ -61,7 +61,7 @@ const Kernel* find_kernel(std::string_view name) {
 }
 
 bool launch(const Kernel& kernel, emulated::dim3 grid, emulated::dim3 block,
-            uint64_t dynamic_shared, void** values) {
+            uint64_t dynamic_shared, void** values, bool together) {
   const uint32_t threads = block.x * block.y * block.z;
   if (threads < kernel.fewest_threads || threads > kernel.most_threads) return false;
   // In words, so that the first parameter is aligned to 16 bytes.
@@ -75,7 +75,7 @@ bool launch(const Kernel& kernel, emulated::dim3 grid, emulated::dim3 block,
   Launch call{&kernel, parameters, kernel.static_shared + dynamic_shared,
               setting("EMULATION_SPINS", 20'000'000)};
   take_stock();
-  return runtime::launch(grid, block, with_marks(call.shared_bytes), run, &call);
+  return runtime::launch(grid, block, with_marks(call.shared_bytes), run, &call, together);
 }
 
 }  // namespace ptx

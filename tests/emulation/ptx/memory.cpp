@@ -203,6 +203,10 @@ void finish_copies(Thread& t, int pending_groups) {
       } else {
         for (uint32_t k = 0; b + k < copy.given; ++k) x |= load(from + b + k, 1) << 8 * k;
       }
+      const auto address = reinterpret_cast<uint64_t>(from + b);
+      if (b + 4 <= copy.given && is_unwritten(x, address, 4)) {
+        fail(t, "a copy of global memory that nobody wrote", address, 4);
+      }
       store(to + b, 4, x);
     }
     std::fill_n(marks(t, to), copy.bytes, Byte::there);

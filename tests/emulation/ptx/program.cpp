@@ -187,13 +187,14 @@ Variable read_variable(Text text, uint32_t line) {
 // Static variables one after the other, and the dynamic ones, which share what is behind them.
 struct SharedMemory {
   Addresses addresses;
-  uint64_t bytes = 0;
+  uint64_t bytes = 0, open_align = 1;
   std::vector<std::string> open;
 
   void add(const Piece& declaration) {
     const Variable v = read_variable(declaration.text, declaration.line);
     if (v.open) {
       open.push_back(v.name);
+      open_align = std::max(open_align, v.align);
       return;
     }
     bytes = aligned(bytes, v.align);
@@ -289,7 +290,7 @@ class Reader {
 
   static bool is_shared(Text x) { return starts(x, ".shared") || starts(x, ".extern"); }
   void lay_out_shared() {
-    kernel_.static_shared = aligned(shared_.bytes, shared_.open.empty() ? 1 : 128);
+    kernel_.static_shared = aligned(shared_.bytes, shared_.open_align);
     for (const std::string& name : shared_.open) {
       shared_.addresses[name] = kSharedBase + kernel_.static_shared;
     }

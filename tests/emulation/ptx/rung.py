@@ -70,6 +70,8 @@ def in_parallel(calls: Iterable[Callable[[], Result]]) -> list[Result]:
 def run_driver(
     name: str, program: Path, *arguments: str, limit: float = check.LIMIT_SECONDS, **settings: str
 ) -> Result:
+    if name == "step_driver":  # a row may wait for its blocks beside three other such grids
+        settings["EMULATION_CLAIMED"] = str(4 * int(settings.get("EMULATION_RESIDENT", "4")))
     return run(program, *arguments, limit=limit, **{**CLAIMED[name], **settings})
 
 
