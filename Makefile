@@ -70,12 +70,13 @@ schedules: $(VENV)/ready
 # What nvcc and Triton emit for compute capability 9.0, executed on the CPU: every path of three scans
 # and of the steps, and planted bugs. make verify-ptx runs all of it.
 PTX_CASES = not large and not reference and not threads and not long and not many_steps
-PTX_SCANS = (min_gru or min_lstm or log_scan) and (float32 or bfloat16)
+PTX_SCANS = (min_gru or min_lstm or log_scan)
 ptx: $(VENV)/triton-$(lastword $(TRITON))
 	@command -v nvcc >/dev/null || { echo "$@: skipped, there is no nvcc"; exit 0; } && \
 		echo "== $@: tests on the PTX that nvcc and Triton emit" && \
 		export MSRNN_TEST_EXAMPLES=3 MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/ptx/nvcc.py) && \
-		$(PYTEST) tests/test_scan.py tests/test_borders.py -m "$(PTX_SCANS) and $(PTX_CASES)" && \
+		$(PYTEST) tests/test_scan.py -m "$(PTX_SCANS) and (float32 or bfloat16) and $(PTX_CASES)" && \
+		$(PYTEST) tests/test_borders.py -m "$(PTX_SCANS) and $(PTX_CASES)" && \
 		$(PYTEST) tests/test_multi_state.py -m "$(PTX_CASES) and not float16 and not bfloat16" && \
 		$(BIN)/python tests/emulation/ptx/rung.py --archs 90 mutations
 	@$(MAKE) --no-print-directory ptx-triton PTX_TRITON="$(PTX_SCANS) and $(QUICK)" PTX_STEPS="$(QUICK)"
