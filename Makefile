@@ -22,7 +22,8 @@ SHORT = not reference and not threads and not long and not many_steps
 QUICK = $(SHORT) and $(FEW_OPS) and not large and not min_lstm_identity and not min_gru_joint \
 	and not float64 and not float16 and not bfloat16
 
-.PHONY: test test-cpu test-cuda test-triton verify verify-ptx slow emulate schedules ptx ptx-triton triton budget
+.PHONY: test test-cpu test-cuda test-triton verify verify-ptx slow emulate schedules ptx ptx-cuda ptx-triton
+.PHONY: triton budget
 .PHONY: builds sanitize cuda
 .PHONY: wheel portable lint docs gpu-prepare gpu-check bench bench-full bench-cuda papers distributed clean
 
@@ -70,27 +71,30 @@ schedules: $(VENV)/ready
 # What nvcc and Triton emit for compute capability 9.0, executed on the CPU: every path of three scans
 # and of the steps, and planted bugs. make verify-ptx runs all of it.
 PTX_CASES = not large and not reference and not threads and not long and not many_steps
-PTX_SCANS = (min_gru or min_lstm or log_scan)
+PTX_SCANS = $(FEW_OPS) and not linear_scan and not decay_scan and not min_gru_joint and not min_lstm_identity \
+	and not float64 and not float16
+PTX_ARCH ?= 90
 ptx: $(VENV)/triton-$(lastword $(TRITON))
-	@command -v nvcc >/dev/null || { echo "$@: skipped, there is no nvcc"; exit 0; } && \
-		echo "== $@: tests on the PTX that nvcc and Triton emit" && \
-		export MSRNN_TEST_EXAMPLES=3 MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/ptx/nvcc.py) && \
-		$(PYTEST) tests/test_scan.py -m "$(PTX_SCANS) and (float32 or bfloat16) and $(PTX_CASES)" && \
-		$(PYTEST) tests/test_borders.py -m "$(PTX_SCANS) and $(PTX_CASES)" && \
-		$(PYTEST) tests/test_multi_state.py -m "$(PTX_CASES) and not float16 and not bfloat16" && \
-		$(BIN)/python tests/emulation/ptx/rung.py --archs 90 mutations
+	@$(MAKE) --no-print-directory ptx-cuda
+	@command -v nvcc >/dev/null || exit 0; $(BIN)/python tests/emulation/ptx/rung.py --archs 90 mutations
 	@$(MAKE) --no-print-directory ptx-triton PTX_TRITON="$(PTX_SCANS) and $(QUICK)" PTX_STEPS="$(QUICK)"
 
-# All of it: every case for four architectures, the tests of make emulate, and Triton for two.
+ptx-cuda: $(VENV)/ready
+	@command -v nvcc >/dev/null || { echo "$@: skipped, there is no nvcc"; exit 0; } && \
+		echo "== $@: tests on the PTX that nvcc emits for sm_$(PTX_ARCH)" && \
+		export MSRNN_TEST_EXAMPLES=3 && \
+		export MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/ptx/nvcc.py --arch $(PTX_ARCH)) && \
+		$(PYTEST) tests/test_scan.py tests/test_borders.py -m "$(PTX_SCANS) and $(PTX_CASES)" && \
+		$(PYTEST) tests/test_multi_state.py -m "$(PTX_CASES) and not float16 and not bfloat16"
+
+# All of it: every case of the drivers for four architectures; the tests of make emulate for one of
+# them, and those of make ptx for the others; Triton for two.
 verify-ptx: $(VENV)/triton-$(lastword $(TRITON))
 	$(BIN)/python tests/emulation/ptx/rung.py
-	@for arch in 90 80 100 120; do \
-		export MSRNN_TEST_EXAMPLES=$$(test $$arch = 90 && echo 5 || echo 2) && \
-		export MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/ptx/nvcc.py --arch $$arch) && \
-		echo "== $@: the tests on nvcc's PTX for sm_$$arch" && \
+	@export MSRNN_TEST_EXAMPLES=5 MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/ptx/nvcc.py) && \
 		$(PYTEST) tests/test_scan.py tests/test_borders.py tests/test_torch.py -m "not large and $(FEW_OPS)" && \
-		$(PYTEST) tests/test_multi_state.py -m "not large and not threads and not reference" || exit 1; \
-	done
+		$(PYTEST) tests/test_multi_state.py -m "not large and not threads and not reference"
+	@for arch in 80 100 120; do $(MAKE) --no-print-directory ptx-cuda PTX_ARCH=$$arch || exit 1; done
 	@$(MAKE) --no-print-directory ptx-triton PTX_ARCHS="90 80"
 
 PTX_ARCHS ?= 90
