@@ -101,10 +101,8 @@ def op_of(driver: str, case: str) -> str:
 
 
 def cases(archs: list[str]) -> str:
-    table: dict[str, dict[str, Worst]] = {}
-    total = 0
+    worst: dict[str, Worst] = {}
     for arch in archs:
-        worst = table.setdefault(f"sm_{arch}", {})
         for name in check.DRIVERS:
             program = nvcc.driver(name, arch)
             runs = [{"EMULATION_POISON": POISON[0]}, {"EMULATION_POISON": POISON[1]}]
@@ -121,16 +119,21 @@ def cases(archs: list[str]) -> str:
                 of = worst.setdefault(op_of(name, case), Worst())
                 of.cases += 1
                 of.error = max(of.error, error)
-                total += 1
-    save({"cases": {arch: {op: vars(w) for op, w in rows.items()} for arch, rows in table.items()}})
+    if archs == list(nvcc.ARCHS):
+        save(worst)
+    total = sum(of.cases for of in worst.values())
     return f"{total} cases for sm_{', sm_'.join(archs)}, the same bits with other poison and order"
 
 
-def save(found: dict[str, object]) -> None:
-    """Into results.json, beside what other parts found."""
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    stored |= {"nvcc": nvcc.version(), **found}
-    RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
+def save(worst: dict[str, Worst]) -> None:
+    """A line for each op, direction and dtype: its cases on all architectures, and the worst error.
+
+    Errors are relative to the largest value of a tensor, and beyond the rounding of its dtype.
+    """
+    rows = ",\n".join(f'  "{op}": [{of.cases}, {of.error}]' for op, of in sorted(worst.items()))
+    head = {"nvcc": nvcc.version(), "archs": nvcc.ARCHS, "fields": ["cases", "worst error"]}
+    text = "".join(f' "{key}": {json.dumps(value)},\n' for key, value in head.items())
+    RESULTS.write_text(f'{{\n{text} "cases": {{\n{rows}\n }}\n}}\n')
 
 
 def thread(archs: list[str]) -> str:
