@@ -281,7 +281,7 @@ $L__info_string0:
     where = machine.ctypes.c_uint64(out.address)
     pair = (machine.ctypes.c_uint32 * 3)(5, 6, 7)
     machine.launch("first", (1,), (1,), 32, [machine.ctypes.c_uint8(200), pair, where])
-    assert words(out.content()) == [200, 7, 128, 200]
+    assert words(out.content()) == [200, 7, 32, 200]  # behind 20 bytes, aligned to 16
     machine.launch("second", (1,), (1,), 0, [where])
     assert words(out.content())[0] == 2
     machine.launch("third", (1,), (8, 4), 0, [])
