@@ -210,10 +210,7 @@ class MultiState:
     def kept_positions(self) -> Tensor:
         """Positions of the kept states, (B, G, N) int64, ascending, then -1."""
         empty = torch.iinfo(torch.int64).max
-        # A token may wait in the free slot. In torch 2.11 a scatter would gather a DTensor, and 2.13
-        # cannot compile a sum over torch.ones_like: every position is at least -1, so these are ones.
-        slot = (self.position >= -1).cumsum(-1) - 1
-        position = self.position.masked_fill(slot == self.free[..., None], -1)
+        position = self.position.scatter(-1, self.free[..., None], -1)  # a token may wait there
         kept = position.masked_fill(position < 0, empty).sort(-1).values
         return kept.masked_fill(kept == empty, -1)[..., : self.policy.slots]
 
