@@ -571,7 +571,7 @@ cudaError_t launch_scan_kernel(ScanCall call, cudaStream_t stream) {
   if (auto e = allow_shared(kernel, shared)) return e;
   constexpr int64_t scalar = sizeof(typename Stored<T>::V::Scalar);
   int64_t blocks = p.chains;
-  if (call.cu_seqlens) {  // where it decreases, some sequences end at no step
+  if (call.cu_seqlens && call.sequences > 0) {  // where it decreases, some end at no step
     if (auto e = cudaMemsetAsync(call.leaving, 0, call.sequences * call.channels * scalar, stream))
       return e;
   }
