@@ -20,6 +20,7 @@ from msrnn_ops.operators import multi_state
 
 EMULATED = "MSRNN_TEST_KERNELS" in os.environ
 TRITON_ARCH = int(os.environ.get("MSRNN_TEST_TRITON", 0))
+TRITON = TRITON_ARCH > 0 or os.environ.get("MSRNN_BACKEND") == "triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" or TRITON_ARCH > 0  # slow: small inputs
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from backends import INTERPRETED
+from backends import INTERPRETED, TRITON
 from hypothesis import given
 from hypothesis import strategies as st
 from scans import (
@@ -117,7 +117,9 @@ def test_reverse_is_flip(scan: Scan) -> None:
     inputs = scan.inputs(2, 500, 100, torch.float32)
     h0 = torch.randn(2, 100)
     flipped = scan(*(x.flip(1) for x in inputs), h0).flip(1)
-    torch.testing.assert_close(scan(*inputs, h0, reverse=True), flipped, rtol=0, atol=0)
+    # Triton compiles two kernels, and fuses products and sums in each as it likes.
+    close = {"rtol": 1e-5, "atol": 1e-6} if TRITON else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(scan(*inputs, h0, reverse=True), flipped, **close)
 
 
 @pytest.mark.parametrize("activation", ["g", "identity"])
