@@ -107,7 +107,7 @@ def weigh(forget, input, BRIEF: tl.constexpr):
     slow = forget > input
     lesser = tl.where(slow, input, forget)
     greater = tl.where(slow, forget, input)
-    lesser = lesser + (greater - greater)  # a NaN in either
+    lesser = tl.where(greater == greater, lesser, greater)  # a NaN in either
     bound = tl.where(lesser > 0, 0.0, lesser)
     x = exponential(-tl.abs(lesser), BRIEF)
     distance = bound - greater
