@@ -365,6 +365,8 @@ row(
     (NAN, NAN),
 )
 row("abs.ftz.f32", "f32 -> f32", (-1.5, 1.5), (-FLT_TINY, 0.0), (FLT_TINY, 0.0), (-INF, INF))
+row("abs.f16", "b16 -> b16", (0xBC00, 0x3C00), (0x8001, 1), (0xFC00, 0x7C00), (0x3C00, 0x3C00))
+row("abs.bf16", "b16 -> b16", (0xBF80, 0x3F80), (0x8001, 1), (0xFF80, 0x7F80), (0x3F80, 0x3F80))
 row("abs.f16x2", "b32 -> b32", (0xBC00C000, 0x3C004000), (0x80008001, 1), (0xFC003C00, 0x7C003C00))
 row("abs.bf16x2", "b32 -> b32", (0xBF80C000, 0x3F804000), (0x80008001, 1), (0xFF803F80, 0x7F803F80))
 # The sign of the first, the rest of the second.

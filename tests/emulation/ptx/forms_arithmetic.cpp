@@ -182,6 +182,7 @@ void add_arithmetic(Forms& forms) {
   forms.add("max.NaN.f32", "dss", binary<float, propagating<larger>>);
   rows<s32, s64, f32, f64>(forms, "neg.", "ds", of_one<negative>);
   rows<f32, f64>(forms, "abs.", "ds", of_one<absolute>);
+  rows<bf16, f16>(forms, "abs.", "ds", of_one<absolute_narrow>);
   rows<bf16x2, f16x2>(forms, "abs.", "ds", of_one<absolute_pair>);
   forms.add("abs.ftz.f32", "ds", unary<float, flushed<absolute>>);
   rows<f32, f64>(forms, "copysign.", "dss", of_two<sign_of_first>);

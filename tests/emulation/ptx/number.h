@@ -153,6 +153,9 @@ inline constexpr auto absolute = []<class T>(T x) -> T {
   else
     return x < 0 ? negative(x) : x;
 };
+inline constexpr auto absolute_narrow = []<class T>(T x) -> T {
+  return {static_cast<uint16_t>(x.bits & 0x7FFF)};
+};
 inline constexpr auto absolute_pair = []<class T>(T x) -> T { return {x.bits & 0x7FFF7FFF}; };
 inline constexpr auto sign_of_first = []<class T>(T a, T b) -> T { return std::copysign(b, a); };
 inline constexpr auto fused = []<class T>(T a, T b, T c) -> T { return std::fma(a, b, c); };
