@@ -122,6 +122,14 @@ def test_reverse_is_flip(scan: Scan) -> None:
     torch.testing.assert_close(scan(*inputs, h0, reverse=True), flipped, **close)
 
 
+def test_an_infinite_gate_of_min_lstm_closes_nothing_else() -> None:
+    """sigma(inf) = 1 beside sigma(0) = 1/2, and a candidate of g(0) = 1/2."""
+    for which, expected in enumerate((1 / 6, 1 / 3)):  # of forget, of input
+        inputs = [torch.zeros(1, 1, 1) for _ in range(3)]
+        inputs[which].fill_(torch.inf)
+        assert ms.min_lstm(*inputs).item() == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("activation", ["g", "identity"])
 @dtypes
 def test_steps_equal_the_parallel_form(activation: str, dtype: torch.dtype) -> None:
