@@ -82,7 +82,9 @@ void load_planted() {
 }
 
 const ptx::Kernel& kernel_of(const void* function) {
-  const std::string& name = runtime().kernels.at(function);
+  const auto known = runtime().kernels.find(function);
+  if (known == runtime().kernels.end()) stop("a launch of what is no kernel");
+  const std::string& name = known->second;
   const std::lock_guard lock(runtime().reading);
   if (const ptx::Kernel* const kernel = ptx::find_kernel(name)) return *kernel;
   for (const std::string_view text : runtime().modules) {
