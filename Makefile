@@ -39,12 +39,12 @@ test-cpu: $(VENV)/ready
 test-cuda: $(VENV)/ready
 	@echo "== $@: the CUDA kernels on the emulator, in float32; they are compiled first where they changed"
 	@MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/library.py) MSRNN_TEST_EXAMPLES=5 \
-		$(PYTEST) tests/test_scan.py tests/test_borders.py tests/test_multi_state.py -m "$(QUICK)"
+		$(PYTEST) tests/test_scan.py tests/test_borders.py tests/test_multi_state.py tests/test_rows.py -m "$(QUICK)"
 
 test-triton: $(VENV)/triton-$(lastword $(TRITON))
 	@echo "== $@: Triton's kernels on its interpreter, in float32"
 	@$(INTERPRETED) $(subst $(BIN),$</bin,$(PYTEST)) tests/test_triton.py tests/test_scan.py \
-		tests/test_borders.py tests/test_multi_state.py -m "$(QUICK)"
+		tests/test_borders.py tests/test_multi_state.py tests/test_rows.py -m "$(QUICK)"
 
 # The whole ladder (csrc/README.md), in an hour or so: what the quick tests leave out, the emulator,
 # schedules, sanitizers and planted bugs, Triton's versions, budgets, and every build. .ci/run takes
@@ -61,7 +61,7 @@ emulate: $(VENV)/ready
 	@MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/library.py) MSRNN_TEST_EXAMPLES=20 \
 		$(PYTEST) tests/test_scan.py tests/test_borders.py tests/test_torch.py -m "not large and $(FEW_OPS)"
 	@MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/library.py) MSRNN_TEST_EXAMPLES=20 \
-		$(PYTEST) tests/test_multi_state.py -m "not large and not threads and not bfloat16 and not reference"
+		$(PYTEST) tests/test_multi_state.py tests/test_rows.py -m "not large and not threads and not bfloat16 and not reference"
 
 # MUTATIONS="mutations=step_*" plants some of the bugs.
 schedules: $(VENV)/ready
@@ -85,7 +85,7 @@ ptx-cuda: $(VENV)/ready
 		export MSRNN_TEST_EXAMPLES=3 && \
 		export MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/ptx/nvcc.py --arch $(PTX_ARCH)) && \
 		$(PYTEST) tests/test_scan.py tests/test_borders.py -m "$(PTX_SCANS) and $(PTX_CASES)" && \
-		$(PYTEST) tests/test_multi_state.py -m "$(PTX_CASES) and not float16 and not bfloat16"
+		$(PYTEST) tests/test_multi_state.py tests/test_rows.py -m "$(PTX_CASES) and not float16 and not bfloat16"
 
 # All of it: every case of the drivers for four architectures; the tests of make emulate for one of
 # them, and those of make ptx for the others; Triton for two.
@@ -93,7 +93,7 @@ verify-ptx: $(VENV)/triton-$(lastword $(TRITON))
 	$(BIN)/python tests/emulation/ptx/rung.py
 	@export MSRNN_TEST_EXAMPLES=5 MSRNN_TEST_KERNELS=$$($(BIN)/python tests/emulation/ptx/nvcc.py) && \
 		$(PYTEST) tests/test_scan.py tests/test_borders.py tests/test_torch.py -m "not large and $(FEW_OPS)" && \
-		$(PYTEST) tests/test_multi_state.py -m "not large and not threads and not reference"
+		$(PYTEST) tests/test_multi_state.py tests/test_rows.py -m "not large and not threads and not reference"
 	@for arch in 80 100 120; do $(MAKE) --no-print-directory ptx-cuda PTX_ARCH=$$arch || exit 1; done
 	@$(MAKE) --no-print-directory ptx-triton PTX_ARCHS="90 80"
 
@@ -106,7 +106,7 @@ ptx-triton: $(VENV)/triton-$(lastword $(TRITON))
 		MSRNN_TEST_TRITON=$$arch MSRNN_TEST_EXAMPLES=3 OMP_NUM_THREADS=1 $(subst $(BIN),$</bin,$(PYTEST)) \
 			tests/test_scan.py tests/test_borders.py -m "$(PTX_TRITON)" && \
 		MSRNN_TEST_TRITON=$$arch MSRNN_TEST_EXAMPLES=3 OMP_NUM_THREADS=1 $(subst $(BIN),$</bin,$(PYTEST)) \
-			tests/test_multi_state.py -m "$(PTX_STEPS)" || exit 1; \
+			tests/test_multi_state.py tests/test_rows.py -m "$(PTX_STEPS)" || exit 1; \
 	done
 
 # Each version of Triton has an environment that sees the packages of $(VENV) too.
@@ -125,7 +125,7 @@ triton: $(addprefix triton-,$(TRITON))
 triton-%: $(VENV)/triton-%
 	@echo "== $@: the tests on the interpreter of Triton $*"
 	@$(INTERPRETED) $(subst $(BIN),$</bin,$(PYTEST)) tests/test_triton.py tests/test_scan.py \
-		tests/test_borders.py tests/test_multi_state.py -m "$(SHORT)"
+		tests/test_borders.py tests/test_multi_state.py tests/test_rows.py -m "$(SHORT)"
 	@test $* != $(lastword $(TRITON)) || $</bin/python tests/budgets/triton.py --check --quick
 
 # What nvcc makes of the CUDA kernels, against a stored table: half an hour for all of them. Then, in a
@@ -150,7 +150,7 @@ sanitize: $(VENV)/ready
 		--upgrade --target build/sanitized .
 	@cd build/sanitized && $(SANITIZED) ../../tests/test_scan.py ../../tests/test_borders.py ../../tests/test_errors.py \
 		-m "not long and not bfloat16 and not float64"
-	@cd build/sanitized && $(SANITIZED) ../../tests/test_multi_state.py \
+	@cd build/sanitized && $(SANITIZED) ../../tests/test_multi_state.py ../../tests/test_rows.py \
 		-m "not flex and not float32 and not float16 and not bfloat16"
 
 # The CUDA library with a torch that has no CUDA: it compiles, links, loads and registers.

@@ -73,7 +73,14 @@ STABLE_ABI = [
 ]
 SCANS = [f"instantiations/scan_{dtype}" for dtype in ("float32", "float64", "bfloat16", "float16")]
 STEPS = [f"instantiations/step_{dtype}" for dtype in ("float32", "bfloat16", "float16")]
-KERNELS = [*SCANS, *STEPS, "multi_state", "evict", "scan"]  # the longest to compile first
+KERNELS = [
+    *SCANS,
+    *STEPS,
+    "row_step",
+    "multi_state",
+    "evict",
+    "scan",
+]  # the longest to compile first
 SANITIZE = os.environ.get("MSRNN_SANITIZE")  # e.g. address,undefined
 
 

@@ -3,6 +3,7 @@
 
 #include "dtype.h"
 #include "eviction.h"
+#include "rows.h"
 
 namespace msrnn {
 
@@ -15,8 +16,8 @@ struct State {
   float* score;         // likewise, or null
   int64_t* free;        // (batch, groups): the slot of the next token
   int64_t* last_evicted;
-  int64_t* seen;  // (batch)
-  int64_t batch, kv_heads, groups, slots, head_dim;
+  int64_t* seen;                                     // (batch)
+  int64_t batch, kv_heads, groups, slots, head_dim;  // batch: rows of the state
   DType dtype;
 
   MSRNN_FN int64_t row_bytes() const { return head_dim * (dtype == DType::float32 ? 4 : 2); }
@@ -62,9 +63,12 @@ struct Heads {
   }
 };
 
-// A step: one token of every row is attended for, and if `evicting` the policy drops a state.
+// A step: one token of every row of a batch is attended for, and if `evicting` the policy drops a
+// state of the row that the token uses.
 struct TokenStep {
   State state;
+  int64_t batch;
+  RowIndex rows;
   Policy policy;
   float scale;
   bool evicting;

@@ -72,14 +72,26 @@ inline State state_of(const Tensor& k, const Tensor& keys, const Tensor& values,
   s.kv_heads = k.size(1);
   s.head_dim = k.size(k.dim() - 1);
   s.dtype = dtype_of(k);
-  STD_TORCH_CHECK(k.size(0) == s.batch && (s.groups == 1 || s.groups == s.kv_heads),
-                  "expected a state of the batch and heads of k");
+  STD_TORCH_CHECK(s.groups == 1 || s.groups == s.kv_heads, "expected a state of the heads of k");
   for (const Tensor* x : {&keys, &values}) {
     check_contiguous(*x, {s.batch, s.kv_heads, s.slots, s.head_dim}, k.scalar_type());
   }
   s.keys = static_cast<char*>(keys.data_ptr());
   s.values = static_cast<char*>(values.data_ptr());
   return s;
+}
+
+// How the rows of a batch use those of a state.
+inline RowIndex row_index_of(const OptionalTensor& rows, int64_t batch, const State& s) {
+  if (!rows) {
+    STD_TORCH_CHECK(batch == s.batch, "expected a state of the batch of k");
+    return {nullptr, false, s.batch};
+  }
+  const ScalarType type = rows->scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long,
+                  "expected int32 or int64 rows");
+  check_contiguous(*rows, {batch}, type);
+  return {rows->data_ptr(), type == ScalarType::Long, s.batch};
 }
 
 inline Policy policy_of(int64_t score, int64_t sinks, int64_t recent) {
@@ -93,13 +105,12 @@ inline const bool* mask_of(const OptionalTensor& valid, const Tensor& q) {
   return static_cast<const bool*>(valid->data_ptr());
 }
 
-inline TokenStep step_of(const State& state, const Policy& policy, double scale, bool evicting,
-                         const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                         float* scores) {
-  return {state,       policy,      static_cast<float>(scale),
-          evicting,    q.size(1),   heads_of(q),
-          heads_of(k), heads_of(v), heads_of(out),
-          scores};
+inline TokenStep step_of(const State& state, const RowIndex& rows, const Policy& policy,
+                         double scale, bool evicting, const Tensor& q, const Tensor& k,
+                         const Tensor& v, const Tensor& out, float* scores) {
+  return {state,         q.size(0), rows,        policy,      static_cast<float>(scale),
+          evicting,      q.size(1), heads_of(q), heads_of(k), heads_of(v),
+          heads_of(out), scores};
 }
 
 // The ops of one token. A backend makes tensors `readable` for its kernels, runs a step, and
@@ -107,47 +118,51 @@ inline TokenStep step_of(const State& state, const Policy& policy, double scale,
 template <class Backend>
 struct StepOps {
   static Tensor attend_evict(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-                             const Tensor& keys, const Tensor& values, const Tensor& position,
-                             const Tensor& score, const Tensor& free, const Tensor& seen,
-                             const Tensor& last_evicted, int64_t kind, int64_t sinks,
-                             int64_t recent, double scale) {
+                             const OptionalTensor& rows, const Tensor& keys, const Tensor& values,
+                             const Tensor& position, const Tensor& score, const Tensor& free,
+                             const Tensor& seen, const Tensor& last_evicted, int64_t kind,
+                             int64_t sinks, int64_t recent, double scale) {
     check_heads(q_in, k_in, v_in, 3);
     const Policy policy = policy_of(kind, sinks, recent);
     const Tensor q = Backend::readable(q_in), k = Backend::readable(k_in),
                  v = Backend::readable(v_in);
     const State marks = marks_of(position, score, free, seen, last_evicted, policy.score);
     const State state = state_of(k, keys, values, marks);
+    const RowIndex index = row_index_of(rows, q.size(0), state);
     Tensor out = torch::stable::new_empty(q, q.sizes());
-    Backend::run(step_of(state, policy, scale, true, q, k, v, out, nullptr), q);
+    Backend::run(step_of(state, index, policy, scale, true, q, k, v, out, nullptr), q);
     return out;
   }
 
   static std::tuple<Tensor, Tensor> attend_scores(const Tensor& q_in, const Tensor& k_in,
-                                                  const Tensor& v_in, const Tensor& keys,
-                                                  const Tensor& values, const Tensor& position,
-                                                  const Tensor& free, const Tensor& seen,
-                                                  double scale) {
+                                                  const Tensor& v_in, const OptionalTensor& rows,
+                                                  const Tensor& keys, const Tensor& values,
+                                                  const Tensor& position, const Tensor& free,
+                                                  const Tensor& seen, double scale) {
     check_heads(q_in, k_in, v_in, 3);
     const Tensor q = Backend::readable(q_in), k = Backend::readable(k_in),
                  v = Backend::readable(v_in);
-    Tensor scores = torch::stable::new_zeros(position, position.sizes(), ScalarType::Float);
     const Tensor none = torch::stable::new_empty(position, {position.size(0), position.size(1), 0},
                                                  ScalarType::Float);
     const State marks = marks_of(position, none, free, seen, free, ScoreKind::attention);
     const State state = state_of(k, keys, values, marks);
+    const RowIndex index = row_index_of(rows, q.size(0), state);
+    Tensor scores = torch::stable::new_zeros(position, {q.size(0), state.groups, state.slots},
+                                             ScalarType::Float);
     Tensor out = torch::stable::new_empty(q, q.sizes());
     auto* sums = static_cast<float*>(scores.data_ptr());
-    Backend::run(step_of(state, {}, scale, false, q, k, v, out, sums), q);
+    Backend::run(step_of(state, index, {}, scale, false, q, k, v, out, sums), q);
     return {out, scores};
   }
 
-  static void evict(const Tensor& scores, const Tensor& position, const Tensor& score,
-                    const Tensor& free, const Tensor& seen, const Tensor& last_evicted,
-                    int64_t kind, int64_t sinks, int64_t recent) {
+  static void evict(const Tensor& scores, const OptionalTensor& rows, const Tensor& position,
+                    const Tensor& score, const Tensor& free, const Tensor& seen,
+                    const Tensor& last_evicted, int64_t kind, int64_t sinks, int64_t recent) {
     const Policy policy = policy_of(kind, sinks, recent);
     const State s = marks_of(position, score, free, seen, last_evicted, policy.score);
-    check_contiguous(scores, {s.batch, s.groups, s.slots}, ScalarType::Float);
-    Backend::evict(s, policy, scores);
+    const int64_t batch = scores.size(0);
+    check_contiguous(scores, {batch, s.groups, s.slots}, ScalarType::Float);
+    Backend::evict(s, row_index_of(rows, batch, s), policy, scores);
   }
 };
 
@@ -196,7 +211,8 @@ struct SequenceOps {
         .dtype = dtype_of(k)};
     const TokenSequence sequence{time, mask_of(valid, q), static_cast<int64_t*>(expiry.data_ptr()),
                                  position + marks + rows};
-    Backend::run(step_of(state, policy, scale, true, q, k, v, out, nullptr), sequence, q);
+    const RowIndex own{nullptr, false, batch};
+    Backend::run(step_of(state, own, policy, scale, true, q, k, v, out, nullptr), sequence, q);
     return {out, expiry};
   }
 };

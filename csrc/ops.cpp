@@ -75,29 +75,44 @@ STABLE_TORCH_LIBRARY(msrnn_ops, m) {
       " Tensor? h0, Tensor? cu_seqlens, Tensor? resets, bool reverse, bool identity)"
       " -> (Tensor grad_projection, Tensor grad_h0)");
 
+  // One token (B, D) of every row of a batch, in place on row rows[i] (int32 or int64) of a state
+  // h (rows of it, D) in the accumulation dtype; out (B, D) is the state after it, likewise. A row
+  // that is out of range, or that an earlier one of the batch has, does nothing; its output is 0.
+  m.def(
+      "min_gru_step(Tensor gate, Tensor candidate, Tensor(a!) h, Tensor rows, bool identity)"
+      " -> Tensor out");
+  m.def(
+      "min_lstm_step(Tensor forget, Tensor input, Tensor candidate, Tensor(a!) h, Tensor rows,"
+      " bool identity) -> Tensor out");
+
   // Multi-state attention. A token: q (B, Hq, Dh), k and v (B, Hkv, Dh); a prompt or sequence with
   // T before Dh. The state: keys and values (B, Hkv, N+1, Dh), position (B, G, N+1) int64, score
   // (B, G, N+1) float32 or (B, G, 0) where nothing accumulates, free and last_evicted (B, G) and
   // seen (B) int64; G is 1 (scope "layer") or Hkv ("head"). The policy (csrc/eviction.h): kind of
-  // score (0 position, 1 attention, 2 accumulated), sinks, recent. valid (B, T) bool.
+  // score (0 position, 1 attention, 2 accumulated), sinks, recent. valid (B, T) bool. With rows
+  // (B, int32 or int64) row i of the batch uses row rows[i] of a state that has more of them; one
+  // that is out of range or that an earlier one has does nothing, and its output is 0. With
+  // cu_seqlens (S+1, int32 or int64) a prompt is q (T, Hq, Dh), k and v (T, Hkv, Dh), and rows (S).
   m.def(
-      "attend_evict(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values,"
+      "attend_evict(Tensor q, Tensor k, Tensor v, Tensor? rows, Tensor(a!) keys, Tensor(b!) values,"
       " Tensor(c!) position, Tensor(d!) score, Tensor(e!) free, Tensor(f!) seen,"
       " Tensor(g!) last_evicted, int kind, int sinks, int recent, float scale) -> Tensor out");
   m.def(
-      "attend_scores(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values,"
+      "attend_scores(Tensor q, Tensor k, Tensor v, Tensor? rows, Tensor(a!) keys, Tensor(b!) "
+      "values,"
       " Tensor(c!) position, Tensor free, Tensor seen, float scale)"
       " -> (Tensor out, Tensor scores)");
   m.def(
-      "evict(Tensor scores, Tensor(a!) position, Tensor(b!) score, Tensor(c!) free,"
+      "evict(Tensor scores, Tensor? rows, Tensor(a!) position, Tensor(b!) score, Tensor(c!) free,"
       " Tensor(d!) seen, Tensor(e!) last_evicted, int kind, int sinks, int recent) -> ()");
   m.def(
-      "attend_prompt(Tensor q, Tensor k, Tensor v, Tensor? valid, Tensor(a!) keys,"
+      "attend_prompt(Tensor q, Tensor k, Tensor v, Tensor? valid, Tensor? cu_seqlens, Tensor? "
+      "rows, Tensor(a!) keys,"
       " Tensor(b!) values, Tensor(c!) position, Tensor(d!) score, Tensor(e!) free,"
       " Tensor(f!) seen, Tensor(g!) last_evicted, int kind, int sinks, int recent, float scale)"
       " -> Tensor out");
   m.def(
-      "store_prompt(Tensor q, Tensor k, Tensor v, Tensor? valid, Tensor(a!) keys,"
+      "store_prompt(Tensor q, Tensor k, Tensor v, Tensor? valid, Tensor? rows, Tensor(a!) keys,"
       " Tensor(b!) values, Tensor(c!) position, Tensor(d!) score, Tensor(e!) free,"
       " Tensor(f!) seen, Tensor(g!) last_evicted, int kind, int sinks, int recent, float scale)"
       " -> ()");

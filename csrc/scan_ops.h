@@ -5,7 +5,11 @@
 //   backward(op, inputs, gradients, h, grad_h, grad_last, h0, cu_seqlens, resets, reverse) fills
 //     `gradients` and returns grad_h0;
 //   new_like(tensor) makes an output.
+//
+// and a fourth, of the steps that change rows of a larger state: step(RowStep, like).
 #pragma once
+
+#include <algorithm>
 
 #include "common.h"
 #include "scan.h"
@@ -61,6 +65,21 @@ inline Inputs joint(const Tensor& projection, int parts) {
   in.shape.channels /= parts;
   for (int i = 0; i < parts; ++i) {
     in.view[i] = slice_channels(view_of(projection), i, in.shape.channels);
+  }
+  return in;
+}
+
+// Inputs (B, D) as a sequence of one step.
+inline Inputs separate_step(std::initializer_list<const Tensor*> tensors) {
+  const Tensor& first = **tensors.begin();
+  Inputs in{{first.size(0), 1, first.size(1)}, dtype_of(first), {}, 0};
+  for (const Tensor* x : tensors) {
+    STD_TORCH_CHECK(x->dim() == 2 && x->size(0) == first.size(0) && x->size(1) == first.size(1) &&
+                        x->scalar_type() == first.scalar_type(),
+                    "expected tensors (B, D) of one shape and dtype");
+    const int64_t size = size_of(in.dtype);
+    in.view[in.count++] = {static_cast<char*>(x->data_ptr()), x->stride(0) * size, 0,
+                           x->stride(1) * size};
   }
   return in;
 }
@@ -130,6 +149,41 @@ struct ScanOps {
       bool reverse) {
     return backward2(ScanOp::log_scan, grad_h, grad_last, log_a, log_b, log_h, log_h0, cu_seqlens,
                      resets, reverse);
+  }
+
+  static Tensor step(ScanOp op, const Inputs& in, const Tensor& like, const Tensor& h,
+                     const Tensor& rows) {
+    const ScalarType type = rows.scalar_type();
+    STD_TORCH_CHECK((type == ScalarType::Int || type == ScalarType::Long) && rows.dim() == 1 &&
+                        rows.size(0) == in.shape.rows && rows.is_contiguous(),
+                    "expected rows (B,) of int32 or int64");
+    const ScalarType carry = accumulation_type(in.dtype);
+    const int64_t channels = in.shape.channels, size = carry == ScalarType::Double ? 8 : 4;
+    STD_TORCH_CHECK(h.dim() == 2 && h.size(1) == channels && h.scalar_type() == carry &&
+                        (channels < 2 || h.stride(1) == 1) &&
+                        (h.size(0) < 2 || h.stride(0) >= channels),
+                    "expected a state (rows, D) in the accumulation dtype, channels side by side");
+    Tensor out = torch::stable::new_empty(like, {in.shape.rows, channels}, carry);
+    RowStep step{op,
+                 in.dtype,
+                 in.shape.rows,
+                 channels,
+                 {},
+                 {rows.data_ptr(), type == ScalarType::Long, h.size(0)},
+                 static_cast<char*>(h.data_ptr()),
+                 h.stride(0) * size,
+                 static_cast<char*>(out.data_ptr())};
+    std::copy_n(in.view, in.count, step.input);
+    if (out.numel() > 0) Backend::step(step, like);
+    return out;
+  }
+  static Tensor min_gru_step(const Tensor& gate, const Tensor& candidate, const Tensor& h,
+                             const Tensor& rows, bool identity) {
+    return step(gated<2>(identity), separate_step({&gate, &candidate}), gate, h, rows);
+  }
+  static Tensor min_lstm_step(const Tensor& forget, const Tensor& input, const Tensor& candidate,
+                              const Tensor& h, const Tensor& rows, bool identity) {
+    return step(gated<3>(identity), separate_step({&forget, &input, &candidate}), forget, h, rows);
   }
 
   // minGRU has two inputs and minLSTM three.
@@ -214,6 +268,8 @@ void register_scans(torch::stable::detail::StableLibrary& m) {
   m.impl("min_lstm_backward", TORCH_BOX(&Ops::min_lstm_backward));
   m.impl("min_lstm_joint", TORCH_BOX(&Ops::template joint_forward<3>));
   m.impl("min_lstm_joint_backward", TORCH_BOX(&Ops::template joint_backward<3>));
+  m.impl("min_gru_step", TORCH_BOX(&Ops::min_gru_step));
+  m.impl("min_lstm_step", TORCH_BOX(&Ops::min_lstm_step));
 }
 
 }  // namespace msrnn

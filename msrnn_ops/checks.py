@@ -94,6 +94,50 @@ def scan_step(
     return tuple(x.unsqueeze(1) for x in inputs), h
 
 
+def row_step(
+    op: Recurrence, inputs: tuple[Tensor, ...], h: Tensor, rows: Tensor, activation: str
+) -> tuple[tuple[Tensor, ...], Tensor, bool, str | None]:
+    """The door of one token in place on rows of a larger state: inputs (B, D) of one dtype, rows,
+    the flag and the namespace.
+    """
+    caller = f"{op.name}_step"
+    if isinstance(inputs[0], Tensor) and autocast_enabled(inputs[0].device.type):
+        inputs = _promote(inputs)
+    first, name = inputs[0], op.inputs[0]
+    for argument, x in zip(op.inputs, inputs, strict=True):
+        if not isinstance(x, Tensor):
+            raise errors.kind(caller, argument, "a tensor", x)
+        if x.dim() != 2 or x.shape != first.shape:
+            expected = "(B, D) with rows" if x is first else f"that of {name}, {tuple(first.shape)}"
+            raise errors.shape(caller, argument, expected, x)
+        if x.dtype not in DTYPES:
+            expected = "float32, float64, bfloat16 or float16"
+            raise errors.dtype(caller, argument, expected, x.dtype)
+        if x.dtype != first.dtype:
+            raise errors.dtype(caller, argument, f"the dtype of {name}, {first.dtype}", x.dtype)
+        if x.device != first.device:
+            raise errors.device(caller, argument, name, first.device, x.device)
+    if not isinstance(h, Tensor):
+        raise errors.kind(caller, "h", "a tensor", h)
+    if is_distributed(first) or is_distributed(h):
+        raise errors.value(caller, "rows=None with DTensors", "rows")
+    batch, channels = first.shape
+    if h.dim() != 2 or h.shape[1] != channels:
+        raise errors.shape(caller, "h", f"(rows of the state, {channels})", h)
+    wide = accumulation_dtype(first.dtype)
+    if h.dtype != wide:
+        raise errors.dtype(caller, "h", f"{wide}, in which it is kept with rows,", h.dtype)
+    if h.device != first.device:
+        raise errors.device(caller, "h", name, first.device, h.device)
+    if (channels > 1 and h.stride(1) != 1) or (h.shape[0] > 1 and h.stride(0) < channels):
+        expected = "h with its channels side by side and rows that do not overlap"
+        raise errors.value(caller, expected, f"strides {h.stride()}")
+    errors.check_rows(caller, rows, batch, h.shape[0], first.device, name)
+    if activation not in _ACTIVATIONS:
+        raise errors.value(caller, "activation 'g' or 'identity'", repr(activation))
+    return inputs, rows.contiguous(), activation == "identity", backend.namespace(caller, h.device)
+
+
 def _step_laid_out(
     caller: str, op: Recurrence, inputs: tuple[Tensor, ...], h: Tensor
 ) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -227,7 +271,8 @@ def _one_for_all(name: str, h0: Tensor, leading: Sequence[int]) -> str:
     return f"; {name}.expand({sizes}) starts every row from this one"
 
 
-def _check_cu_seqlens(caller: str, op: Recurrence, x: Tensor, cu_seqlens: Tensor) -> None:
+def _check_ends(caller: str, cu_seqlens: Tensor) -> None:
+    """A tensor (N + 1,) of whole numbers, whatever they are."""
     if not isinstance(cu_seqlens, Tensor):
         raise errors.kind(caller, "cu_seqlens", "a tensor", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -237,6 +282,10 @@ def _check_cu_seqlens(caller: str, op: Recurrence, x: Tensor, cu_seqlens: Tensor
         raise errors.value(caller, expected, "others for each element")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise errors.shape(caller, "cu_seqlens", "(N + 1,)", cu_seqlens)
+
+
+def _check_cu_seqlens(caller: str, op: Recurrence, x: Tensor, cu_seqlens: Tensor) -> None:
+    _check_ends(caller, cu_seqlens)
     if cu_seqlens.device != x.device:
         raise errors.device(caller, "cu_seqlens", op.inputs[0], x.device, cu_seqlens.device)
     if x.shape[0] != 1:
@@ -286,26 +335,77 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 def token(
-    caller: str, q: Tensor, k: Tensor, v: Tensor, state: MultiState, scale: float | None
-) -> tuple[float, str | None]:
-    """The door of attend_evict and attend_scores: the scale and the namespace."""
+    caller: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: MultiState,
+    rows: Tensor | None,
+    scale: float | None,
+) -> tuple[Tensor | None, float, str | None]:
+    """The door of attend_evict and attend_scores: rows, the scale and the namespace."""
     _check_tokens(caller, q, k, v, 3, "(B, H, Dh)")
     check_state(caller, state)
     _check_fit(caller, k, state)
-    return _scale_of(caller, scale, q), _namespace(caller, q)
+    rows = _checked_rows(caller, rows, q, k.shape[0], state)
+    return rows, _scale_of(caller, scale, q), _namespace(caller, q)
 
 
 def prompt(
-    q: Tensor, k: Tensor, v: Tensor, state: MultiState, valid: Tensor | None, scale: float | None
-) -> tuple[float, str | None]:
-    """The door of attend_prompt: the scale and the namespace."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: MultiState,
+    valid: Tensor | None,
+    rows: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+) -> tuple[Tensor | None, float, str | None]:
+    """The door of attend_prompt: rows, the scale and the namespace."""
     caller = "attend_prompt"
-    _check_tokens(caller, q, k, v, 4, "(B, H, T, Dh)")
+    if cu_seqlens is None:
+        _check_tokens(caller, q, k, v, 4, "(B, H, T, Dh)")
+    else:
+        _check_tokens(caller, q, k, v, 3, "(total, H, Dh)")
     check_state(caller, state)
     _check_fit(caller, k, state)
+    if cu_seqlens is None:
+        batch = k.shape[0]
+        if valid is not None:
+            _check_valid(caller, valid, q)
+    else:
+        batch = _check_packed(caller, q, cu_seqlens, valid)
+    rows = _checked_rows(caller, rows, q, batch, state)
+    return rows, _scale_of(caller, scale, q), _namespace(caller, q)
+
+
+def _check_packed(caller: str, q: Tensor, cu_seqlens: Tensor, valid: Tensor | None) -> int:
+    """How many prompts are packed into q (total, Hq, Dh)."""
     if valid is not None:
-        _check_valid(caller, valid, q)
-    return _scale_of(caller, scale, q), _namespace(caller, q)
+        expected = "valid or cu_seqlens (packed prompts have no padding)"
+        raise errors.value(caller, expected, "both")
+    _check_ends(caller, cu_seqlens)
+    if is_distributed(q):
+        raise errors.value(caller, "cu_seqlens=None with DTensors", "cu_seqlens")
+    if cu_seqlens.device not in (q.device, torch.device("cpu")):
+        raise errors.device(caller, "cu_seqlens", "q, or on the CPU", q.device, cu_seqlens.device)
+    borders(caller, cu_seqlens, q.shape[0])
+    return cu_seqlens.shape[0] - 1
+
+
+def _checked_rows(
+    caller: str, rows: Tensor | None, q: Tensor, batch: int, state: MultiState
+) -> Tensor | None:
+    """Rows that lie as operators want them; without any, as many rows in the batch as the state."""
+    count = state.keys.shape[0]
+    if rows is None:
+        if batch != count:
+            raise errors.value(caller, f"a batch of {count} as in the state", batch)
+        return None
+    if is_distributed(q):
+        raise errors.value(caller, "rows=None with DTensors", "rows")
+    errors.check_rows(caller, rows, batch, count, state.device, "the state")
+    return rows.contiguous()
 
 
 def sequence(
@@ -326,18 +426,22 @@ def sequence(
     return (q, k, v), valid, _scale_of(caller, scale, q), _namespace(caller, q)
 
 
-def scores(state: MultiState, scores: Tensor) -> str | None:
-    """The door of evict: the namespace."""
+def scores(
+    state: MultiState, scores: Tensor, rows: Tensor | None
+) -> tuple[Tensor | None, str | None]:
+    """The door of evict: rows and the namespace."""
     check_state("evict", state)
     wanted = accumulation_dtype(state.dtype)
     if not isinstance(scores, Tensor) or scores.dtype != wanted:
         got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
         raise TypeError(f"evict: expected scores to be a {wanted} tensor, got {got}")
-    if scores.shape != state.position.shape:
-        raise errors.shape("evict", "scores", tuple(state.position.shape), scores)
+    batch = scores.shape[0] if rows is not None and scores.dim() > 0 else state.position.shape[0]
+    expected = (batch, *state.position.shape[1:])
+    if scores.shape != expected:
+        raise errors.shape("evict", "scores", expected, scores)
     if scores.device != state.device:
         raise errors.value("evict", f"scores on {state.device}", scores.device)
-    return _namespace("evict", scores)
+    return _checked_rows("evict", rows, scores, batch, state), _namespace("evict", scores)
 
 
 def check_state(caller: str, state: MultiState) -> None:
@@ -388,11 +492,9 @@ def _check_tokens(
 
 
 def _check_fit(caller: str, k: Tensor, state: MultiState) -> None:
-    """Whether the tokens are those of a state's rows and heads."""
+    """Whether the tokens are those of a state's heads."""
     keys = state.keys
-    batch, heads, _, head_dim = keys.shape
-    if k.shape[0] != batch:
-        raise errors.value(caller, f"a batch of {batch} as in the state", k.shape[0])
+    _, heads, _, head_dim = keys.shape
     if k.shape[1] != heads:
         raise errors.value(caller, f"key-value heads of {heads} as in the state", k.shape[1])
     if k.shape[-1] != head_dim:

@@ -67,6 +67,44 @@ def check_number(
         raise value(caller, f"{argument} {bounds}", number)
 
 
+def check_rows(
+    caller: str,
+    rows: object,
+    batch: int | None,
+    count: int,
+    where: torch.device,
+    owner: str,
+    *,
+    once: bool = True,
+) -> bool:
+    """Raises unless rows of a batch may name those of a state that has ``count``.
+
+    Where the numbers are known without waiting for a device, each is one of these rows, named
+    ``once``, or -1. Returns whether they are.
+    """
+    if not isinstance(rows, Tensor):
+        raise kind(caller, "rows", "a tensor", rows)
+    if rows.dtype not in (torch.int32, torch.int64):
+        raise dtype(caller, "rows", "int32 or int64", rows.dtype)
+    if rows.dim() != 1 or (batch is not None and rows.shape[0] != batch):
+        raise shape(caller, "rows", "(B,)" if batch is None else (batch,), rows)
+    if rows.device != where:
+        raise device(caller, "rows", owner, where, rows.device)
+    if torch.compiler.is_compiling() or type(rows) is not Tensor or not rows.is_cpu:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(rows):
+        return False
+    named: set[int] = set()
+    for row in rows.tolist():
+        if not -1 <= row < count:
+            raise value(caller, f"rows in [0, {count}), or -1 for none", row)
+        if once and row in named:
+            raise value(caller, "rows that each name another row of the state", f"{row} twice")
+        if row >= 0:
+            named.add(row)
+    return True
+
+
 def of_torch(error: RuntimeError) -> Exception:
     """What a kernel raised, in the type that PyTorch's own operators have for it.
 

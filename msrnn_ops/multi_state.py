@@ -34,7 +34,13 @@ def _run(namespace: str, name: str, *args: Any) -> Any:
 
 
 def attend_evict(
-    q: Tensor, k: Tensor, v: Tensor, state: MultiState, *, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: MultiState,
+    *,
+    rows: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     r"""One token of every row: store it, attend over the kept states, evict one.
 
@@ -53,13 +59,19 @@ def attend_evict(
         k: keys after rotary embedding, (B, Hkv, Dh).
         v: values, (B, Hkv, Dh).
         state: changed in place; ``state.last_evicted`` tells what went.
+        rows: (B,) int32 or int64: row i of the batch uses row ``rows[i]`` of a state that may have
+            more of them, where it is, without a copy (``cache_batch_idx`` of flash-attn,
+            ``conv_state_indices`` of causal-conv1d). -1 is a row that does nothing and whose output
+            is 0, as padding in a CUDA graph wants it. None: row i uses row i.
         scale: of the logits. None: 1 / sqrt(Dh).
 
     Returns:
         (B, Hq, Dh) in the dtype of q, contiguous.
 
     Raises:
-        TypeError, ValueError: a wrong shape, dtype or device, before anything is written.
+        TypeError, ValueError: a wrong shape, dtype or device, before anything is written; on a CPU
+            also a row out of range and two that are the same. On a GPU, where the numbers are not
+            looked at beforehand, a row out of range does nothing, nor does the second of the same.
         RuntimeError: a gradient is asked for; :func:`attend_sequence` has one.
 
     Source: Oren et al. 2024, Algorithm 1 (TOVA) and section 3.2; H2O: Zhang et al. 2023,
@@ -72,20 +84,32 @@ def attend_evict(
     ...     out = ms.attend_evict(q, k, v, state)
     >>> out.shape, state.kept_positions().shape, state.seen
     (torch.Size([2, 8, 16]), torch.Size([2, 1, 4]), tensor([10, 10]))
+
+    One request of two, as a serving engine has it:
+
+    >>> out = ms.attend_evict(q[:1], k[:1], v[:1], state, rows=torch.tensor([1]))
+    >>> state.seen
+    tensor([10, 11])
     """
-    scale, namespace = checks.token("attend_evict", q, k, v, state, scale)
+    rows, scale, namespace = checks.token("attend_evict", q, k, v, state, rows, scale)
     if namespace is None:
-        return reference.attend_evict(q, k, v, state, scale)
+        return reference.attend_evict(q, k, v, rows, state, scale)
     policy = state.policy
     if policy.scope == "layer" and policy.score != "position" and is_distributed(q):
         out, scores = attend_scores(q, k, v, state, scale=scale)  # of heads on other ranks, too
         evict(state, scores)
         return out
-    return _run(namespace, "attend_evict", q, k, v, *state.tensors(), *policy.numbers, scale)
+    return _run(namespace, "attend_evict", q, k, v, rows, *state.tensors(), *policy.numbers, scale)
 
 
 def attend_scores(
-    q: Tensor, k: Tensor, v: Tensor, state: MultiState, *, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: MultiState,
+    *,
+    rows: Tensor | None = None,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The first half of :func:`attend_evict`: store and attend, and decide nothing yet.
 
@@ -94,11 +118,11 @@ def attend_scores(
     ``evict``, it replaces the token that waits.
 
     Args:
-        q, k, v, state, scale: as in :func:`attend_evict`.
+        q, k, v, state, rows, scale: as in :func:`attend_evict`.
 
     Returns:
         The output, (B, Hq, Dh), and the scores, (B, G, N+1) float32. A score is the attention to a
-        slot, summed over the query heads, and 0 for empty slots.
+        slot, summed over the query heads, and 0 for empty slots and where a row does nothing.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`attend_evict`.
@@ -112,14 +136,14 @@ def attend_scores(
     tensor([[[1., 0., 0.]]])
     >>> ms.evict(state, scores)
     """
-    scale, namespace = checks.token("attend_scores", q, k, v, state, scale)
+    rows, scale, namespace = checks.token("attend_scores", q, k, v, state, rows, scale)
     if namespace is None:
-        return reference.attend_scores(q, k, v, state, scale)
+        return reference.attend_scores(q, k, v, rows, state, scale)
     kept = (state.keys, state.values, state.position, state.free, state.seen)
-    return _run(namespace, "attend_scores", q, k, v, *kept, scale)
+    return _run(namespace, "attend_scores", q, k, v, rows, *kept, scale)
 
 
-def evict(state: MultiState, scores: Tensor) -> None:
+def evict(state: MultiState, scores: Tensor, *, rows: Tensor | None = None) -> None:
     """The second half of :func:`attend_evict`: choose the state that goes, and mark it free.
 
     A row without a token that waits is left as it is.
@@ -127,6 +151,7 @@ def evict(state: MultiState, scores: Tensor) -> None:
     Args:
         state: changed in place.
         scores: (B, G, N+1) float32, from :func:`attend_scores`, perhaps summed over ranks.
+        rows: as :func:`attend_scores` was given them.
 
     Raises:
         TypeError, ValueError: a wrong shape, dtype or device.
@@ -141,11 +166,11 @@ def evict(state: MultiState, scores: Tensor) -> None:
     >>> state.last_evicted
     tensor([[0]])
     """
-    namespace = checks.scores(state, scores)
+    rows, namespace = checks.scores(state, scores, rows)
     if namespace is None:
-        return reference.evict(state, scores)
+        return reference.evict(state, scores, rows)
     marks = (state.position, state.score, state.free, state.seen, state.last_evicted)
-    _run(namespace, "evict", scores.contiguous(), *marks, *state.policy.numbers)
+    _run(namespace, "evict", scores.contiguous(), rows, *marks, *state.policy.numbers)
 
 
 def attend_prompt(
@@ -155,6 +180,8 @@ def attend_prompt(
     state: MultiState,
     *,
     valid: Tensor | None = None,
+    rows: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """A prompt: causal attention over the kept states and all its tokens, then one reduction to N.
@@ -172,10 +199,16 @@ def attend_prompt(
         state: changed in place.
         valid: (B, T) bool, False where a row is padding (left padding or any other); positions
             count real tokens. None: all are real.
+        rows: as in :func:`attend_evict`: each prompt continues a row of the state.
+        cu_seqlens: (S + 1,) int32 or int64, not decreasing: prompts without padding, one behind the
+            other, prompt s in ``q[cu_seqlens[s]:cu_seqlens[s + 1]]``. Then q is (total, Hq, Dh),
+            k and v are (total, Hkv, Dh), rows (S,). Prompts on a GPU are cut by the CPU, which
+            waits for cu_seqlens unless they are there.
         scale: of the logits. None: 1 / sqrt(Dh).
 
     Returns:
-        (B, Hq, T, Dh) in the dtype of q; 0 at padding.
+        (B, Hq, T, Dh) in the dtype of q, or (total, Hq, Dh); 0 at padding, and where no prompt is
+        or its row does nothing.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`attend_evict`.
@@ -186,12 +219,21 @@ def attend_prompt(
     >>> state = ms.MultiState(ms.Policy.window(4), batch=1, kv_heads=1, head_dim=8)
     >>> ms.attend_prompt(*torch.randn(3, 1, 1, 9, 8), state).shape, state.kept_positions()
     (torch.Size([1, 1, 9, 8]), tensor([[[5, 6, 7, 8]]]))
+
+    Two prompts, of 3 and 4 tokens, for two rows of a state of five:
+
+    >>> state = ms.MultiState(ms.Policy.tova(4), batch=5, kv_heads=1, head_dim=8)
+    >>> rows, cu_seqlens = torch.tensor([3, 0]), torch.tensor([0, 3, 7])
+    >>> q, k, v = torch.randn(3, 7, 1, 8)
+    >>> out = ms.attend_prompt(q, k, v, state, rows=rows, cu_seqlens=cu_seqlens)
+    >>> out.shape, state.seen
+    (torch.Size([7, 1, 8]), tensor([4, 0, 0, 3, 0]))
     """
-    scale, namespace = checks.prompt(q, k, v, state, valid, scale)
+    rows, scale, namespace = checks.prompt(q, k, v, state, valid, rows, cu_seqlens, scale)
     if namespace is None:
-        return reference.attend_prompt(q, k, v, state, valid, scale)
+        return reference.attend_prompt(q, k, v, state, valid, cu_seqlens, rows, scale)
     rest = (*state.tensors(), *state.policy.numbers, scale)
-    return _run(namespace, "attend_prompt", q, k, v, valid, *rest)
+    return _run(namespace, "attend_prompt", q, k, v, valid, cu_seqlens, rows, *rest)
 
 
 def attend_sequence(

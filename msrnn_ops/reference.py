@@ -7,7 +7,8 @@ that every kernel is tested against. 16-bit inputs are computed in float32, like
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from msrnn_ops.state import MultiState, Policy
+from msrnn_ops.state import MultiState, Policy, restore
 
 Step = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
 
@@ -115,6 +116,31 @@ def scan(
     return h_all.reshape(batch, time, channels).to(dtype), last
 
 
+def step_rows(step: Step, inputs: tuple[Tensor, ...], h: Tensor, rows: Tensor) -> Tensor:
+    """One token for some rows of a larger state h (rows of it, D), changed in place; (B, D)."""
+    out = h.new_zeros(rows.shape[0], h.shape[1])
+    for b, row in used_rows(rows, h.shape[0]):
+        h[row] = out[b] = step(h[row], tuple(x[b].to(h.dtype) for x in inputs))
+    return out
+
+
+# Rows by index.
+
+
+def used_rows(rows: Tensor | None, count: int) -> list[tuple[int, int]]:
+    """Each row of a batch that uses a row of a state of ``count`` rows, and which one.
+
+    A row that is named is one of the state that no earlier row of the batch names.
+    """
+    if rows is None:
+        return [(b, b) for b in range(count)]
+    pairs: list[tuple[int, int]] = []
+    for b, row in enumerate(rows.tolist()):
+        if 0 <= row < count and row not in dict(pairs).values():
+            pairs.append((b, row))
+    return pairs
+
+
 # Multi-state attention. A state is the object of state.py, changed in place.
 
 _Arguments = ParamSpec("_Arguments")
@@ -143,11 +169,31 @@ def _groups(x: Tensor, kv_heads: int) -> Tensor:
     return x.unflatten(1, (kv_heads, -1))
 
 
+@contextmanager
+def _rows_of(state: MultiState, rows: Tensor | None) -> Iterator[tuple[Tensor, MultiState]]:
+    """The rows of a batch that use one of the state, and these rows as a state of their own."""
+    pairs = used_rows(rows, state.seen.shape[0])
+    batch, index = (
+        torch.tensor(x, dtype=torch.int64, device=state.device)
+        for x in ([b for b, _ in pairs], [row for _, row in pairs])
+    )
+    mine = restore([x[index] for x in state.tensors()], state.policy)
+    yield batch, mine
+    for x, changed in zip(state.tensors(), mine.tensors(), strict=True):
+        x[index] = changed
+
+
 @_without_autocast
 def attend_scores(
-    q: Tensor, k: Tensor, v: Tensor, state: MultiState, scale: float
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, state: MultiState, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Stores a token of every row in its free slot and attends over all occupied ones."""
+    if rows is not None:
+        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        all_scores = _widened(q).new_zeros(len(q), *state.position.shape[1:])
+        with _rows_of(state, rows) as (b, mine):
+            out[b], all_scores[b] = attend_scores(q[b], k[b], v[b], None, mine, scale)
+        return out, all_scores
     kv_heads, groups = k.shape[1], state.position.shape[1]
     rows = torch.arange(k.shape[0], device=k.device)[:, None]
     state.position[rows, torch.arange(groups, device=k.device), state.free] = state.seen[:, None]
@@ -168,8 +214,12 @@ def attend_scores(
     return (weights @ values).flatten(1, 2).to(q.dtype), scores
 
 
-def evict(state: MultiState, scores: Tensor) -> None:
+def evict(state: MultiState, scores: Tensor, rows: Tensor | None) -> None:
     """Drops the lowest unprotected state of every row and group that holds more than N."""
+    if rows is not None:
+        with _rows_of(state, rows) as (index, mine):
+            evict(mine, scores[index], None)
+        return
     policy = state.policy
     for b in range(state.position.shape[0]):
         waiting = False
@@ -208,9 +258,11 @@ def _lowest(policy: Policy, scores: dict[int, float], now: int) -> list[int]:
 
 
 @_without_autocast
-def attend_evict(q: Tensor, k: Tensor, v: Tensor, state: MultiState, scale: float) -> Tensor:
-    out, scores = attend_scores(q, k, v, state, scale)
-    evict(state, scores)
+def attend_evict(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, state: MultiState, scale: float
+) -> Tensor:
+    out, scores = attend_scores(q, k, v, rows, state, scale)
+    evict(state, scores, rows)
     return out
 
 
@@ -221,6 +273,8 @@ def attend_prompt(
     v: Tensor,
     state: MultiState,
     valid: Tensor | None,
+    cu_seqlens: Tensor | None,
+    rows: Tensor | None,
     scale: float,
     total: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
@@ -230,6 +284,23 @@ def attend_prompt(
     """
     policy, kv_heads, groups = state.policy, k.shape[1], state.position.shape[1]
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    if cu_seqlens is not None:
+        with _rows_of(state, rows) as (index, mine):
+            for i, n in enumerate(index.tolist()):
+                tokens = slice(int(cu_seqlens[n]), int(cu_seqlens[n + 1]))
+                one_q, one_k, one_v = (x[tokens].transpose(0, 1)[None] for x in (q, k, v))
+                row = torch.tensor([i])
+                found = attend_prompt(one_q, one_k, one_v, mine, None, None, row, scale, total)
+                out[tokens] = found[0].transpose(0, 1)
+        return out
+    if rows is not None:
+        with _rows_of(state, rows) as (index, mine):
+            real = None if valid is None else valid[index]
+            mine_out = attend_prompt(
+                q[index], k[index], v[index], mine, real, None, None, scale, total
+            )
+            out[index] = mine_out
+        return out
     for b in range(q.shape[0]):
         times = list(range(q.shape[2])) if valid is None else valid[b].nonzero()[:, 0].tolist()
         state.last_evicted[b] = -1
@@ -322,7 +393,7 @@ def attend_sequence(
             times.append(t)
             row = slice(b, b + 1)
             with torch.no_grad():
-                attend_evict(q[row, :, t], k[row, :, t], v[row, :, t], state, scale)
+                attend_evict(q[row, :, t], k[row, :, t], v[row, :, t], None, state, scale)
             for g, evicted in enumerate(state.last_evicted[0].tolist()):
                 if evicted >= 0:
                     expiry[b, g, times[evicted]] = t + 1

@@ -24,6 +24,7 @@ from msrnn_ops.operators.scan import (
     MIN_LSTM,
     MIN_LSTM_JOINT,
     OPERATORS,
+    STEPS,
     Recurrence,
 )
 
@@ -438,45 +439,83 @@ def min_lstm_joint(
     return (h, last) if return_state else h
 
 
-def _step(op: Recurrence, inputs: tuple[Tensor, ...], h: Tensor, activation: str) -> Tensor:
+def _step(
+    op: Recurrence,
+    inputs: tuple[Tensor, ...],
+    h: Tensor,
+    rows: Tensor | None,
+    activation: str,
+) -> Tensor:
+    if rows is not None:
+        inputs, rows, identity, namespace = checks.row_step(op, inputs, h, rows, activation)
+        if namespace is None:
+            return op.plain_step(inputs, h, rows, identity)
+        return STEPS[namespace, op.name](*inputs, h, rows, identity)
     caller = f"{op.name}_step"
-    rows, before = checks.scan_step(caller, op, inputs, h)
-    _, last = run(op, rows, before, None, None, False, True, activation, caller, "h")
+    tokens, before = checks.scan_step(caller, op, inputs, h)
+    _, last = run(op, tokens, before, None, None, False, True, activation, caller, "h")
     return last.to(h.dtype) if h.dim() == 2 else last.to(h.dtype).reshape(h.shape)
 
 
-def min_gru_step(gate: Tensor, candidate: Tensor, h: Tensor, *, activation: str = "g") -> Tensor:
+def min_gru_step(
+    gate: Tensor,
+    candidate: Tensor,
+    h: Tensor,
+    *,
+    rows: Tensor | None = None,
+    activation: str = "g",
+) -> Tensor:
     """One token of :func:`min_gru`: the state after it, in the dtype of ``h``.
 
     Args:
         gate, candidate: pre-activations, (B, D), of one dtype.
         h: state before the token, (B, D), in that dtype or the accumulation dtype.
+        rows: (B,) int32 or int64: row i of the batch uses row ``rows[i]`` of an h that may have
+            more of them, and changes it in place (``conv_state_indices`` of causal-conv1d). h is
+            then in the accumulation dtype, float32 or, for float64, that, and its rows may lie
+            apart. -1 is a row that does nothing and returns 0. There is no gradient. None: row i
+            uses row i, and h stays as it is.
         activation: as in :func:`min_gru`.
 
     Raises:
-        TypeError, ValueError: as :func:`min_gru`.
+        TypeError, ValueError: as :func:`min_gru`; on a CPU a row out of range, and two that are the
+            same, before anything is written (on a GPU, where the numbers are not looked at
+            beforehand, these do nothing). RuntimeError: a gradient is asked for with rows.
 
     Source: Feng et al. 2024, section 3.1, the sequential form.
 
     >>> import torch, msrnn_ops as ms
     >>> ms.min_gru_step(torch.zeros(1, 1), torch.ones(1, 1), torch.zeros(1, 1))
     tensor([[0.7500]])
+
+    The last of three requests, alone:
+
+    >>> h = torch.zeros(3, 1)
+    >>> out = ms.min_gru_step(torch.zeros(1, 1), torch.ones(1, 1), h, rows=torch.tensor([2]))
+    >>> h.flatten()
+    tensor([0.0000, 0.0000, 0.7500])
     """
-    return _step(MIN_GRU, (gate, candidate), h, activation)
+    return _step(MIN_GRU, (gate, candidate), h, rows, activation)
 
 
 def min_lstm_step(
-    forget: Tensor, input: Tensor, candidate: Tensor, h: Tensor, *, activation: str = "g"
+    forget: Tensor,
+    input: Tensor,
+    candidate: Tensor,
+    h: Tensor,
+    *,
+    rows: Tensor | None = None,
+    activation: str = "g",
 ) -> Tensor:
     """One token of :func:`min_lstm`: the state after it, in the dtype of ``h``.
 
     Args:
         forget, input, candidate: pre-activations, (B, D), of one dtype.
-        h: state before the token, (B, D), in that dtype or the accumulation dtype.
+        h, rows: as in :func:`min_gru_step`.
         activation: as in :func:`min_gru`.
 
     Raises:
-        TypeError, ValueError: as :func:`min_gru`.
+        TypeError, ValueError, RuntimeError: as :func:`min_gru_step`.
 
     Source: Feng et al. 2024, section 3.2, the sequential form.
 
@@ -485,4 +524,4 @@ def min_lstm_step(
     >>> ms.min_lstm_step(zero, zero, zero + 1, zero)
     tensor([[0.7500]])
     """
-    return _step(MIN_LSTM, (forget, input, candidate), h, activation)
+    return _step(MIN_LSTM, (forget, input, candidate), h, rows, activation)

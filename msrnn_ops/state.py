@@ -214,13 +214,44 @@ class MultiState:
         kept = position.masked_fill(position < 0, empty).sort(-1).values
         return kept.masked_fill(kept == empty, -1)[..., : self.policy.slots]
 
-    def reset(self) -> None:
-        """Forgets everything; the tensors stay where they are."""
-        self.position.fill_(-1)
-        self.score.zero_()
-        self.free.zero_()
-        self.seen.zero_()
-        self.last_evicted.fill_(-1)
+    def reset(self, rows: Tensor | None = None) -> None:
+        """Forgets everything, or what some rows hold; the tensors stay where they are.
+
+        Args:
+            rows: (B,) int32 or int64, each in [0, the rows of the state), or -1, which is none.
+                None: all rows.
+
+        Raises:
+            TypeError, ValueError: a wrong dtype, shape or device; a number out of range where it
+                can be seen without waiting for a device (elsewhere it is no row).
+
+        >>> import torch, msrnn_ops as ms
+        >>> state = ms.MultiState(ms.Policy.window(2), batch=3, kv_heads=1, head_dim=8)
+        >>> out = ms.attend_evict(*torch.randn(3, 3, 1, 8), state)
+        >>> state.reset(torch.tensor([2, 0]))
+        >>> state.seen
+        tensor([0, 1, 0])
+        """
+        empty = (
+            (self.position, -1), (self.score, 0), (self.free, 0), (self.seen, 0),
+            (self.last_evicted, -1),
+        )  # fmt: skip
+        if rows is None:
+            for x, value in empty:
+                x.fill_(value)
+            return
+        count = self.seen.shape[0]
+        if errors.check_rows("reset", rows, None, count, self.device, "the state", once=False):
+            index = rows[rows >= 0].to(torch.int64)
+            for x, value in empty:
+                x.index_fill_(0, index, value)
+            return
+        # Nothing waits for the device to learn how many there are: a last row takes the others.
+        named = torch.where((rows >= 0) & (rows < count), rows.to(torch.int64), count)
+        chosen = torch.zeros(count + 1, dtype=torch.bool, device=self.device)
+        chosen = chosen.index_fill_(0, named, True)[:count]
+        for x, value in empty:
+            x.masked_fill_(chosen.view(-1, *[1] * (x.dim() - 1)), value)
 
     def reorder(self, index: Tensor) -> None:
         """Row b becomes what row ``index[b]`` was, as in beam search: everything moves.

@@ -38,6 +38,17 @@ def any_tangent(args: Iterable[object]) -> bool:
 
     Compiled forward mode does not tell forward_ad of its level, which is always 0.
     """
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        # To look is an operation. In a traced graph it would be an alias that nobody uses; Inductor
+        # traces twice and expects the same graph.
+        from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+        with disable_proxy_modes_tracing():
+            return _has_tangent(args)
+    return _has_tangent(args)
+
+
+def _has_tangent(args: Iterable[object]) -> bool:
     return any(
         torch._VF._unpack_dual(x, level=0).tangent is not None
         for x in args

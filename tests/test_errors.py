@@ -471,7 +471,7 @@ def test_a_gpu_without_memory_is_an_error_of_the_type_that_trainers_catch() -> N
     step = copy.copy(IN_PLACE["msrnn_ops", "attend_evict"])
     operator.kernel = operator.backward = step.kernel = kernel
     sequence = (qs, ks, ks, None, 4, False, 1, 0, 0, 0.5)
-    token = (q, k, k, *kept.tensors(), *tova.numbers, 0.5)
+    token = (q, k, k, None, *kept.tensors(), *tova.numbers, 0.5)
     scan = copy.copy(OPERATORS["msrnn_ops", "min_gru"])
     leaf = x.clone().requires_grad_()
     h, _ = scan(leaf, x, None, None, None, False, False)

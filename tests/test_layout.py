@@ -33,7 +33,7 @@ FLOORS = [
     {"checks"},
     {"operators.sharding", "operators.complex_scan"},
     {"operators.scan", "operators.multi_state"},
-    {"operators.prompt", "operators"},
+    {"operators.prompt", "operators.in_place", "operators"},
     {"reference"},
     {"state"},
     {"backend", "dtensor", "exchange"},

@@ -354,7 +354,13 @@ def _errors_and_compile(rank: int) -> None:
             ms.attend_evict(*wrong, mine)
     with pytest.raises(RuntimeError, match="attend_evict: expected q placed as"):
         numbers = (*head.policy.numbers, 1.0)
-        torch.ops.msrnn_ops.attend_evict(*by_rows, *mine.tensors(), *numbers)
+        torch.ops.msrnn_ops.attend_evict(*by_rows, None, *mine.tensors(), *numbers)
+    some = {"rows": torch.tensor([0, 1, 2, 3])}
+    with pytest.raises(ValueError, match="attend_evict: expected rows=None with DTensors"):
+        ms.attend_evict(*by_heads, mine, **some)
+    prompt = [put(torch.randn(6, heads, 8), mesh, [Shard(1)]) for heads in (8, 4, 4)]
+    with pytest.raises(ValueError, match="attend_prompt: expected cu_seqlens=None with DTensors"):
+        ms.attend_prompt(*prompt, mine, cu_seqlens=torch.tensor([0, 1, 2, 3, 6]))
     with pytest.raises(ValueError, match="expected keys to be a DTensor on the mesh of q"):
         ms.attend_evict(*by_heads, head)
     with ms.use_backend("reference"), pytest.raises(ValueError, match="expected plain tensors"):

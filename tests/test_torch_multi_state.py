@@ -33,13 +33,37 @@ def in_place_calls() -> dict[str, tuple[object, ...]]:
     tokens = (torch.randn(2, 4, 5, 16), *torch.randn(2, 2, 2, 5, 16), torch.rand(2, 5) > 0.3)
     keys, values, position, score, free, seen, last = kept
     marks = (position, score, free, seen, last)
+    rows, ends = torch.tensor([1, -1]), torch.tensor([0, 3, 5], dtype=torch.int32)
+    packed = [x[0].transpose(0, 1) for x in tokens[:3]]
+    gates = torch.randn(3, 2, 7)
     return {
-        "attend_evict": (*token, *kept, *numbers, 0.25),
-        "attend_scores": (*token, keys, values, position, free, seen, 0.25),
-        "evict": (torch.rand(position.shape), *marks, *numbers),
-        "attend_prompt": (*tokens, *kept, *numbers, 0.25),
-        "store_prompt": (*tokens, *kept, *numbers, 0.25),
+        "attend_evict": (*token, None, *kept, *numbers, 0.25),
+        "attend_evict/rows": (*token, rows, *kept, *numbers, 0.25),
+        "attend_scores": (*token, None, keys, values, position, free, seen, 0.25),
+        "attend_scores/rows": (
+            *(x[:1] for x in token),
+            rows[:1],
+            keys,
+            values,
+            position,
+            free,
+            seen,
+            0.25,
+        ),
+        "evict": (torch.rand(position.shape), None, *marks, *numbers),
+        "evict/rows": (torch.rand(position[:1].shape), rows[:1], *marks, *numbers),
+        "attend_prompt": (*tokens, None, None, *kept, *numbers, 0.25),
+        "attend_prompt/rows": (*tokens, None, rows, *kept, *numbers, 0.25),
+        "attend_prompt/packed": (*packed, None, ends, rows, *kept, *numbers, 0.25),
+        "store_prompt": (*tokens, None, *kept, *numbers, 0.25),
+        "store_prompt/rows": (*tokens, rows, *kept, *numbers, 0.25),
+        "min_gru_step": (*gates[:2], torch.randn(4, 7), rows, False),
+        "min_lstm_step": (*gates, torch.randn(4, 7), rows, True),
     }
+
+
+def operator(name: str) -> Any:
+    return getattr(OPS, name.split("/")[0])
 
 
 def sequence_call() -> tuple[object, ...]:
@@ -50,7 +74,7 @@ def sequence_call() -> tuple[object, ...]:
 @pytest.mark.parametrize("name", in_place_calls())
 def test_opcheck_of_in_place_ops(name: str) -> None:
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(getattr(OPS, name).default, in_place_calls()[name], test_utils=tests)
+    torch.library.opcheck(operator(name).default, in_place_calls()[name], test_utils=tests)
 
 
 @pytest.mark.parametrize("name", in_place_calls())
@@ -59,12 +83,12 @@ def test_in_place_ops_refuse_gradients(name: str) -> None:
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(arguments[0], torch.ones_like(arguments[0]))
         with pytest.raises(RuntimeError, match="no forward-mode gradient"):
-            getattr(OPS, name)(dual, *arguments[1:])
+            operator(name)(dual, *arguments[1:])
     arguments[0].requires_grad_()
     with pytest.raises(RuntimeError, match="has no gradient"):
-        getattr(OPS, name)(*arguments)
+        operator(name)(*arguments)
     with torch.no_grad():
-        getattr(OPS, name)(*arguments)
+        operator(name)(*arguments)
 
 
 def test_opcheck_of_attend_sequence() -> None:
@@ -309,9 +333,8 @@ def test_compiled_decoding(policy: ms.Policy) -> None:
         q = (x @ weight).repeat(1, 2, 1, 1)
         return ms.attend_prompt(q, x, x, state, valid=valid) * 2
 
-    def step(x: Tensor, state: ms.MultiState) -> tuple[Tensor, Tensor]:
-        out = ms.attend_evict((x @ weight).repeat(1, 2, 1), x, x, state)
-        return out * 2, state.kept_positions()
+    def step(x: Tensor, state: ms.MultiState) -> Tensor:
+        return ms.attend_evict((x @ weight).repeat(1, 2, 1), x, x, state) * 2
 
     valid = torch.rand(2, 11) > 0.3
     x = torch.randn(2, 2, 11, 16)
@@ -321,9 +344,8 @@ def test_compiled_decoding(policy: ms.Policy) -> None:
     fast = torch.compile(step, fullgraph=True)
     for _ in range(10):
         x = torch.randn(2, 2, 16)
-        got, expected = fast(x, one), step(x, other)
-        torch.testing.assert_close(got[0], expected[0])
-        assert torch.equal(got[1], expected[1])
+        torch.testing.assert_close(fast(x, one), step(x, other))
+        assert torch.equal(one.kept_positions(), other.kept_positions())
     assert addresses == [t.data_ptr() for t in one.tensors()]
     assert torch.equal(one.seen, other.seen) and torch.equal(one.last_evicted, other.last_evicted)
 
@@ -455,10 +477,10 @@ def test_direct_calls_of_multi_state_ops_stay_in_bounds() -> None:
             getattr(OPS, name)(*broken)
     arguments = list(calls["attend_evict"])
     for free, seen in ((10**6, 9), (-5, 9), (2, 10**9), (2, -7)):  # a state that somebody broke
-        arguments[7] = torch.full((2, 2), free)
-        arguments[8] = torch.full((2,), seen)
+        arguments[8] = torch.full((2, 2), free)
+        arguments[9] = torch.full((2,), seen)
         assert OPS.attend_evict(*arguments).shape == (2, 4, 16)
-    arguments[5] = torch.full((2, 2, 7), 3)
+    arguments[6] = torch.full((2, 2, 7), 3)
     assert OPS.attend_evict(*arguments).shape == (2, 4, 16)
     broken = ms.MultiState(ms.Policy.window_sinks(40, 39), batch=1, kv_heads=1, head_dim=8)
     broken.position[:] = torch.arange(41) % 39  # more protected states than slots

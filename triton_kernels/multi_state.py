@@ -123,11 +123,19 @@ def _check_marks(
 
 
 def _check_state(k: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> None:
-    batch, kv_heads, head_dim = k.shape[0], k.shape[1], k.shape[-1]
-    _, groups, slots = position.shape
-    _check(position.shape[0] == batch and groups in (1, kv_heads), "a state of the batch and heads")
+    kv_heads, head_dim = k.shape[1], k.shape[-1]
+    count, groups, slots = position.shape
+    _check(groups in (1, kv_heads), "a state of the heads of k")
     for x in (keys, values):
-        _check_tensor(x, (batch, kv_heads, slots, head_dim), k.dtype)
+        _check_tensor(x, (count, kv_heads, slots, head_dim), k.dtype)
+
+
+def _check_rows(rows: Tensor | None, batch: int, position: Tensor) -> None:
+    if rows is None:
+        _check(position.shape[0] == batch, "a state of the batch of k")
+        return
+    _check(rows.dtype in (torch.int32, torch.int64), "int32 or int64 rows")
+    _check_tensor(rows, (batch,), rows.dtype)
 
 
 def _adjacent(x: Tensor) -> Tensor:
@@ -147,7 +155,7 @@ class _Step:
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, keys: Tensor, values: Tensor,
         position: Tensor, score: Tensor | None, free: Tensor, seen: Tensor,
         last_evicted: Tensor | None, policy: tuple[int, int, int], scale: float, *,
-        scores: Tensor | None = None, valid: Tensor | None = None,
+        rows: Tensor | None = None, scores: Tensor | None = None, valid: Tensor | None = None,
         expiry: Tensor | None = None, times: Tensor | None = None,
     ) -> None:  # fmt: skip
         q, k, v = _adjacent(q), _adjacent(k), _adjacent(v)
@@ -168,8 +176,8 @@ class _Step:
         outputs = batch * query_heads * pieces if p.splits > 1 else 0
         both = {
             "out": out, "strides_out": _strides(out), "valid": valid,
-            "time": q.shape[2] if q.dim() == 4 else 1, "position": position, "free": free,
-            "seen": seen, "partial": partial, "sums": sums, "logits": logits,
+            "time": q.shape[2] if q.dim() == 4 else 1, "rows": rows, "position": position,
+            "free": free, "seen": seen, "partial": partial, "sums": sums, "logits": logits,
             "exchange": exchange, "exchange_size": exchange_size, "slots": slots,
             "splits": p.splits, "split_slots": p.split_slots, "QUERY_HEADS": query_heads,
             "GROUPS": groups, "HEAD_DIM": head_dim,
@@ -178,7 +186,7 @@ class _Step:
         self._attend_grid = (p.programs * p.splits,)
         self._attend = {
             **both, "q": q, "strides_q": _strides(q), "k": k, "strides_k": _strides(k), "v": v,
-            "strides_v": _strides(v), "keys": keys, "values": values,
+            "strides_v": _strides(v), "state_rows": keys.shape[0], "keys": keys, "values": values,
             "scale": scale * math.log2(math.e), "KV_HEADS": kv_heads, "ROWS": p.heads,
             "BLOCK_N": p.tile.slots, "BLOCK_D": p.block_d, "num_warps": p.tile.warps,
             "num_stages": p.tile.stages, **_ALIKE,
@@ -205,47 +213,54 @@ class _Step:
 
 
 def attend_evict(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, position: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, keys: Tensor, values: Tensor,
+    position: Tensor,
     score: Tensor, free: Tensor, seen: Tensor, last_evicted: Tensor, kind: int, sinks: int,
     recent: int, scale: float,
 ) -> Tensor:  # fmt: skip
     _check_heads(q, k, v, 3)
     _check_marks(position, score, free, seen, last_evicted, kind)
     _check_state(k, keys, values, position)
+    _check_rows(rows, q.shape[0], position)
     out = q.new_empty(q.shape)
     state = keys, values, position, score, free, seen, last_evicted
-    _Step(q, k, v, out, *state, (kind, sinks, recent), scale).run()
+    _Step(q, k, v, out, *state, (kind, sinks, recent), scale, rows=rows).run()
     return out
 
 
 def attend_scores(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, position: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, keys: Tensor, values: Tensor,
+    position: Tensor,
     free: Tensor, seen: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check_heads(q, k, v, 3)
     _check_marks(position, None, free, seen, free, 0)
     _check_state(k, keys, values, position)
+    _check_rows(rows, q.shape[0], position)
     out = q.new_empty(q.shape)
-    scores = position.new_empty(position.shape, dtype=torch.float32)
+    empty = position.new_empty if rows is None else position.new_zeros
+    scores = empty((q.shape[0], *position.shape[1:]), dtype=torch.float32)
     state = keys, values, position, None, free, seen, None
-    _Step(q, k, v, out, *state, (0, 0, 0), scale, scores=scores).run()
+    _Step(q, k, v, out, *state, (0, 0, 0), scale, rows=rows, scores=scores).run()
     return out, scores
 
 
 def evict(
-    scores: Tensor, position: Tensor, score: Tensor, free: Tensor, seen: Tensor,
-    last_evicted: Tensor, kind: int, sinks: int, recent: int,
+    scores: Tensor, rows: Tensor | None, position: Tensor, score: Tensor, free: Tensor,
+    seen: Tensor, last_evicted: Tensor, kind: int, sinks: int, recent: int,
 ) -> None:  # fmt: skip
     _check_marks(position, score, free, seen, last_evicted, kind)
-    batch, groups, slots = position.shape
+    batch, (groups, slots) = scores.shape[0], position.shape[1:]
     _check_tensor(scores, (batch, groups, slots), torch.float32)
+    _check_rows(rows, batch, position)
     if batch == 0:
         return
     block = min(512, max(32 * _FINISH_WARPS, triton.next_power_of_2(slots)))
     with _on(position):
         step_kernels.evict[(batch,)](
-            scores, position, score, free, seen, last_evicted, slots, sinks, recent,
-            GROUPS=groups, KIND=kind, BLOCK_S=block, num_warps=_FINISH_WARPS, **_ALIKE,
+            scores, rows, position.shape[0], position, score, free, seen, last_evicted, slots,
+            sinks, recent, GROUPS=groups, KIND=kind, BLOCK_S=block, num_warps=_FINISH_WARPS,
+            **_ALIKE,
         )  # fmt: skip
 
 

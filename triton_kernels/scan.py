@@ -283,7 +283,52 @@ def _joint(op: Op) -> tuple[Callable[..., Outputs], Callable[..., Outputs]]:
     return run, run_backward
 
 
-OPERATORS: dict[str, Callable[..., Outputs]] = {}
+_STEP_CHANNELS = 256  # of a program
+
+
+def _step(op: Op) -> Callable[..., Tensor]:
+    """One token in place on rows of a larger state, by the schemas of csrc/ops.cpp."""
+
+    def run(*args: Any) -> Tensor:
+        inputs, (h, rows, identity) = args[: op.inputs], args[op.inputs :]
+        first = inputs[0]
+        if first.dim() != 2 or any(
+            x.shape != first.shape or x.dtype != first.dtype for x in inputs
+        ):
+            raise RuntimeError("expected tensors (B, D) of one shape and dtype")
+        batch, channels = first.shape
+        wide = first.dtype == torch.float64
+        dtype = torch.float64 if wide else torch.float32
+        adjacent = channels < 2 or h.stride(-1) == 1
+        apart = h.shape[0] < 2 or h.stride(0) >= channels
+        if h.dim() != 2 or h.shape[1] != channels or h.dtype != dtype or not adjacent or not apart:
+            expected = "a state (rows, D) in the accumulation dtype, channels side by side"
+            raise RuntimeError(f"expected {expected}")
+        whole = rows.dtype in (torch.int32, torch.int64) and rows.is_contiguous()
+        if rows.shape != (batch,) or not whole:
+            raise RuntimeError("expected rows (B,) of int32 or int64")
+        out = first.new_empty((batch, channels), dtype=dtype)
+        if out.numel() == 0:
+            return out
+        block = min(_STEP_CHANNELS, triton.next_power_of_2(channels))
+        third = inputs[-1]
+        with _on(first):
+            scan_kernels.scan_step[(batch * triton.cdiv(channels, block),)](
+                inputs[0], inputs[1], third, inputs[0].stride(), inputs[1].stride(),
+                third.stride(), h, h.stride(0), rows, h.shape[0], out, channels, OP=op.code,
+                IDENTITY=identity, INPUTS=op.inputs, BRIEF=first.element_size() == 2,
+                WIDE=tl.float64 if wide else tl.float32, BLOCK_D=block, num_warps=2,
+                enable_fp_fusion=True,
+            )  # fmt: skip
+        return out
+
+    return run
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "min_gru_step": _step(MIN_GRU),
+    "min_lstm_step": _step(MIN_LSTM),
+}
 for _name, _pair in (
     ("linear_scan", _separate(LINEAR)),
     ("decay_scan", _separate(DECAY)),

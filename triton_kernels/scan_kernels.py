@@ -49,6 +49,7 @@ from .recurrence import (
     then_log_packed,
     then_packed,
 )
+from .rows import row_of
 
 WALK: tl.constexpr = tl.constexpr(0)  # all of T, from h0
 SPANS: tl.constexpr = tl.constexpr(1)  # a chunk's span, nothing else
@@ -607,3 +608,30 @@ def scan_backward(
             if RESETS and not REVERSE:
                 leaves = tl.where(tl.load(resets + row * strides_resets[0]) != 0, 0.0, leaves)
             tl.store(grad_h0 + state_at, leaves, in_row)
+
+
+@triton.jit
+def scan_step(
+    x0, x1, x2, strides0, strides1, strides2, h, stride_h, rows, state_rows, out, channels,
+    OP: tl.constexpr, IDENTITY: tl.constexpr, INPUTS: tl.constexpr, BRIEF: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One token of a row of the batch and some channels, in place on a row of a larger state h."""
+    pieces = tl.cdiv(channels, BLOCK_D)
+    index = (tl.program_id(0) // pieces).to(tl.int64)
+    d = (tl.program_id(0) % pieces).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_row = d < channels
+    row = row_of(rows, index, state_rows)
+    if row < 0:
+        tl.store(out + index * channels + d, tl.zeros((BLOCK_D,), WIDE), in_row)
+        return
+    a = tl.load(x0 + index * strides0[0] + d * strides0[1], in_row, 0.0).to(WIDE)
+    b = tl.load(x1 + index * strides1[0] + d * strides1[1], in_row, 0.0).to(WIDE)
+    c = b
+    if INPUTS > 2:
+        c = tl.load(x2 + index * strides2[0] + d * strides2[1], in_row, 0.0).to(WIDE)
+    kept, _, added = gates(a, b, c, OP, IDENTITY, BRIEF)
+    at = h + row * stride_h + d
+    after = tl.fma(kept, tl.load(at, in_row, 0.0), added)
+    tl.store(at, after, in_row)
+    tl.store(out + index * channels + d, after, in_row)

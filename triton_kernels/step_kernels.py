@@ -30,6 +30,8 @@ place of the logits: as many bytes, and one more pass over a split that has seve
 import triton
 import triton.language as tl
 
+from .rows import row_of
+
 POSITION: tl.constexpr = tl.constexpr(0)  # as ScoreKind of csrc/eviction.h
 ACCUMULATED: tl.constexpr = tl.constexpr(2)
 
@@ -44,6 +46,7 @@ _INFINITY: tl.constexpr = tl.constexpr(float("inf"))
 _NONE: tl.constexpr = tl.constexpr(2**31 - 1)  # a rank or slot behind all others
 _NEVER: tl.constexpr = tl.constexpr(2**63 - 1)  # a position likewise
 _LOWEST: tl.constexpr = tl.constexpr(-(2**31))
+_NOTHING: tl.constexpr = tl.constexpr(-(2**63))  # NOW of a row of the batch that does nothing
 
 
 @triton.jit
@@ -88,7 +91,7 @@ def _add_values(weights, values, acc):
 @triton.jit(do_not_specialize=["t"])
 def attend(
     q, strides_q, k, strides_k, v, strides_v, out, strides_out, t, valid, time,
-    keys, values, position, free, seen,
+    rows, state_rows, keys, values, position, free, seen,
     partial, sums, logits, exchange, exchange_size,
     slots, splits, split_slots, scale,
     QUERY_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr,
@@ -97,18 +100,40 @@ def attend(
     """Sums and partial outputs of a split; out itself where `partial` is None (one split).
 
     scale includes log2(e). partial (B, Hq, splits, Dh), sums (B, Hq, splits, 2), logits
-    (B, Hq, slots) or None. ROWS query heads at once.
+    (B, Hq, slots) or None. ROWS query heads at once. Row `index` of the batch uses a row of the
+    state that it names in `rows`, or None: that of its own number.
     """
     SHARING: tl.constexpr = QUERY_HEADS // KV_HEADS
     TURNS: tl.constexpr = (SHARING + ROWS - 1) // ROWS
-    index = tl.program_id(0)
-    split = index % splits
-    turn = index // splits % TURNS
-    kv_head = (index // splits // TURNS % KV_HEADS).to(tl.int64)
-    row = (index // splits // TURNS // KV_HEADS).to(tl.int64)
+    program = tl.program_id(0)
+    split = program % splits
+    turn = program // splits % TURNS
+    kv_head = (program // splits // TURNS % KV_HEADS).to(tl.int64)
+    index = (program // splits // TURNS // KV_HEADS).to(tl.int64)
     t = tl.cast(t, tl.int64)
-    if not _is_real(valid, row, time, t):
+    if not _is_real(valid, index, time, t):
         return
+    d = tl.arange(0, BLOCK_D)
+    in_row = d < HEAD_DIM
+    heads_here = turn * ROWS + tl.arange(0, ROWS)
+    in_head = heads_here < SHARING
+    head = kv_head * SHARING + heads_here
+    store_mask = in_head[:, None] & in_row[None, :]
+    is_first = split == 0 and turn == 0 and (GROUPS > 1 or kv_head == 0)
+    exchange_at = exchange + (index * GROUPS + (kv_head if GROUPS > 1 else 0)) * exchange_size
+    row = row_of(rows, index, state_rows)
+    if rows is not None:
+        if row < 0:
+            if is_first:
+                tl.store(exchange_at + NOW, _NOTHING)
+            if split == 0:
+                to = out + index * strides_out[0] + head * strides_out[1]
+                tl.store(
+                    to[:, None] + d[None, :],
+                    tl.zeros((ROWS, BLOCK_D), out.dtype.element_ty),
+                    store_mask,
+                )
+            return
     group = row * GROUPS + (kv_head if GROUPS > 1 else 0)
     now = tl.load(seen + row)
     used = _used(now, slots)
@@ -116,31 +141,26 @@ def attend(
     end = tl.minimum(begin + split_slots, used)
     if begin >= end:
         return
-    if split == 0 and turn == 0 and (GROUPS > 1 or kv_head == 0):
-        tl.store(exchange + group * exchange_size + NOW, now)
-        tl.store(exchange + group * exchange_size + ARRIVALS, 0)
+    if is_first:
+        tl.store(exchange_at + NOW, now)
+        tl.store(exchange_at + ARRIVALS, 0)
 
-    d = tl.arange(0, BLOCK_D)
-    in_row = d < HEAD_DIM
     slot_free = _free_slot(free + group, slots)
     state_at = (row * KV_HEADS + kv_head) * slots * HEAD_DIM
     if begin <= slot_free and slot_free < end:
         # All turns write the same, and each reads what it wrote itself, after the barrier. Nobody
         # reads the position of the free slot in this launch.
         at = state_at + slot_free.to(tl.int64) * HEAD_DIM + d
-        from_k = k + row * strides_k[0] + kv_head * strides_k[1] + t * strides_k[2]
-        from_v = v + row * strides_v[0] + kv_head * strides_v[1] + t * strides_v[2]
+        from_k = k + index * strides_k[0] + kv_head * strides_k[1] + t * strides_k[2]
+        from_v = v + index * strides_v[0] + kv_head * strides_v[1] + t * strides_v[2]
         tl.store(keys + at, tl.load(from_k + d, in_row, 0.0), in_row)
         tl.store(values + at, tl.load(from_v + d, in_row, 0.0), in_row)
         if turn == 0 and (GROUPS > 1 or kv_head == 0):
             tl.store(position + group * slots + slot_free, now)
     tl.debug_barrier()
 
-    rows = turn * ROWS + tl.arange(0, ROWS)
-    in_head = rows < SHARING
-    head = kv_head * SHARING + rows
-    heads = row * QUERY_HEADS + head
-    from_q = q + row * strides_q[0] + t * strides_q[2] + head * strides_q[1]
+    heads = index * QUERY_HEADS + head
+    from_q = q + index * strides_q[0] + t * strides_q[2] + head * strides_q[1]
     query = tl.load(from_q[:, None] + d[None, :], in_head[:, None] & in_row[None, :], 0.0)
     largest = tl.full((ROWS,), -_INFINITY, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -167,12 +187,11 @@ def attend(
         acc = _add_values(weights, block, acc * factor[:, None])
         largest = larger
 
-    store_mask = in_head[:, None] & in_row[None, :]
     at_sums = sums + (heads * splits + split) * 2
     tl.store(at_sums, largest, in_head)
     tl.store(at_sums + 1, total, in_head)
     if partial is None:
-        to = out + row * strides_out[0] + t * strides_out[2] + head * strides_out[1]
+        to = out + index * strides_out[0] + t * strides_out[2] + head * strides_out[1]
         y = acc / total[:, None]
         tl.store(to[:, None] + d[None, :], y.to(out.dtype.element_ty), store_mask)
     else:
@@ -202,19 +221,20 @@ def _combine(
     """A few elements of the output of one query head."""
     PIECES: tl.constexpr = (HEAD_DIM + BLOCK_OUT - 1) // BLOCK_OUT
     d = index % PIECES * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    row = (index // PIECES // QUERY_HEADS).to(tl.int64)
+    row = (index // PIECES // QUERY_HEADS).to(tl.int64)  # of the batch
     head = (index // PIECES % QUERY_HEADS).to(tl.int64)
     if _is_real(valid, row, time, t):
-        used = _used(tl.load(exchange + row * GROUPS * exchange_size + NOW), slots)
-        active = tl.cdiv(used, split_slots)
-        heads = row * QUERY_HEADS + head + tl.zeros((1,), tl.int64)
-        factors, _, norm = _totals(sums, heads, heads >= 0, splits, active, SPLITS)
-        i = tl.arange(0, SPLITS)
-        at = ((row * QUERY_HEADS + head) * splits + i[:, None]) * HEAD_DIM + d[None, :]
-        parts = tl.load(partial + at, (i < active)[:, None] & (d < HEAD_DIM)[None, :], 0.0)
-        sum = tl.sum(parts * tl.reshape(factors, (SPLITS, 1)), 0) * norm
-        to = out + row * strides_out[0] + head * strides_out[1] + t * strides_out[2] + d
-        tl.store(to, sum.to(out.dtype.element_ty), d < HEAD_DIM)
+        now = tl.load(exchange + row * GROUPS * exchange_size + NOW)
+        if now != _NOTHING:
+            active = tl.cdiv(_used(now, slots), split_slots)
+            heads = row * QUERY_HEADS + head + tl.zeros((1,), tl.int64)
+            factors, _, norm = _totals(sums, heads, heads >= 0, splits, active, SPLITS)
+            i = tl.arange(0, SPLITS)
+            at = ((row * QUERY_HEADS + head) * splits + i[:, None]) * HEAD_DIM + d[None, :]
+            parts = tl.load(partial + at, (i < active)[:, None] & (d < HEAD_DIM)[None, :], 0.0)
+            sum = tl.sum(parts * tl.reshape(factors, (SPLITS, 1)), 0) * norm
+            to = out + row * strides_out[0] + head * strides_out[1] + t * strides_out[2] + d
+            tl.store(to, sum.to(out.dtype.element_ty), d < HEAD_DIM)
 
 
 @triton.jit
@@ -364,7 +384,7 @@ def _decide_together(
 @triton.jit(do_not_specialize=["t"])
 def finish(
     out, strides_out, t, valid, time,
-    position, score, free, seen, last_evicted, scores, expiry, times,
+    rows, position, score, free, seen, last_evicted, scores, expiry, times,
     partial, sums, logits, exchange, exchange_size,
     slots, splits, split_slots, parts, part_slots, outputs, sinks, recent,
     QUERY_HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, KIND: tl.constexpr,
@@ -380,7 +400,7 @@ def finish(
     t = tl.cast(t, tl.int64)
     part = tl.program_id(0) - outputs
     g = part // parts % GROUPS
-    row = (part // parts // GROUPS).to(tl.int64)
+    index = (part // parts // GROUPS).to(tl.int64)
     part = part % parts
     if partial is not None:
         if tl.program_id(0) < outputs:
@@ -390,34 +410,40 @@ def finish(
                 QUERY_HEADS, GROUPS, HEAD_DIM, SPLITS, BLOCK_OUT,
             )  # fmt: skip
             return
-    if _is_real(valid, row, time, t):
+    if _is_real(valid, index, time, t):
+        exchange_at = exchange + (index * GROUPS + g) * exchange_size
+        now = tl.load(exchange_at + NOW)
+        if now == _NOTHING:
+            return
+        # The first launch has found that this names a row of the state.
+        row = index if rows is None else tl.load(rows + index).to(tl.int64)
         group = row * GROUPS + g
         offset = group * slots
-        now = tl.load(exchange + group * exchange_size + NOW)
         used = _used(now, slots)
         active = tl.cdiv(used, split_slots)
         begin = part * part_slots
         end = tl.minimum(begin + part_slots, slots)
         if scores is not None:
+            scores_at = scores + (index * GROUPS + g) * slots
             for start in range(begin, end, BLOCK_S):
                 slot = start + tl.arange(0, BLOCK_S)
                 sum = _attention(
-                    logits, sums, row, g, slot, used, slots, splits, active,
+                    logits, sums, index, g, slot, used, slots, splits, active,
                     QUERY_HEADS, GROUPS, SPLITS, BLOCK_H, BLOCK_S,
                 )  # fmt: skip
                 kept = tl.load(position + offset + slot, slot < used, -1) >= 0
-                tl.store(scores + offset + slot, tl.where(kept, sum, 0.0), slot < end)
+                tl.store(scores_at + slot, tl.where(kept, sum, 0.0), slot < end)
         elif begin < used:
             score_of_group = score + offset if KIND == ACCUMULATED else score
             lowest, oldest, victim, empty = _search(
                 begin, tl.minimum(end, used), position + offset, score_of_group, None, logits,
-                sums, row, g, now, slots, splits, active, sinks, recent,
+                sums, index, g, now, slots, splits, active, sinks, recent,
                 QUERY_HEADS, GROUPS, KIND, SPLITS, BLOCK_H, BLOCK_S,
             )  # fmt: skip
             is_last, evicts, goes = _decide_together(
                 lowest, oldest, victim, empty, part, tl.cdiv(used, part_slots), used, slots,
                 position + offset, score_of_group, free + group, last_evicted + group,
-                exchange + group * exchange_size, KIND, PARTS,
+                exchange_at, KIND, PARTS,
             )  # fmt: skip
             if expiry is not None:
                 key = goes
@@ -430,11 +456,14 @@ def finish(
 
 @triton.jit
 def evict(
-    scores, position, score, free, seen, last_evicted, slots, sinks, recent,
+    scores, rows, state_rows, position, score, free, seen, last_evicted, slots, sinks, recent,
     GROUPS: tl.constexpr, KIND: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """The policy alone, for a row: where ranks or others had a say in the scores."""
-    row = tl.program_id(0).to(tl.int64)
+    index = tl.program_id(0).to(tl.int64)
+    row = row_of(rows, index, state_rows)
+    if row < 0:
+        return
     now = tl.load(seen + row)
     used = _used(now, slots)
     any_waits = row < 0
@@ -444,8 +473,9 @@ def evict(
         waits = tl.load(position + offset + _free_slot(free + group, slots)) >= 0
         if waits:
             score_of_group = score + offset if KIND == ACCUMULATED else score
+            scores_of_group = scores + (index * GROUPS + g) * slots
             _, oldest, victim, empty = _search(
-                0, used, position + offset, score_of_group, scores + offset, None,
+                0, used, position + offset, score_of_group, scores_of_group, None,
                 None, row, g, now, slots, 1, 1, sinks, recent,
                 1, GROUPS, KIND, 1, 1, BLOCK_S,
             )  # fmt: skip

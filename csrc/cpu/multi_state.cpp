@@ -75,9 +75,14 @@ bool is_last(uint32_t& counter, uint32_t count) {
   return std::atomic_ref<uint32_t>(counter).fetch_add(1, std::memory_order_acq_rel) + 1 == count;
 }
 
+// A row of a batch, and the row of the state that it uses.
+struct BatchRow {
+  int64_t index, row;
+};
+
 class StepRun {
  public:
-  StepRun(const TokenStep& step, const std::vector<int64_t>& rows, int64_t time)
+  StepRun(const TokenStep& step, const std::vector<BatchRow>& rows, int64_t time)
       : step_(step),
         s_(step.state),
         rows_(rows),
@@ -89,7 +94,7 @@ class StepRun {
     const int64_t wanted = std::max<int64_t>(1, (s_.slots + kBlockSlots / 2) / kBlockSlots);
     block_ = padded((s_.slots + wanted - 1) / wanted);
     int64_t most = 0;
-    for (const int64_t row : rows) {
+    for (const auto [index, row] : rows) {
       used_.push_back(s_.used(row));
       most = std::max(most, used_.back());
       bytes_ += 2 * used_.back() * s_.kv_heads * s_.row_bytes();
@@ -123,7 +128,7 @@ class StepRun {
     decided_.assign(count, 0);
     summaries_.resize(count * blocks_ * s_.groups);
 
-    for (const int64_t row : rows_) {
+    for (const auto [index, row] : rows_) {
       for (int64_t g = 0; g < s_.groups; ++g) {
         const int64_t i = s_.group(row, g);
         s_.free[i] = s_.free_slot(row, g);
@@ -167,14 +172,15 @@ class StepRun {
 
   void attend(int64_t task, float* scratch) {
     const int64_t index = task / blocks_, j = task % blocks_;  // index: of (row, head)
-    const int64_t r = index / s_.kv_heads, row = rows_[r], head = index % s_.kv_heads;
+    const int64_t r = index / s_.kv_heads, head = index % s_.kv_heads;
+    const auto [token, row] = rows_[r];
     if (j >= blocks_of(r)) return;
     const int64_t begin = j * block_, end = std::min(begin + block_, used_[r]);
     const int64_t i = s_.group(row, s_.group_of(head)), slot = s_.free[i];
     if (begin <= slot && slot < end) {
-      std::memcpy(s_.keys + s_.row_offset(row, head, slot), step_.k.at(row, head, time_),
+      std::memcpy(s_.keys + s_.row_offset(row, head, slot), step_.k.at(token, head, time_),
                   s_.row_bytes());
-      std::memcpy(s_.values + s_.row_offset(row, head, slot), step_.v.at(row, head, time_),
+      std::memcpy(s_.values + s_.row_offset(row, head, slot), step_.v.at(token, head, time_),
                   s_.row_bytes());
     }
 
@@ -185,7 +191,7 @@ class StepRun {
         weights_ ? weights_ + index * sharing_ * stride_ : scratch + sharing_ * kLargestHeadDim;
     float* weights = keeps_weights_ ? head_weights + begin : head_weights;
     const int64_t stride = keeps_weights_ ? stride_ : block_;
-    kernels_.load_queries(step_.q.at(row, head * sharing_, time_), step_.q.head, sharing_,
+    kernels_.load_queries(step_.q.at(token, head * sharing_, time_), step_.q.head, sharing_,
                           s_.head_dim, scratch);
     int64_t filled = begin;
     auto fill_until = [&](int64_t next) {
@@ -221,13 +227,13 @@ class StepRun {
                           rows_of(s_, s_.values, row, head, first), count, s_.head_dim);
     });
     if (is_last(blocks_done_[index], static_cast<uint32_t>(blocks_of(r)))) {
-      finish_head(index, row, head, used_[r], parts, head_weights);
+      finish_head(index, token, head, used_[r], parts, head_weights);
       std::atomic_ref<uint32_t>(heads_done_[r]).fetch_add(1, std::memory_order_acq_rel);
     }
   }
 
   // From each block's maximum and sum to its factor in the softmax over all of them.
-  void finish_head(int64_t index, int64_t row, int64_t head, int64_t used, const float* parts,
+  void finish_head(int64_t index, int64_t token, int64_t head, int64_t used, const float* parts,
                    const float* weights) {
     const int64_t blocks = (used + block_ - 1) / block_;
     const int64_t first = index * blocks_ * sharing_;
@@ -242,7 +248,7 @@ class StepRun {
       for (int64_t j = 0; j < blocks; ++j) {
         factors[j * sharing_] = std::exp(maxima[j * sharing_] - largest) / total;
       }
-      kernels_.combine(step_.out.at(row, head * sharing_ + h, time_), parts + h * kLargestHeadDim,
+      kernels_.combine(step_.out.at(token, head * sharing_ + h, time_), parts + h * kLargestHeadDim,
                        sharing_ * kLargestHeadDim, factors, sharing_, blocks, s_.head_dim);
     }
     if (!keeps_weights_) return;
@@ -256,7 +262,8 @@ class StepRun {
   }
 
   void decide(int64_t task, float* sums) {
-    const int64_t r = task / blocks_, j = task % blocks_, row = rows_[r];
+    const int64_t r = task / blocks_, j = task % blocks_;
+    const auto [token, row] = rows_[r];
     if (j >= blocks_of(r)) return;
     wait_for(heads_done_[r], static_cast<uint32_t>(s_.kv_heads));
     const int64_t begin = j * block_, end = std::min(begin + block_, used_[r]);
@@ -268,10 +275,10 @@ class StepRun {
         kernels_.add_weighted(sums, ones_.data(), from, stride_, heads, padded(end - begin));
       }
       if (step_.scores) {
-        const int64_t offset = s_.group(row, g) * s_.slots;
+        const int64_t* position = s_.position + s_.group(row, g) * s_.slots;
+        float* scores = step_.scores + s_.group(token, g) * s_.slots;
         for (int64_t slot = begin; slot < end; ++slot) {
-          const bool occupied = s_.position[offset + slot] >= 0;
-          step_.scores[offset + slot] = occupied ? sums[slot - begin] : 0.0f;
+          scores[slot] = position[slot] >= 0 ? sums[slot - begin] : 0.0f;
         }
       }
       if (step_.evicting) {
@@ -292,7 +299,7 @@ class StepRun {
 
   const TokenStep& step_;
   const State& s_;
-  const std::vector<int64_t>& rows_;
+  const std::vector<BatchRow>& rows_;
   const int64_t time_;
   const int64_t sharing_;  // query heads of a key-value head
   const AttentionKernels kernels_;
@@ -306,27 +313,38 @@ class StepRun {
   std::vector<Summary> summaries_;
 };
 
-std::vector<int64_t> all_rows(int64_t batch) {
-  std::vector<int64_t> rows(batch);
-  for (int64_t b = 0; b < batch; ++b) rows[b] = b;
-  return rows;
+// The rows of a batch that use one of the state.
+std::vector<BatchRow> rows_in_use(const RowIndex& rows, int64_t batch) {
+  std::vector<BatchRow> used;
+  used.reserve(batch);
+  for (int64_t b = 0; b < batch; ++b) {
+    if (const int64_t row = rows.of(b); row >= 0) used.push_back({b, row});
+  }
+  return used;
 }
 
 struct Cpu {
   static Tensor readable(const Tensor& x) { return packed(x); }
   static void run(const TokenStep& step, const Tensor&) {
-    if (step.state.batch > 0) StepRun(step, all_rows(step.state.batch), 0).run();
+    for (int64_t b = 0; step.rows.data && b < step.batch; ++b) {
+      if (step.rows.of(b) >= 0) continue;
+      for (int64_t h = 0; h < step.query_heads; ++h) {
+        std::memset(step.out.at(b, h, 0), 0, step.state.row_bytes());
+      }
+    }
+    const std::vector<BatchRow> rows = rows_in_use(step.rows, step.batch);
+    if (!rows.empty()) StepRun(step, rows, 0).run();
   }
   static void run(const TokenStep& step, const TokenSequence& sequence, const Tensor&) {
     const State& s = step.state;
     const int64_t time = sequence.time;
-    std::vector<int64_t> rows;
+    std::vector<BatchRow> rows;
     for (int64_t t = 0; t < time; ++t) {
       rows.clear();
       for (int64_t row = 0; row < s.batch; ++row) {
         const bool valid = !sequence.valid || sequence.valid[row * time + t];
         if (valid) {
-          rows.push_back(row);
+          rows.push_back({row, row});
           sequence.times[row * time + s.seen[row]] = t;
         }
         for (int64_t g = 0; g < s.groups; ++g) {
@@ -335,7 +353,7 @@ struct Cpu {
       }
       if (rows.empty()) continue;
       StepRun(step, rows, t).run();
-      for (const int64_t row : rows) {
+      for (const auto [index, row] : rows) {
         for (int64_t g = 0; g < s.groups; ++g) {
           const int64_t i = s.group(row, g), evicted = s.last_evicted[i];
           if (evicted >= 0) {
@@ -345,15 +363,17 @@ struct Cpu {
       }
     }
   }
-  static void evict(const State& s, const Policy& policy, const Tensor& scores) {
+  static void evict(const State& s, const RowIndex& index, const Policy& policy,
+                    const Tensor& scores) {
     const auto* sums = static_cast<const float*>(scores.data_ptr());
-    for (int64_t row = 0; row < s.batch; ++row) {
+    for (const auto [b, row] : rows_in_use(index, scores.size(0))) {
       bool waiting = false;
       for (int64_t g = 0; g < s.groups; ++g) {
         const int64_t i = s.group(row, g);
         if (s.position[i * s.slots + s.free_slot(row, g)] < 0) continue;
         waiting = true;
-        s.evict(row, g, summarize(s, policy, row, g, 0, s.used(row), sums + i * s.slots));
+        const float* of_group = sums + s.group(b, g) * s.slots;
+        s.evict(row, g, summarize(s, policy, row, g, 0, s.used(row), of_group));
       }
       if (waiting) ++s.seen[row];
     }

@@ -21,6 +21,7 @@ constexpr int64_t kPromptLogits = 16;
 // The attention of a prompt's queries to every column: the slots, then the prompt's own tokens.
 struct Prompt {
   State state;
+  RowIndex rows;
   Policy policy;
   float scale;
   int64_t query_heads, time;
@@ -30,15 +31,16 @@ struct Prompt {
 
 class PromptRow {
  public:
-  PromptRow(const Prompt& prompt, int64_t row)
+  PromptRow(const Prompt& prompt, int64_t index, int64_t row)
       : p_(prompt),
         s_(prompt.state),
+        index_(index),
         row_(row),
         sharing_(prompt.query_heads / s_.kv_heads),
         columns_(s_.slots + prompt.time),
         kernels_(kernels_for(s_.dtype)) {
     for (int64_t t = 0; t < p_.time; ++t) {
-      if (!p_.valid || p_.valid[row * p_.time + t]) times_.push_back(t);
+      if (!p_.valid || p_.valid[index * p_.time + t]) times_.push_back(t);
     }
   }
 
@@ -106,8 +108,8 @@ class PromptRow {
     const int64_t seen = s_.slots + times_[first + count - 1] + 1;  // columns of the last of them
     const int64_t* position = position_.data() + s_.group_of(head) * columns_;
     for (int64_t i = 0; i < count; ++i) {
-      kernels_.load_queries(p_.q.at(row_, head * sharing_, times_[first + i]), p_.q.head, sharing_,
-                            s_.head_dim, queries + i * sharing_ * kLargestHeadDim);
+      kernels_.load_queries(p_.q.at(index_, head * sharing_, times_[first + i]), p_.q.head,
+                            sharing_, s_.head_dim, queries + i * sharing_ * kLargestHeadDim);
     }
     for (int64_t h = 0; h < heads; ++h) {
       std::fill_n(logits + h * stride, padded(seen), kMinusInfinity);
@@ -119,7 +121,7 @@ class PromptRow {
       attend(rows_of(s_, s_.keys, row_, head, slot), slot, n);
     });
     for_runs(position, s_.slots, seen, [&](int64_t column, int64_t n) {
-      attend({p_.k.at(row_, head, column - s_.slots), p_.k.time}, column, n);
+      attend({p_.k.at(index_, head, column - s_.slots), p_.k.time}, column, n);
     });
     for (int64_t h = 0; h < heads; ++h) {
       float* row = logits + h * stride;
@@ -184,16 +186,16 @@ class PromptRow {
   void store(int64_t g, int64_t slot, int64_t t) const {
     const int64_t heads = s_.kv_heads / s_.groups;
     for (int64_t head = g * heads; head < (g + 1) * heads; ++head) {
-      std::memcpy(s_.keys + s_.row_offset(row_, head, slot), p_.k.at(row_, head, t),
+      std::memcpy(s_.keys + s_.row_offset(row_, head, slot), p_.k.at(index_, head, t),
                   s_.row_bytes());
-      std::memcpy(s_.values + s_.row_offset(row_, head, slot), p_.v.at(row_, head, t),
+      std::memcpy(s_.values + s_.row_offset(row_, head, slot), p_.v.at(index_, head, t),
                   s_.row_bytes());
     }
   }
 
   const Prompt& p_;
   const State& s_;
-  const int64_t row_;
+  const int64_t index_, row_;  // of the batch, and of the state
   const int64_t sharing_;
   const int64_t columns_;
   const AttentionKernels kernels_;
@@ -202,25 +204,24 @@ class PromptRow {
   std::vector<float> scores_;      // (groups, columns), or empty
 };
 
-void store_prompt(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, OptionalTensor valid,
-                  const Tensor& keys, const Tensor& values, const Tensor& position,
-                  const Tensor& score, const Tensor& free, const Tensor& seen,
-                  const Tensor& last_evicted, int64_t kind, int64_t sinks, int64_t recent,
-                  double scale) {
+void store_prompt(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+                  const OptionalTensor& valid, const OptionalTensor& rows, const Tensor& keys,
+                  const Tensor& values, const Tensor& position, const Tensor& score,
+                  const Tensor& free, const Tensor& seen, const Tensor& last_evicted, int64_t kind,
+                  int64_t sinks, int64_t recent, double scale) {
   check_heads(q_in, k_in, v_in, 4);
   const Policy policy = policy_of(kind, sinks, recent);
   const Tensor q = packed(q_in), k = packed(k_in), v = packed(v_in);
   const State marks = marks_of(position, score, free, seen, last_evicted, policy.score);
-  const Prompt prompt{state_of(k, keys, values, marks),
-                      policy,
-                      static_cast<float>(scale),
-                      q.size(1),
-                      q.size(2),
-                      heads_of(q),
-                      heads_of(k),
-                      heads_of(v),
-                      mask_of(valid, q)};
-  for (int64_t row = 0; row < prompt.state.batch; ++row) PromptRow(prompt, row).run();
+  const State state = state_of(k, keys, values, marks);
+  const Prompt prompt{state,       row_index_of(rows, k.size(0), state),
+                      policy,      static_cast<float>(scale),
+                      q.size(1),   q.size(2),
+                      heads_of(q), heads_of(k),
+                      heads_of(v), mask_of(valid, q)};
+  for (int64_t b = 0; b < k.size(0); ++b) {
+    if (const int64_t row = prompt.rows.of(b); row >= 0) PromptRow(prompt, b, row).run();
+  }
 }
 
 }  // namespace

@@ -302,6 +302,40 @@ struct Cpu {
     return grad_h0;
   }
 
+  // A tile for every row in use, from its state and back to it.
+  static void step(const RowStep& step, const Tensor& like) {
+    const int64_t scalar = step.dtype == DType::float64 ? 8 : 4, bytes = step.channels * scalar;
+    Tensor h = torch::stable::new_empty(like, {step.batch, 1, step.channels});
+    Inputs in{{step.batch, 1, step.channels}, step.dtype, {}, 3};
+    std::copy_n(step.input, 3, in.view);
+    std::vector<Segment> segments;
+    Plan plan;
+    for (int64_t b = 0; b < step.batch; ++b) {
+      const int64_t row = step.rows.of(b);
+      if (row < 0) {
+        std::memset(step.out + b * bytes, 0, bytes);
+        continue;
+      }
+      Tile t{};
+      t.segment = static_cast<int64_t>(segments.size());
+      t.rows = 1;
+      t.channel_end = step.channels;
+      t.before = step.state + row * step.state_row;
+      t.after = step.out + b * bytes;
+      segments.push_back({b, 0, 1, row, true, true});
+      plan.tiles.push_back(t);
+    }
+    const auto used = static_cast<int64_t>(segments.size());
+    plan.threads = std::clamp<int64_t>(used * step.channels / kElementsPerThread, 1,
+                                       torch::stable::get_num_threads());
+    Scan s = describe(step.op, in, segments, false);
+    s.state = view_of(h);
+    run(s, kernels_for(step.dtype).forward, plan);
+    for (const Segment& g : segments) {
+      std::memcpy(step.state + g.sequence * step.state_row, step.out + g.row * bytes, bytes);
+    }
+  }
+
   static Tensor new_like(const Tensor& x) {
     Tensor out = torch::stable::new_empty(x, x.sizes());
     prepare_output(out, out.numel() * size_of(dtype_of(out)));

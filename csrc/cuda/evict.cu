@@ -4,9 +4,10 @@
 namespace msrnn {
 namespace gpu {
 
-// What attend_scores leaves for later. A block serves a row.
+// What attend_scores leaves for later. A block serves a row of the batch.
 struct EvictCall {
   State state;
+  RowIndex rows;
   Policy policy;
   const float* scores;
 };
@@ -14,12 +15,14 @@ struct EvictCall {
 __global__ void __launch_bounds__(kStepThreads)
     evict_kernel(const __grid_constant__ EvictCall call) {
   const State& s = call.state;
-  const int64_t row = blockIdx.x, used = s.used(row), now = s.seen[row];
+  const int64_t row = find_row(call.rows, blockIdx.x);
+  if (row < 0) return;
+  const int64_t used = s.used(row), now = s.seen[row];
   auto* const of_warps = reinterpret_cast<Summary*>(dynamic_shared());
   bool waiting = false;
 #pragma unroll 1
   for (int64_t g = 0; g < s.groups; ++g) {
-    const int64_t offset = s.group(row, g) * s.slots;
+    const int64_t offset = s.group(row, g) * s.slots, scores = s.group(blockIdx.x, g) * s.slots;
     if (s.position[offset + s.free_slot(row, g)] < 0) continue;  // for all threads alike
     waiting = true;
     Summary summary;
@@ -27,7 +30,7 @@ __global__ void __launch_bounds__(kStepThreads)
       const int64_t position = s.position[offset + slot];
       float score = 0;
       if (position >= 0 && call.policy.score != ScoreKind::position) {
-        score = call.scores[offset + slot];
+        score = call.scores[scores + slot];
         if (s.score) s.score[offset + slot] = score += s.score[offset + slot];
       }
       summary.look_at(call.policy, slot, position, score, now);
@@ -46,12 +49,12 @@ __global__ void __launch_bounds__(kStepThreads)
 
 }  // namespace gpu
 
-const char* launch_evict(const State& state, const Policy& policy, const float* scores,
-                         void* stream) {
-  const auto blocks = static_cast<uint32_t>(state.batch);
+const char* launch_evict(const State& state, int64_t batch, const RowIndex& rows,
+                         const Policy& policy, const float* scores, void* stream) {
+  const auto blocks = static_cast<uint32_t>(batch);
   const cudaError_t error =
       launch(gpu::evict_kernel, blocks, kStepThreads, kStepWarps * sizeof(Summary),
-             static_cast<cudaStream_t>(stream), gpu::EvictCall{state, policy, scores});
+             static_cast<cudaStream_t>(stream), gpu::EvictCall{state, rows, policy, scores});
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -1,8 +1,10 @@
-// How numbers lie in memory, and how 16 bytes of them become numbers that a kernel computes with.
+// How numbers lie in memory, how 16 bytes of them become numbers that a kernel computes with, and
+// which row of a state is whose.
 #pragma once
 
 #include <cstring>
 
+#include "../rows.h"
 #include "number.h"
 
 namespace msrnn {
@@ -32,6 +34,17 @@ struct Stored {  // float and double
 template <class X>
 MSRNN_FN X* in_shared(int offset) {
   return reinterpret_cast<X*>(dynamic_shared() + offset);
+}
+
+// The row of the state that a row of the batch uses, or -1, as RowIndex::of finds it: the lanes of
+// a warp look at the earlier rows together.
+MSRNN_FN int64_t find_row(const RowIndex& rows, int64_t batch_row) {
+  const int64_t row = rows.named(batch_row);
+  if (!rows.data || row < 0) return row;
+  bool taken = false;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x % 32; i < batch_row; i += 32) taken |= rows.named(i) == row;
+  return __ballot_sync(~0u, taken) ? -1 : row;
 }
 
 // 16 bytes from an aligned address, in registers. A reference to them would be copied by bytes.

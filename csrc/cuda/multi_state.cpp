@@ -35,13 +35,16 @@ StepCall describe(const TokenStep& step) {
   check_aligned(state);
   StepCall call{};
   call.state = state;
+  call.batch = step.batch;
+  call.rows = step.rows;
   call.policy = step.policy;
   call.scale = step.scale;
   call.query_heads = step.query_heads;
-  call.plan = step_plan(state.batch, call.query_heads, state.kv_heads, state.slots, state.head_dim,
+  call.plan = step_plan(call.batch, call.query_heads, state.kv_heads, state.slots, state.head_dim,
                         size_of(state.dtype));
-  STD_TORCH_CHECK(state.slots < kMost && state.batch * call.plan.splits < kMost,
-                  "expected fewer rows and slots");
+  STD_TORCH_CHECK(
+      state.slots < kMost && state.batch < kMost && call.batch * call.plan.splits < kMost,
+      "expected fewer rows and slots");
   STD_TORCH_CHECK(call.query_heads <= 256, "expected at most 256 query heads");
   call.first = 0;
   call.last = 1;
@@ -55,17 +58,18 @@ StepCall describe(const TokenStep& step) {
 }
 
 void run(StepCall& call, const Tensor& like) {
-  if (call.state.batch == 0 || call.last == call.first) return;
+  if (call.batch == 0 || call.last == call.first) return;
   const OnDevice device(like);
   if (call.plan.one_launch) {
     const char* error = step_fits(call, &call.fits);
     call.plan.one_launch = call.fits != Fits::not_at_all;
     STD_TORCH_CHECK(error == nullptr, "the step was not launched: ", error ? error : "");
   }
-  const int64_t bytes = lay_out(call.plan, call.state, call.query_heads, nullptr, nullptr).bytes;
+  const int64_t bytes =
+      lay_out(call.plan, call.state, call.batch, call.query_heads, nullptr, nullptr).bytes;
   Tensor workspace = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-  lay_out(call.plan, call.state, call.query_heads, static_cast<char*>(workspace.data_ptr()),
-          &call.exchange);
+  lay_out(call.plan, call.state, call.batch, call.query_heads,
+          static_cast<char*>(workspace.data_ptr()), &call.exchange);
   const char* error = launch_step(call, device.stream());
   STD_TORCH_CHECK(error == nullptr, "the step was not launched: ", error ? error : "");
 }
@@ -84,11 +88,13 @@ struct Cuda {
     call.times = sequence.times;
     msrnn::run(call, like);
   }
-  static void evict(const State& s, const Policy& policy, const Tensor& scores) {
-    if (s.batch == 0) return;
+  static void evict(const State& s, const RowIndex& rows, const Policy& policy,
+                    const Tensor& scores) {
+    const int64_t batch = scores.size(0);
+    if (batch == 0) return;
     const OnDevice device(scores);
     const auto* sums = static_cast<const float*>(scores.data_ptr());
-    const char* error = launch_evict(s, policy, sums, device.stream());
+    const char* error = launch_evict(s, batch, rows, policy, sums, device.stream());
     STD_TORCH_CHECK(error == nullptr, "evict was not launched: ", error ? error : "");
   }
 };

@@ -82,7 +82,7 @@ struct alignas(8) LogitSum {
 // CUDA graph repeats a launch, token and all: the last block of a row clears them afterwards.
 using Flag = unsigned long long;
 
-// What the blocks of a row share, in global memory.
+// What the blocks of a row of the batch share, in global memory.
 struct StepExchange {
   uint32_t* ticket;    // the next block to start: those of a row follow each other
   Flag* attended;      // [row][split]: sums and outputs of a token are there
@@ -100,9 +100,9 @@ struct StepWorkspace {
 };
 
 // Lays the exchange out at `memory`. To learn the size, `memory` may be null.
-inline StepWorkspace lay_out(const StepPlan& p, const State& s, int64_t query_heads, char* memory,
-                             StepExchange* exchange) {
-  const int64_t blocks = s.batch * p.splits;
+inline StepWorkspace lay_out(const StepPlan& p, const State& s, int64_t batch, int64_t query_heads,
+                             char* memory, StepExchange* exchange) {
+  const int64_t blocks = batch * p.splits;
   int64_t at = 0;
   const auto take = [&](auto*& pointer, int64_t count) {
     using X = std::remove_reference_t<decltype(*pointer)>;
@@ -114,7 +114,7 @@ inline StepWorkspace lay_out(const StepPlan& p, const State& s, int64_t query_he
   take(e.ticket, 1);
   take(e.attended, blocks);
   take(e.decided, blocks);
-  take(e.finished, s.batch);
+  take(e.finished, batch);
   const int64_t flags = at;
   take(e.summaries, blocks * s.groups);
   take(e.sums, blocks * query_heads);
@@ -134,6 +134,8 @@ struct StepCall {
   StepPlan plan;  // one_launch only if the grid fits
   Fits fits;
   State state;
+  int64_t batch;
+  RowIndex rows;
   Policy policy;
   float scale;
   int64_t query_heads;
@@ -188,7 +190,7 @@ const char* step_fits(const StepCall& call, Fits* fits);
 const char* launch_step(const StepCall& call, void* stream);
 
 // Drops the lowest unprotected state of every row and group in which a token waits.
-const char* launch_evict(const State& state, const Policy& policy, const float* scores,
-                         void* stream);
+const char* launch_evict(const State& state, int64_t batch, const RowIndex& rows,
+                         const Policy& policy, const float* scores, void* stream);
 
 }  // namespace msrnn

@@ -114,6 +114,15 @@ struct Cuda {
     return grad_h0;
   }
 
+  static void step(const RowStep& step, const Tensor& like) {
+    constexpr int64_t kMost = int64_t{1} << 31;
+    STD_TORCH_CHECK(step.channels < kMost && step.batch * (step.channels / 256 + 1) < kMost,
+                    "expected fewer rows and channels");
+    const OnDevice device(like);
+    const char* error = launch_row_step(step, device.stream());
+    STD_TORCH_CHECK(error == nullptr, "the step was not launched: ", error ? error : "");
+  }
+
   static Tensor new_like(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
 };
 

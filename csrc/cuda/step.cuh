@@ -11,8 +11,9 @@
 //   wait for each other. Each then combines its own slice of the output, in the order of the
 //   blocks, finishes the scores of its own slots, and publishes its candidate for eviction. The
 //   last one picks the victim, for which nobody waits, since the launch ends.
-// Level 3, batch. Rows come in any order. A sequence repeats all this for every token in the same
-//   launch, and there the blocks of a row do wait for the victim.
+// Level 3, batch. A row of the batch uses its own row of the state, or the one that an index names.
+//   Rows come in any order. A sequence repeats all this for every token in the same launch, and
+//   there the blocks of a row do wait for the victim.
 //
 // Why it cannot dead-lock. A grid that fits the device as a whole is launched as a cooperative one,
 // so that all of its blocks become resident, or none. In a larger grid, a row may take a quarter of
@@ -179,7 +180,7 @@ struct Step : StepBlock {
 #pragma unroll 4
         for (int p = 1; p < sharing; ++p)
           add(sum, chunk_at(of_threads + p * width + threadIdx.x), 1);
-        T* const out = reinterpret_cast<T*>(call.out.at(row, head, t)) + 4 * i % head_dim();
+        T* const out = reinterpret_cast<T*>(call.out.at(batch_row, head, t)) + 4 * i % head_dim();
 #pragma unroll
         for (int j = 0; j < 4; ++j) round_to(out + j, sum[j].v * factors()[head]);
       }
@@ -216,12 +217,13 @@ struct Step : StepBlock {
 #pragma unroll 1
     for (int g = warp(); g < groups; g += kStepWarps) {
       const int64_t offset = s.group(row, g) * s.slots + begin();
+      const int64_t scores = s.group(batch_row, g) * s.slots + begin();
       Summary summary;
 #pragma unroll 1
       for (int i = lane(); i < count; i += 32) {
         const bool there = is_occupied(g, i);
         const float sum = weights(g * each)[i];
-        if (call.scores) call.scores[offset + i] = there ? sum : 0;
+        if (call.scores) call.scores[scores + i] = there ? sum : 0;
         if (!call.evicting) continue;
         float score = 0;
         if (there && call.policy.score == ScoreKind::attention) score = sum;
@@ -296,9 +298,9 @@ struct Step : StepBlock {
       __syncthreads();
       await(exchange.decided + share(0, 1), splits() - 1, token);
       if (call.evicting) evict(t);
-      if (!last) tell(exchange.finished + row, token);
+      if (!last) tell(exchange.finished + batch_row, token);
     }
-    if (!last) return await(exchange.finished + row, 1, token);
+    if (!last) return await(exchange.finished + batch_row, 1, token);
     if (!alone || split < splits() - 1) return;
 #pragma unroll 1
     for (int i = threadIdx.x; i < splits(); i += kStepThreads) {
@@ -341,6 +343,16 @@ struct Step : StepBlock {
     }
   }
 
+  // Of a row of the batch that does nothing. Its blocks share out the heads.
+  MSRNN_FN void clear_output() const {
+    if (!call.finishes) return;
+#pragma unroll 1
+    for (int head = split; head < heads(); head += splits()) {
+      T* const out = reinterpret_cast<T*>(call.out.at(batch_row, head, call.first));
+      for (int i = threadIdx.x; i < head_dim(); i += kStepThreads) round_to(out + i, 0);
+    }
+  }
+
   MSRNN_FN void run() {
     uint32_t index = blockIdx.x;
     if (call.ticketed) {
@@ -349,8 +361,10 @@ struct Step : StepBlock {
       __syncthreads();
       index = *ticket;
     }
-    row = static_cast<int>(index / splits());
+    batch_row = static_cast<int>(index / splits());
     split = static_cast<int>(index % splits());
+    row = static_cast<int>(find_row(call.rows, batch_row));
+    if (row < 0) return clear_output();
 #pragma unroll 1
     for (int t = call.first; t < call.last; ++t) {
       if (!call.valid || call.valid[row * call.time + t]) {
@@ -396,9 +410,9 @@ cudaError_t step_fits_of(StepCall call, Fits* fits) {
   return with_step_kernel<T>(call, [&](auto kernel, size_t shared) {
     int most = 0;
     const cudaError_t error = resident_blocks(&most, kernel, kStepThreads, shared);
-    *fits = call.state.batch * call.plan.splits <= most ? Fits::whole
-            : 4 * call.plan.splits <= most              ? Fits::by_rows
-                                                        : Fits::not_at_all;
+    *fits = call.batch * call.plan.splits <= most ? Fits::whole
+            : 4 * call.plan.splits <= most        ? Fits::by_rows
+                                                  : Fits::not_at_all;
     return error;
   });
 }
@@ -411,7 +425,7 @@ inline Flag new_tokens(int64_t count) {
 
 template <class T>
 cudaError_t launch_step_of(StepCall call, cudaStream_t stream) {
-  const auto blocks = static_cast<uint32_t>(call.state.batch * call.plan.splits);
+  const auto blocks = static_cast<uint32_t>(call.batch * call.plan.splits);
   const auto flags = reinterpret_cast<char*>(call.exchange.summaries) -
                      reinterpret_cast<char*>(call.exchange.ticket);
   return with_step_kernel<T>(call, [&](auto kernel, size_t shared) {

@@ -48,9 +48,10 @@ MSRNN_FN float rescale(float maximum, float largest) {
 struct StepBlock {
   const StepCall& call;
   const State& s;
-  int row, split;
+  int batch_row, row, split;  // row: of the state
 
-  MSRNN_FN explicit StepBlock(const StepCall& c) : call(c), s(c.state), row(0), split(0) {}
+  MSRNN_FN explicit StepBlock(const StepCall& c)
+      : call(c), s(c.state), batch_row(0), row(0), split(0) {}
 
   // [query head][padded slot]: logits, then weights, and in the end [group][padded slot]: scores.
   MSRNN_FN float* weights(int head) const {
@@ -82,9 +83,9 @@ struct StepBlock {
   MSRNN_FN int row_bytes() const { return static_cast<int>(s.row_bytes()); }
   MSRNN_FN int row_chunks() const { return row_bytes() / 16; }
 
-  // Where this block's share of something of [row][split][count] starts.
+  // Where this block's share of something of [batch row][split][count] starts.
   MSRNN_FN int64_t share(int other, int64_t count) const {
-    return (static_cast<int64_t>(row) * splits() + other) * count;
+    return (static_cast<int64_t>(batch_row) * splits() + other) * count;
   }
 
   // 16 bytes of a row, or zeros where there are none.
@@ -107,9 +108,9 @@ struct StepBlock {
       if (!is_mine(slot, count)) continue;
       const int64_t to = s.row_offset(row, head, slot);
       reinterpret_cast<Chunk*>(s.keys + to)[chunk] =
-          reinterpret_cast<const Chunk*>(call.k.at(row, head, t))[chunk];
+          reinterpret_cast<const Chunk*>(call.k.at(batch_row, head, t))[chunk];
       reinterpret_cast<Chunk*>(s.values + to)[chunk] =
-          reinterpret_cast<const Chunk*>(call.v.at(row, head, t))[chunk];
+          reinterpret_cast<const Chunk*>(call.v.at(batch_row, head, t))[chunk];
     }
 #pragma unroll 1
     for (int g = threadIdx.x; g < s.groups; g += kStepThreads) {

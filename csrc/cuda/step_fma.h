@@ -93,7 +93,7 @@ struct FmaProducts : StepBlock {
           Chunk chunk[chunks];
           const bool present = q + k < sharing();
           const int query_head = head * sharing() + (present ? q + k : q);
-          load(call.q.at(row, query_head, t), present, place, lanes, chunk);
+          load(call.q.at(batch_row, query_head, t), present, place, lanes, chunk);
           query[k] = unpack(chunk, factor);
         }
 #pragma unroll

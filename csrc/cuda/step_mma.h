@@ -58,7 +58,8 @@ struct MmaProducts : StepBlock {
 #pragma unroll 1
       for (int q = 0; q < sharing(); q += 8) {  // keys for more than 8 queries: again, from cache
         const bool present = q + g() < sharing();
-        const char* const query = call.q.at(row, head * sharing() + (present ? q + g() : 0), t);
+        const char* const query =
+            call.q.at(batch_row, head * sharing() + (present ? q + g() : 0), t);
         float sum[kTiles][4] = {};
 #pragma unroll 1
         for (int chunk = c(); chunk - c() < row_chunks(); chunk += 4 * blocks) {

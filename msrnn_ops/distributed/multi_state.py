@@ -21,7 +21,8 @@ from torch import Tensor
 from msrnn_ops import checks, multi_state, reference
 from msrnn_ops.distributed.scan import check_plain
 from msrnn_ops.exchange import Exchange, Group
-from msrnn_ops.operators.multi_state import as_kernel, prompt_function, refuse_gradient
+from msrnn_ops.operators.in_place import refuse_gradient
+from msrnn_ops.operators.multi_state import as_kernel, prompt_function
 from msrnn_ops.state import MultiState
 
 
@@ -42,6 +43,7 @@ def attend_evict(
     v: Tensor,
     state: MultiState,
     *,
+    rows: Tensor | None = None,
     scale: float | None = None,
     group: Group = None,
 ) -> Tensor:
@@ -55,7 +57,7 @@ def attend_evict(
         q, k, v: of this rank's heads, (B, Hq, Dh) and (B, Hkv, Dh). Key-value heads may also be on
             several ranks, each with some of their query heads.
         state: of this rank's heads, with the same policy on every rank; changed in place.
-        scale: as there.
+        rows, scale: as there; rows are the same on every rank.
         group: a process group or a mesh of one dimension. None: all ranks.
 
     Returns:
@@ -71,9 +73,9 @@ def attend_evict(
     exchange = Exchange.among("attend_evict", group)
     check_plain("attend_evict", q, k, v)
     if _alone(exchange, state):
-        return multi_state.attend_evict(q, k, v, state, scale=scale)
-    out, scores = multi_state.attend_scores(q, k, v, state, scale=scale)
-    multi_state.evict(state, _total(exchange, scores))
+        return multi_state.attend_evict(q, k, v, state, rows=rows, scale=scale)
+    out, scores = multi_state.attend_scores(q, k, v, state, rows=rows, scale=scale)
+    multi_state.evict(state, _total(exchange, scores), rows=rows)
     return out
 
 
@@ -84,24 +86,28 @@ def attend_prompt(
     state: MultiState,
     *,
     valid: Tensor | None = None,
+    rows: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     scale: float | None = None,
     group: Group = None,
 ) -> Tensor:
     """:func:`msrnn_ops.attend_prompt` with heads sharded over ranks, as :func:`attend_evict` here.
 
-    ``valid`` is the same on every rank.
+    ``valid``, ``rows`` and ``cu_seqlens`` are the same on every rank.
     """
     exchange = Exchange.among("attend_prompt", group)
     check_plain("attend_prompt", q, k, v)
     if _alone(exchange, state):
-        return multi_state.attend_prompt(q, k, v, state, valid=valid, scale=scale)
-    scale, namespace = checks.prompt(q, k, v, state, valid, scale)
-    refuse_gradient("attend_prompt", (q, k, v))
+        return multi_state.attend_prompt(
+            q, k, v, state, valid=valid, rows=rows, cu_seqlens=cu_seqlens, scale=scale
+        )
+    rows, scale, namespace = checks.prompt(q, k, v, state, valid, rows, cu_seqlens, scale)
+    refuse_gradient("attend_prompt", "msrnn_ops.attend_sequence", (q, k, v))
     total = partial(_total, exchange)
     if namespace is None:
-        return reference.attend_prompt(q, k, v, state, valid, scale, total)
+        return reference.attend_prompt(q, k, v, state, valid, cu_seqlens, rows, scale, total)
     kept = state.tensors()
-    args = (q, k, v, valid, *kept, *state.policy.numbers, scale)
+    args = (q, k, v, valid, cu_seqlens, rows, *kept, *state.policy.numbers, scale)
     function = prompt_function(q.is_cpu, total)
     if torch.compiler.is_compiling():
         with torch.autocast(q.device.type, enabled=False):

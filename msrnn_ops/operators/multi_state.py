@@ -7,80 +7,18 @@ PyTorch's operators there (prompt.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from msrnn_ops import backend
 from msrnn_ops.dtensor import is_distributed
 from msrnn_ops.operators import prompt
+from msrnn_ops.operators.in_place import InPlace, is_plain
 from msrnn_ops.transforms import any_tangent
-
-
-def _plain() -> bool:
-    """Whether tensors are just that, so that an operator needs no way through the dispatcher."""
-    return not (
-        torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
-def refuse_gradient(name: str, tensors: Iterable[Tensor]) -> None:
-    """Of an operator that changes a state, whose past values are gone."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        raise RuntimeError(
-            f"{name} changes the state in place and has no gradient: call it under torch.no_grad() "
-            "or detach its inputs; msrnn_ops.attend_sequence is the differentiable form"
-        )
-    if forward_ad._current_level >= 0:
-        _refuse_tangents(name, tensors)
-
-
-def _refuse_tangents(name: str, args: Iterable[Any]) -> None:
-    if any_tangent(args):
-        raise RuntimeError(
-            f"{name} changes the state in place and has no forward-mode gradient; "
-            "msrnn_ops.attend_sequence is the differentiable form"
-        )
-
-
-class InPlace:
-    """An operator that changes a state, in one namespace: its kernel and its autograd."""
-
-    def __init__(self, namespace: str, name: str) -> None:
-        self.name = name
-        self.kernel = getattr(getattr(torch.ops, namespace), name).default
-        arguments = self.kernel._schema.arguments
-        self._written = [i for i, x in enumerate(arguments) if x.alias_info is not None]
-        library = backend.LIBRARIES[namespace]
-        library.impl(name, self._autograd, "Autograd")
-        torch.library.register_vmap(self.kernel, self._refuse_vmap, lib=library)
-
-    def __call__(self, *args: Any) -> Any:
-        return self._run(*args) if _plain() else self.kernel(*args)
-
-    def _autograd(self, *args: Any) -> Any:
-        _refuse_tangents(self.name, args)
-        return self._run(*args)
-
-    def _run(self, *args: Any) -> Any:
-        refuse_gradient(self.name, [x for x in args if isinstance(x, Tensor)])
-        # So that a backward pass that has saved one of them says so.
-        changed = [args[i] for i in self._written if not args[i].is_inference()]
-        torch.autograd.graph.increment_version(changed)
-        return backend.below_autograd(self.kernel, args)
-
-    def _refuse_vmap(self, *_: Any) -> NoReturn:
-        raise RuntimeError(
-            f"{self.name} changes the state in place, which torch.vmap cannot: call it without "
-            "torch.vmap, with a MultiState whose batch is all rows; msrnn_ops.attend_sequence "
-            "works under torch.vmap"
-        )
 
 
 class AttendSequence(torch.autograd.Function):
@@ -124,7 +62,7 @@ class SequenceOperator:
             torch.library.register_vmap(kernel, _over_batch(kernel), lib=library)
 
     def __call__(self, *args: Any) -> tuple[Tensor, Tensor]:
-        return self._run(*args) if _plain() else self.kernel(*args)
+        return self._run(*args) if is_plain() else self.kernel(*args)
 
     def _run(self, *args: Any) -> tuple[Tensor, Tensor]:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
@@ -142,7 +80,7 @@ class SequenceOperator:
 
     def differentiate(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The backward pass; the arguments are those of its schema."""
-        if _plain() and not torch.is_grad_enabled():
+        if is_plain() and not torch.is_grad_enabled():
             return backend.below_autograd(self.backward, args)
         return self.backward(*args)
 
@@ -193,9 +131,9 @@ def _fake_sequence(
 
 FAKES: dict[str, Callable[..., Any]] = {
     "attend_evict": lambda q, *_: q.new_empty(q.shape),
-    "attend_scores": lambda q, k, v, keys, values, position, *_: (
+    "attend_scores": lambda q, k, v, rows, keys, values, position, *_: (
         q.new_empty(q.shape),
-        position.new_empty(position.shape, dtype=torch.float32),
+        position.new_empty((q.shape[0], *position.shape[1:]), dtype=torch.float32),
     ),
     "evict": lambda *_: None,
     "attend_prompt": lambda q, *_: q.new_empty(q.shape),
@@ -253,7 +191,7 @@ for _namespace, _library in backend.LIBRARIES.items():
             "CUDA" if _namespace == backend.COMPILED else "CompositeExplicitAutograd",
         )
 IN_PLACE = {
-    (namespace, name): InPlace(namespace, name)
+    (namespace, name): InPlace(namespace, name, "msrnn_ops.attend_sequence")
     for namespace in backend.LIBRARIES
     for name in ("attend_evict", "attend_scores", "evict", "attend_prompt", "store_prompt")
 }

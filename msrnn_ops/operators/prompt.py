@@ -8,10 +8,14 @@ there. A prompt attends in one of two ways:
 - :func:`output_by_parts`, on a GPU: all rows under a mask, so that nothing waits for the device. No
   T*T weights are held: as many queries at a time meet all columns as memory allows. float32
   products follow torch.set_float32_matmul_precision.
+
+Packed prompts are taken one after the other. What a prompt keeps of the row of the state that it
+continues is copied, as the attention of PyTorch wants keys and values side by side.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +24,19 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 _WEIGHTS_AT_ONCE = 1 << 25  # of all rows and heads: 128 MB, and what is computed from them
+_STATE_TENSORS = 7  # as MultiState.TENSORS
 _QUERIES_AT_ONCE = 256  # rows of a mask, where a prompt meets a state that is not empty
+
+
+def used_rows(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Which rows of a batch use a row of a state of ``count``, (B,) bool, and which one, in bounds.
+
+    As RowIndex of csrc/rows.h: not those that name none, or one that an earlier row names.
+    """
+    named = rows.to(torch.int64)
+    earlier = (named[:, None] == named).tril(-1).any(1)
+    used = (named >= 0) & (named < count) & ~earlier
+    return used, torch.where(used, named, 0).clamp_max(max(count - 1, 0))
 
 
 def attend_prompt(
@@ -30,6 +46,8 @@ def attend_prompt(
     k: Tensor,
     v: Tensor,
     valid: Tensor | None,
+    cu_seqlens: Tensor | None,
+    rows: Tensor | None,
     keys: Tensor,
     values: Tensor,
     position: Tensor,
@@ -38,12 +56,58 @@ def attend_prompt(
     *rest: Any,
 ) -> Tensor:
     """Attention by one of the two ways, then the reduction to N states by ``store``."""
-    scale = rest[-1]
+    kept, scale = (keys, values, position, score, free, *rest), rest[-1]
+    if cu_seqlens is not None:
+        return _attend_packed(output, store, (q, k, v), cu_seqlens, rows, kept)
     valid = None if valid is None else valid.contiguous()
+    mine, used = kept[:5], None
+    if rows is not None:
+        used, index = used_rows(rows, position.shape[0])
+        mine = tuple(_select(x, index) for x in kept[:5])
+        valid = _of_used(valid, used, q.shape[2])
     # A token that waits for `evict` is replaced.
-    waiting = free.clamp(0, position.shape[2] - 1)[..., None]
-    out = output(q, k, v, valid, keys, values, position.scatter(-1, waiting, -1), scale)
-    store(q, k, v, valid, keys, values, position, score, free, *rest)
+    waiting = mine[4].clamp(0, position.shape[2] - 1)[..., None]
+    out = output(q, k, v, valid, *mine[:2], mine[2].scatter(-1, waiting, -1), scale)
+    store(q, k, v, valid, rows, *kept)
+    return out
+
+
+def _select(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of the state; one alone is not copied where its number is known."""
+    if len(index) == 1 and index.is_cpu:
+        return x.narrow(0, int(index), 1)
+    return x.index_select(0, index)
+
+
+def _of_used(valid: Tensor | None, used: Tensor, time: int) -> Tensor:
+    """Which tokens are real, (B, T), if those of rows that do nothing are not."""
+    real = used[:, None]
+    return real.expand(-1, time).contiguous() if valid is None else valid & real
+
+
+def _attend_packed(
+    output: Callable[..., Tensor],
+    store: Callable[..., None],
+    tokens: tuple[Tensor, ...],
+    cu_seqlens: Tensor,
+    rows: Tensor | None,
+    kept: tuple[Any, ...],
+) -> Tensor:
+    """Prompts that lie one behind the other, (total, H, Dh); 0 where no prompt is.
+
+    Their lengths are numbers of Python: cu_seqlens on a GPU are waited for.
+    """
+    out = torch.zeros_like(tokens[0], memory_format=torch.contiguous_format)
+    ends = [min(max(end, 0), len(out)) for end in cu_seqlens.tolist()]
+    if rows is None:
+        rows = torch.arange(len(ends) - 1, device=out.device)
+    used, index = used_rows(rows, kept[2].shape[0])
+    index = torch.where(used, index, -1)
+    for n, (start, end) in enumerate(itertools.pairwise(ends)):
+        if start < end:
+            q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in tokens)
+            one = attend_prompt(output, store, q, k, v, None, None, index[n : n + 1], *kept)
+            out[start:end] = one[0].transpose(0, 1)
     return out
 
 
@@ -246,6 +310,39 @@ def store_prompt(
     k: Tensor,
     v: Tensor,
     valid: Tensor | None,
+    rows: Tensor | None,
+    *args: Any,
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Keeps N of the kept states and the prompt's tokens; the survivors among these are stored.
+
+    The arguments are those of the schema: after ``rows`` the state, the policy and the scale.
+    ``total`` is asked for the sum of a layer's scores over ranks that have other heads.
+    """
+    _check_operands(q, k, v)
+    if rows is None:
+        return _store_prompt(q, k, v, valid, *args, total=total)
+    state, rest = args[:_STATE_TENSORS], args[_STATE_TENSORS:]
+    if k.shape[0] == 0 or state[0].shape[0] == 0:
+        return
+    used, index = used_rows(rows, state[0].shape[0])
+    before = [x.index_select(0, index) for x in state]
+    after = [x.clone() for x in before]
+    _store_prompt(q, k, v, _of_used(valid, used, k.shape[2]), *after, *rest, total=total)
+    # Nothing waits to learn which rows are used. One that is not writes what the first one that is
+    # writes, a second time; if none is, the rows of the state get what they held.
+    first = torch.where(used.any(), used.to(torch.int8).argmax(), 0)
+    source = torch.where(used, torch.arange(len(used), device=used.device), first)
+    for x, old, new in zip(state, before, after, strict=True):
+        new = torch.where(used.view(-1, *[1] * (x.dim() - 1)), new, old)
+        x.index_copy_(0, index.index_select(0, source), new.index_select(0, source))
+
+
+def _store_prompt(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
     keys: Tensor,
     values: Tensor,
     position: Tensor,
@@ -257,13 +354,9 @@ def store_prompt(
     sinks: int,
     recent: int,
     scale: float,
-    total: Callable[[Tensor], Tensor] | None = None,
+    *,
+    total: Callable[[Tensor], Tensor] | None,
 ) -> None:
-    """Keeps N of the kept states and the prompt's tokens; the survivors among these are stored.
-
-    ``total`` is asked for the sum of a layer's scores over ranks that have other heads.
-    """
-    _check_operands(q, k, v)
     batch, groups, slots = position.shape
     time = k.shape[2]
     _check_shapes((batch, k.shape[1], slots, k.shape[3]), keys, values)

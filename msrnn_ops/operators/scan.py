@@ -29,6 +29,7 @@ from torch.autograd import forward_ad
 from torch.nn.functional import softplus
 
 from msrnn_ops import backend, errors, reference, transforms
+from msrnn_ops.operators.in_place import InPlace
 from msrnn_ops.reference import accumulation_dtype
 
 
@@ -45,6 +46,13 @@ class Recurrence:
     flags: int = 0  # arguments after `reverse`
     saved: int | None = None  # leading inputs that backward reads; None: all
     start: float = 0.0  # the state where h0 is None, and after a reset
+
+    def plain_step(
+        self, inputs: tuple[Tensor, ...], h: Tensor, rows: Tensor, *flags: bool
+    ) -> Tensor:
+        """One token in place on rows of a larger state, by the reference."""
+        step = partial(self.step, activation="identity" if flags[0] else "g")
+        return reference.step_rows(step, inputs, h, rows)
 
     def plain(self, *args: Any) -> tuple[Tensor, Tensor]:
         """By the reference, with the arguments of the schema; differentiable by PyTorch itself."""
@@ -432,3 +440,17 @@ for _namespace in backend.LIBRARIES:
     for _recurrence in RECURRENCES:  # the linear scan first, which the others' derivatives use
         _linear = OPERATORS.get((_namespace, LINEAR.name))
         OPERATORS[_namespace, _recurrence.name] = Operator(_recurrence, _namespace, _linear)
+
+# One token in place on rows of a larger state: min_gru_step and min_lstm_step with rows.
+STEPS: dict[tuple[str, str], InPlace] = {}
+backend.implement_by_triton("scan", [f"{op.name}_step" for op in (MIN_GRU, MIN_LSTM)])
+for _namespace in backend.LIBRARIES:
+    for _recurrence in (MIN_GRU, MIN_LSTM):
+        _name = f"{_recurrence.name}_step"
+        torch.library.register_fake(
+            f"{_namespace}::{_name}",
+            lambda x, *rest: x.new_empty(x.shape, dtype=accumulation_dtype(x.dtype)),
+        )
+        STEPS[_namespace, _recurrence.name] = InPlace(
+            _namespace, _name, f"msrnn_ops.{_name} without rows"
+        )

@@ -22,7 +22,7 @@ SOURCES = [
     "tests/emulation/runtime.cpp",
     *("csrc/cuda/multi_state.cpp", "csrc/cuda/multi_state.cu", "csrc/cuda/evict.cu"),
     *(f"{INSTANTIATIONS}/step_{name}.cu" for name in ("float32", "bfloat16", "float16")),
-    *("csrc/cuda/scan.cpp", "csrc/cuda/scan.cu"),
+    *("csrc/cuda/scan.cpp", "csrc/cuda/scan.cu", "csrc/cuda/row_step.cu"),
     *(f"{INSTANTIATIONS}/scan_{name}.cu" for name in ("float32", "float64", "bfloat16", "float16")),
 ]
 FLAGS = [

@@ -4,7 +4,8 @@
 // The truth is attention over the kept states in double, one token after the other, and the policy
 // as a sort of (score, position); it shares only Policy with the kernel. After every token the kept
 // positions, free slots and counts must be equal, and outputs and scores close. Keys and values of
-// empty slots are NaN.
+// empty slots are NaN. In cases of `indexed` rows the batch names some rows of a larger state, in
+// another order, and others that do nothing: -1, one beyond the state, one that is named already.
 //
 // With ONLY_FLOAT32 it has the cases of one dtype and links with multi_state_float32.cu alone.
 #include <algorithm>
@@ -46,13 +47,23 @@ enum class Mode { fused, halves, sequence };  // halves: attend, then evict
 struct Case {
   std::string name;
   DType dtype;
-  int64_t rows, query_heads, kv_heads, head_dim, kept;
+  int64_t rows, query_heads, kv_heads, head_dim, kept;  // rows: of the state
   int64_t tokens, planned_rows;
   bool per_head;
   Policy policy;
   Mode mode;
   bool padded;  // sequence: some tokens are not valid
   bool quick;
+  // The row of the state that each row of the batch names; empty: its own.
+  std::vector<int64_t> index;
+
+  int64_t batch() const { return index.empty() ? rows : static_cast<int64_t>(index.size()); }
+  // The row of the state that a row of the batch uses, or -1.
+  int64_t row_of(int64_t b) const {
+    if (index.empty()) return b;
+    const bool first = std::find(index.begin(), index.begin() + b, index[b]) == index.begin() + b;
+    return first && index[b] >= 0 && index[b] < rows ? index[b] : -1;
+  }
 };
 
 struct Shape {
@@ -89,6 +100,9 @@ constexpr Named kPolicies[] = {
 };
 constexpr const char* kModes[] = {"fused", "halves", "sequence"};
 
+// Rows of the batch for some rows of a state of 4, and others that do nothing.
+const std::vector<int64_t> kIndex = {-1, 2, 0, 4, 2, int64_t{1} << 31, 3};
+
 const char* name_of(DType dtype) {
   return dtype == DType::float32 ? "float32" : dtype == DType::bfloat16 ? "bfloat16" : "float16";
 }
@@ -115,6 +129,19 @@ std::vector<Case> all_cases() {
       ++turn;
     }
     turn += 1;  // so that shapes differ in which policy meets which mode
+  }
+  for (const Named& p : kPolicies) {
+    const Mode mode = static_cast<Mode>(turn % 2);
+    const DType dtype = turn % 4 < 2 ? DType::float32 : DType::bfloat16;
+    const bool large = turn % 3 == 0;  // in several blocks
+    cases.push_back(
+        {std::string("indexed/") + p.name + '/' + kModes[turn % 2] + '/' + name_of(dtype), dtype, 4,
+         4, 2, 16, large ? 40 : 5, large ? 43 : 9, 4, p.per_head, p.policy, mode, false, !large,
+         kIndex});
+#if defined(ONLY_FLOAT32)
+    if (dtype != DType::float32) cases.pop_back();
+#endif
+    ++turn;
   }
   return cases;
 }
@@ -144,15 +171,15 @@ struct Data {
   const Case& c;
   int64_t size, groups, slots;
   Memory q, k, v, out, keys, values, position, score, free, last_evicted, seen, scores, expiry,
-      times, valid;
+      times, valid, index;
 
   explicit Data(const Case& c)
       : c(c),
         size(size_of(c.dtype)),
         groups(c.per_head ? c.kv_heads : 1),
         slots(c.kept + 1),
-        q(c.rows * c.query_heads * c.tokens * c.head_dim * size),
-        k(c.rows * c.kv_heads * c.tokens * c.head_dim * size),
+        q(c.batch() * c.query_heads * c.tokens * c.head_dim * size),
+        k(c.batch() * c.kv_heads * c.tokens * c.head_dim * size),
         v(k.bytes()),
         out(q.bytes()),
         keys(c.rows * c.kv_heads * slots * c.head_dim * size),
@@ -162,10 +189,11 @@ struct Data {
         free(8 * c.rows * groups),
         last_evicted(8 * c.rows * groups),
         seen(8 * c.rows),
-        scores(4 * c.rows * groups * slots),
+        scores(4 * c.batch() * groups * slots),
         expiry(8 * c.rows * groups * c.tokens),
         times(8 * c.rows * c.tokens),
-        valid(c.rows * c.tokens) {
+        valid(c.batch() * c.tokens),
+        index(8 * c.index.size()) {
     Random random(std::hash<std::string>{}(c.name));
     for (const Memory* m : {&q, &k, &v}) {
       for (int64_t at = 0; at < m->bytes(); at += size) {
@@ -174,11 +202,18 @@ struct Data {
       }
     }
     memset(score.data(), 0, score.bytes());
+    memset(last_evicted.data(), 0xFF, last_evicted.bytes());
     memset(free.data(), 0, free.bytes());
     memset(seen.data(), 0, seen.bytes());
     memset(scores.data(), 0, scores.bytes());
     for (int64_t i = 0; i < valid.bytes(); ++i) {
       valid.data()[i] = !c.padded || random.uniform(0, 1) < 0.7;
+    }
+    // In 32 bits every number but one beyond them keeps its meaning; that one names no row, either.
+    for (size_t i = 0; i < c.index.size(); ++i) {
+      const auto narrow = static_cast<int32_t>(c.index[i]);
+      if (wide_index()) memcpy(index.data() + 8 * i, &c.index[i], 8);
+      if (!wide_index()) memcpy(index.data() + 4 * i, &narrow, 4);
     }
   }
   double number(const Memory& m, int64_t heads, int64_t b, int64_t h, int64_t t, int64_t d) const {
@@ -194,6 +229,7 @@ struct Data {
     memcpy(&x, m.data() + 4 * i, 4);
     return x;
   }
+  bool wide_index() const { return c.per_head; }
   bool is_valid(int64_t b, int64_t t) const { return valid.data()[b * c.tokens + t]; }
   Heads heads(const Memory& m, int64_t count, int64_t t) const {
     const int64_t row = c.head_dim * size;
@@ -201,25 +237,26 @@ struct Data {
   }
 };
 
-// One token of a row by the truth. Returns the output (query_heads, head_dim) and the attention
-// that each slot got (groups, slots), and changes the truth.
+// One token of a row of the batch by the truth. Returns the output (query_heads, head_dim) and the
+// attention that each slot got (groups, slots), and changes the truth.
 void attend(const Data& d, Truth& truth, int64_t b, int64_t t, std::vector<double>& out,
             std::vector<double>& attention) {
   const Case& c = truth.c;
-  const int64_t each = c.query_heads / c.kv_heads, groups = truth.groups;
+  const int64_t each = c.query_heads / c.kv_heads, groups = truth.groups, row = c.row_of(b);
   out.assign(c.query_heads * c.head_dim, 0);
   attention.assign(groups * truth.slots, 0);
+  if (row < 0) return;
   std::vector<int64_t> time_of;  // of each position
   for (int64_t i = 0; i <= t; ++i) {
     if (d.is_valid(b, i)) time_of.push_back(i);
   }
   for (int64_t g = 0; g < groups; ++g) {
-    Kept& k = truth.kept[b * groups + g];
-    k.slot_position[k.free] = truth.seen[b];
+    Kept& k = truth.kept[row * groups + g];
+    k.slot_position[k.free] = truth.seen[row];
   }
   for (int64_t h = 0; h < c.query_heads; ++h) {
     const int64_t head = h / each, g = groups == 1 ? 0 : head;
-    const Kept& k = truth.kept[b * groups + g];
+    const Kept& k = truth.kept[row * groups + g];
     std::vector<double> weight(truth.slots, -HUGE_VAL);
     double largest = -HUGE_VAL, sum = 0;
     for (int64_t i = 0; i < truth.slots; ++i) {
@@ -244,10 +281,11 @@ void attend(const Data& d, Truth& truth, int64_t b, int64_t t, std::vector<doubl
   }
 }
 
-void evict(Truth& truth, int64_t b, const std::vector<double>& attention) {
+void evict(Truth& truth, int64_t row, const std::vector<double>& attention) {
   const Case& c = truth.c;
+  if (row < 0) return;
   for (int64_t g = 0; g < truth.groups; ++g) {
-    Kept& k = truth.kept[b * truth.groups + g];
+    Kept& k = truth.kept[row * truth.groups + g];
     std::vector<std::pair<double, int64_t>> order;
     int64_t occupied = 0;
     for (int64_t i = 0; i < truth.slots; ++i) {
@@ -259,7 +297,7 @@ void evict(Truth& truth, int64_t b, const std::vector<double>& attention) {
       if (c.policy.score == ScoreKind::accumulated) {
         score = k.score[i] += attention[g * truth.slots + i];
       }
-      if (!is_protected(c.policy, position, truth.seen[b])) order.push_back({score, position});
+      if (!is_protected(c.policy, position, truth.seen[row])) order.push_back({score, position});
     }
     k.last_evicted = -1;
     if (occupied > c.kept) {
@@ -271,7 +309,7 @@ void evict(Truth& truth, int64_t b, const std::vector<double>& attention) {
     k.free =
         std::find(k.slot_position.begin(), k.slot_position.end(), -1) - k.slot_position.begin();
   }
-  ++truth.seen[b];
+  ++truth.seen[row];
 }
 
 bool run(const Case& c) {
@@ -292,6 +330,8 @@ bool run(const Case& c) {
                 d.slots,
                 c.head_dim,
                 c.dtype};
+  call.batch = c.batch();
+  call.rows = {c.index.empty() ? nullptr : d.index.data(), d.wide_index(), c.rows};
   call.policy = c.policy;
   call.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(c.head_dim)));
   call.query_heads = c.query_heads;
@@ -301,8 +341,9 @@ bool run(const Case& c) {
       step_plan(c.planned_rows, c.query_heads, c.kv_heads, d.slots, c.head_dim, size_of(c.dtype));
   step_fits(call, &call.fits);
   call.plan.one_launch = call.plan.one_launch && call.fits != Fits::not_at_all;
-  const Memory workspace(lay_out(call.plan, call.state, c.query_heads, nullptr, nullptr).bytes);
-  lay_out(call.plan, call.state, c.query_heads, workspace.data(), &call.exchange);
+  const Memory workspace(
+      lay_out(call.plan, call.state, call.batch, c.query_heads, nullptr, nullptr).bytes);
+  lay_out(call.plan, call.state, call.batch, c.query_heads, workspace.data(), &call.exchange);
   call.token = c.rows == 1 ? 77 : 0;  // the same for every launch, as a CUDA graph has it; or new
   const auto at_token = [&](int64_t t) {
     call.q = d.heads(d.q, c.query_heads, t);
@@ -382,7 +423,7 @@ bool run(const Case& c) {
       call.first = 0;
       call.last = call.time = 1;
       launches(launch_step(call, kStream));
-      for (int64_t b = 0; b < c.rows; ++b) {
+      for (int64_t b = 0; b < c.batch(); ++b) {
         attend(d, truth, b, t, out, attention);
         compare_output(b, t);
         for (int64_t i = 0; call.scores && i < d.groups * d.slots; ++i) {
@@ -390,10 +431,10 @@ bool run(const Case& c) {
               std::fabs(d.real(d.scores, b * d.groups * d.slots + i) - attention[i]);
           error = std::isfinite(apart) ? std::fmax(error, apart / c.query_heads) : HUGE_VAL;
         }
-        evict(truth, b, attention);
+        evict(truth, c.row_of(b), attention);
       }
       if (c.mode == Mode::halves) {
-        launches(launch_evict(call.state, c.policy, call.scores, kStream));
+        launches(launch_evict(call.state, call.batch, call.rows, c.policy, call.scores, kStream));
       }
       compare_state();
     }
@@ -402,7 +443,7 @@ bool run(const Case& c) {
   uint64_t hash = 0xCBF29CE484222325;
   for (const Memory* m : std::initializer_list<const Memory*>{
            &d.q, &d.k, &d.v, &d.out, &d.keys, &d.values, &d.position, &d.score, &d.free,
-           &d.last_evicted, &d.seen, &d.scores, &d.expiry, &d.times, &workspace}) {
+           &d.last_evicted, &d.seen, &d.scores, &d.expiry, &d.times, &d.index, &workspace}) {
     untouched = m->guards_untouched() && untouched;
     for (int64_t i = 0; m != &workspace && i < m->bytes(); ++i) {
       hash = (hash ^ static_cast<unsigned char>(m->data()[i])) * 0x100000001B3;

@@ -23,7 +23,7 @@ from machine import BUILD, EMULATION, ROOT, RUNTIME, TENSORS, link
 ARCHS = ("80", "90", "100", "120")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 KERNELS = {
-    "driver": ("scan", *(f"instantiations/scan_{dtype}" for dtype in DTYPES)),
+    "driver": ("scan", "row_step", *(f"instantiations/scan_{dtype}" for dtype in DTYPES)),
     "step_driver": (
         *("multi_state", "evict"),
         *(f"instantiations/step_{dtype}" for dtype in DTYPES if dtype != "float64"),
