@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from backends import INTERPRETED
-from conftest import EXAMPLES
 from scans import reference
 from test_multi_state import close, draw, every_dtype, every_policy, make, policies, same_state
 from torch import Tensor
@@ -290,9 +288,9 @@ def serve(policy: ms.Policy, turns: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("name", ["tova", "tova_head", "window+i", "h2o", "h2o_head"])
-def test_requests_do_not_meet(name: str) -> None:
+@pytest.mark.parametrize("schedules", [1, pytest.param(100, marks=pytest.mark.slow)])
+def test_requests_do_not_meet(name: str, schedules: int) -> None:
     """Whatever else is served, aborted or was in the row before: bit for bit what is got alone."""
-    schedules = 2 if INTERPRETED else 2 * EXAMPLES
     for _ in range(schedules):
         for together, alone in serve(policies(random.choice([1, 3, 8]))[name], 12):
             assert torch.equal(together, alone)

@@ -67,6 +67,12 @@ KERNELS |= {
     f"{DTYPES[name].mangled}Li{pieces}E": f"attend_evict/{name}/{pieces}"
     for name, pieces in (("float32", 1), ("float32", 2), ("bfloat16", 1), ("float16", 1))
 }
+# In place on rows of a larger state.
+KERNELS |= {
+    f"{op.mangled}{dtype.mangled}": f"{name}_step/{dtype_name}/1"
+    for (name, op), (dtype_name, dtype) in product(OPS.items(), DTYPES.items())
+    if name.startswith("min_")
+}
 KERNELS["evict_kernel"] = "evict/float32/1"  # its scores are float32, whatever the state holds
 
 
@@ -95,9 +101,12 @@ def output_of(*command: str, cwd: Path = ROOT) -> str:
 
 def kernel_name(mangled: str) -> str | None:
     """Such as min_gru/bfloat16/forward; none for what is no kernel of ours."""
-    pattern = r"(?:scan_kernelINS_|step_kernelI)(\S+?L[bi]\dE)EEvNS|(evict_kernel)ENS"
+    pattern = (
+        r"row_step_kernelINS_(\S+?)EEvNS|(?:scan_kernelINS_|step_kernelI)(\S+?L[bi]\dE)EEvNS"
+        r"|(evict_kernel)ENS"
+    )
     found = re.search(pattern, mangled)
-    return KERNELS.get(found[1] or found[2]) if found else None
+    return KERNELS.get(found[1] or found[2] or found[3]) if found else None
 
 
 def disassemble(cubin: Path) -> Code:

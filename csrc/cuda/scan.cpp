@@ -7,6 +7,7 @@
 
 #include "../scan_ops.h"
 #include "on_device.h"
+#include "row_step.h"
 
 namespace msrnn {
 namespace {
