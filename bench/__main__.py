@@ -152,6 +152,32 @@ def distributed(words: list[str], /, **options: Any) -> None:
     distributed.run(distributed.Options(**options), words)
 
 
+_NUMBERS = click.IntRange(1)
+
+
+@command.command()
+@click.option("--model", type=_FOLDER, required=True, help="A Llama-style checkpoint.")
+@click.option("--text", type=_FILE, help="What prompts are cut from; default: these pages.")
+@click.option("--budget", type=_NUMBERS, default=128, help="MiB of keys and values.")
+@click.option("--requests", type=_NUMBERS, default=24, show_default=True)
+@click.option("--prompt", type=_NUMBERS, default=256, help="Tokens of each prompt.")
+@click.option("--outputs", type=_NUMBERS, default=768, help="Tokens of each answer.")
+@click.option("--contexts", type=_NUMBERS, multiple=True, default=(1024, 2048, 4096, 8192))
+@click.option("--batches", type=_NUMBERS, multiple=True, default=(1, 4))
+@click.option("--slots", type=_NUMBERS, default=512, help="Of the experiment on contexts.")
+@click.option("--steps", type=_NUMBERS, default=48, help="Of the experiment on contexts.")
+@click.option("--dtype", type=click.Choice(("bfloat16", "float16", "float32")), default="bfloat16")
+@click.option("--policy", type=click.Choice(("tova", "window", "h2o")), default="tova")
+@_only(("burst", "contexts"))
+@_output()
+@click.pass_obj
+def serving(words: list[str], /, only: list[str] | None, output: Path, **options: Any) -> None:
+    """Requests behind vLLM, with a bounded state and without."""
+    from bench.serving import run
+
+    run.run(run.Options(**options), only or ("burst", "contexts"), output, words)
+
+
 @command.command()
 @click.argument("names", nargs=-1, type=click.Choice(("scans", "steps", "scaling")))
 @click.option("--archs", default="80,90,100,120", show_default=True, help="Of the GPUs.")

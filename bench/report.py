@@ -12,6 +12,8 @@ from bench.table import Table, markdown
 
 
 def _of(results: dict[str, Any]) -> ModuleType:
+    if "burst" in results:
+        return import_module("bench.serving.run")
     return import_module(f"bench.{'cuda' if 'gpu' in results['machine'] else 'cpu'}.report")
 
 

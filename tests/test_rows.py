@@ -393,6 +393,8 @@ def calls() -> dict[str, tuple[Callable[..., Any], list[Tensor]]]:
 def test_wrong_rows(name: str, wrong: str) -> None:
     run, written = calls()[name]
     rows, words = wrong_rows()[wrong]
+    if wrong in ("beyond", "negative", "twice") and not torch.empty(0).is_cpu:
+        pytest.skip("nobody waits for the numbers on a device")
     before = [x.clone() for x in written]
     caller = "attend_prompt" if name == "packed" else name
     with pytest.raises((TypeError, ValueError), match=rf"{caller}: .*{words}"):

@@ -12,9 +12,10 @@ right. A fence that is missing shows in results, but on no processor that the te
 
 Whatever the compiler, a kernel must have no faults as ptxas.py finds them, must neither spill nor
 have a stack frame, and must load and store 16 bytes at a time, unless it is evict, which reads a
-few scores, or a step on rows by index, which moves a few channels. With the compiler of the table its registers must also leave room for as many blocks,
-its facts must be the same, and it must have at most a tenth more instructions; other compilers only
-report these. `--kernels` takes beginnings of names.
+few scores, or a step on rows by index, which moves a few channels. With the compiler of the table
+its registers must also leave room for as many blocks, its facts must be the same, and it must have
+at most a tenth more instructions; other compilers only report these. `--kernels` takes beginnings
+of names.
 
 Nearly all time goes into cicc (C++ to PTX, 60 %) and ptxas, nothing into a front end that several
 architectures could share. So PTX is made once for those whose PTX differs in its name alone, as

@@ -141,7 +141,9 @@ class _Recorder:
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
-    names = [(scan_kernels, n) for n in ("scan_forward", "scan_carries", "scan_backward")]
+    names = [
+        (scan_kernels, n) for n in ("scan_forward", "scan_carries", "scan_backward", "scan_step")
+    ]
     names += [(step_kernels, n) for n in ("attend", "finish", "evict")]
     kernels = [getattr(module, name) for module, name in names]
     for (module, name), kernel in zip(names, kernels, strict=True):
@@ -182,13 +184,21 @@ def _call_scan(
 
 
 def _call_step(
-    heads: tuple[int, int], head_dim: int, policy: ms.Policy, dtype: torch.dtype
+    heads: tuple[int, int], head_dim: int, policy: ms.Policy, dtype: torch.dtype, by_index: bool
 ) -> None:
     with torch.device("meta"):
         state = ms.MultiState(policy, batch=1, kv_heads=heads[1], head_dim=head_dim, dtype=dtype)
         q, k = (torch.empty(1, n, head_dim, dtype=dtype) for n in heads)
+        rows = torch.empty(1, dtype=torch.int32) if by_index else None
     numbers = (*policy.numbers, head_dim**-0.5)
-    multi_state.OPERATORS["attend_evict"](q, k, k, *state.tensors(), *numbers)
+    multi_state.OPERATORS["attend_evict"](q, k, k, rows, *state.tensors(), *numbers)
+
+
+def _call_scan_step(name: str, dtype: torch.dtype) -> None:
+    with torch.device("meta"):
+        x, h = torch.empty(64, 4096, dtype=dtype), torch.empty(1024, 4096)
+        rows = torch.empty(64, dtype=torch.int32)
+    scan.OPERATORS[f"{name}_step"](*[x] * _INPUTS[name], h, rows, False)
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -214,7 +224,11 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             ):
                 size = f"{heads[0]}:{heads[1]}x{head_dim}x{policy.slots}"
                 name = f"attend_evict/{label}/{size}/{policy.score}"
-                yield name, partial(_call_step, heads, head_dim, policy, dtype)
+                yield name, partial(_call_step, heads, head_dim, policy, dtype, False)
+        one = partial(_call_step, (32, 8), 128, ms.Policy.tova(8192), dtype, True)
+        yield f"attend_evict/{label}/32:8x128x8192/rows", one
+        for name in ("min_gru", "min_lstm"):
+            yield f"{name}_step/{label}/rows", partial(_call_scan_step, name, dtype)
     for label, dtype in dtypes.items():
         for form, shape in _SHAPES.items():
             for which in ("forward", "backward"):

@@ -95,6 +95,10 @@ def steps(device: torch.device) -> None:
             q, k, v = draw()
             ms.attend_evict(q, k, v, state)
             ms.evict(state, ms.attend_scores(q, k, v, state)[1])
+        rows = torch.arange(batch, device=device).flip(0)
+        rows[-1] = -1
+        ms.attend_evict(q, k, v, state, rows=rows)
+        ms.evict(state, ms.attend_scores(q, k, v, state, rows=rows)[1], rows=rows)
         q, k, v = (x.requires_grad_() for x in draw(time))
         out, _ = ms.attend_sequence(q, k, v, policy)
         torch.autograd.grad(out, (q, k, v), torch.ones_like(out))

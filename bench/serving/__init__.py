@@ -1,0 +1,1 @@
+"""Requests behind vLLM, with a bounded state and without."""
