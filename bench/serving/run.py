@@ -128,10 +128,8 @@ def contexts(options: Options, tokens: list[int]) -> dict[str, Any]:
             f"{batch} x {context}": _rate(one)
             for (batch, context), one in zip(cases, result["bursts"], strict=True)
         }
-        say(
-            f"contexts: {name}: {', '.join(f'{k} {v:.1f}' for k, v in found[name].items())} tokens/s"
-        )
-    return found
+        rates = ", ".join(f"{case} {rate:.1f}" for case, rate in found[name].items())
+        say(f"contexts: {name}: {rates} tokens/s")
 
 
 def _rate(one: dict[str, Any]) -> float:
