@@ -168,14 +168,16 @@ _NUMBERS = click.IntRange(1)
 @click.option("--steps", type=_NUMBERS, default=48, help="Of the experiment on contexts.")
 @click.option("--dtype", type=click.Choice(("bfloat16", "float16", "float32")), default="bfloat16")
 @click.option("--policy", type=click.Choice(("tova", "window", "h2o")), default="tova")
-@_only(("burst", "contexts"))
+@click.option("--many", type=_NUMBERS, default=2000, help="Requests, for memory.")
+@click.option("--long", type=_NUMBERS, default=4000, help="Tokens of one, for memory.")
+@_only(("burst", "contexts", "memory"))
 @_output()
 @click.pass_obj
 def serving(words: list[str], /, only: list[str] | None, output: Path, **options: Any) -> None:
     """Requests behind vLLM, with a bounded state and without."""
     from bench.serving import run
 
-    run.run(run.Options(**options), only or ("burst", "contexts"), output, words)
+    run.run(run.Options(**options), only or tuple(run.PARTS), output, words)
 
 
 @command.command()

@@ -12,7 +12,7 @@ from bench.table import Table, markdown
 
 
 def _of(results: dict[str, Any]) -> ModuleType:
-    if "burst" in results:
+    if "bench serving" in results["command"]:
         return import_module("bench.serving.run")
     return import_module(f"bench.{'cuda' if 'gpu' in results['machine'] else 'cpu'}.report")
 

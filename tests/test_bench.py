@@ -17,6 +17,8 @@ from bench.__main__ import command  # noqa: E402
 from bench.cpu import accuracy, layers, limits, memory, ops, steps  # noqa: E402
 from bench.cuda import stand_in  # noqa: E402
 from bench.cuda import steps as gpu_steps  # noqa: E402
+from bench.serving import engine  # noqa: E402
+from bench.serving import run as serving  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -141,3 +143,49 @@ def test_without_a_gpu() -> None:
     for words in (["cuda"], ["tune"], ["papers", "--device", "cuda"]):
         result = CliRunner().invoke(command, words)
         assert result.exit_code == 2 and "torch sees none here" in result.output
+
+
+def test_serving_without_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of each engine, and what is made of its answers."""
+    jobs: list[engine.Job] = []
+
+    def answer(job: engine.Job) -> dict[str, Any]:
+        jobs.append(job)
+        speed = 2.0 if job.policy else 1.0
+        bursts = [
+            {
+                "requests": len(prompts), "prompt_tokens": sum(map(len, prompts)),
+                "output_tokens": len(prompts) * outputs, "seconds": 60 / speed, "in_flight": 2,
+                "in_flight_mean": 1.5, "preemptions": 3, "first_token": [1.0, 2.0],
+                "latency": [5.0, 6.0], "token_seconds": [0.1 / speed] * len(prompts),
+                "course": [(0.1, 2, 1, 100), (1.0, 1, len(prompts) * outputs, 101)],
+            }
+            for prompts, outputs in zip(job.prompts, job.outputs, strict=True)
+        ]  # fmt: skip
+        return {"bursts": bursts, "process_bytes": 1 << 30}
+
+    monkeypatch.setattr(serving, "_run", answer)
+    options = serving.Options(
+        model=tmp_path, budget=8, requests=2, prompt=24, outputs=40, contexts=(32, 64),
+        batches=(1, 2), slots=8, steps=4, dtype="bfloat16", policy="h2o", many=5, long=9,
+    )  # fmt: skip
+    results: dict[str, Any] = {
+        "command": "python -m bench serving", "date": "2026-11-30", "machine": {"cores": 2},
+        "settings": {"budget": 8, "requests": 2, "prompt": 24, "outputs": 40, "model": "tiny"},
+        "versions": {"vllm": "0"},
+    }  # fmt: skip
+    results["machine"]["processor"], results["settings"]["dtype"] = "this", "bfloat16"
+    for name, part in serving.PARTS.items():
+        results[name] = part(options, [7, 8, 9])
+    slots = [job.policy and job.policy["slots"] for job in jobs]
+    assert slots == [None, 8, 16, None, 8, 8]  # 1/8 and 1/4 of 64 tokens
+    assert jobs[0].prompts[0][0] == [7, 8, 9] * 8 and len(jobs[0].prompts[0]) == 2
+    assert [len(x) for x in jobs[3].prompts] == [1, 1, 2, 2]
+    first, second, third = report.tables(results)
+    assert [row[5] for row in first.rows] == ["1.00", "2.00", "2.00"]
+    assert [row[-1] for row in second.rows] == ["2.00"] * 4
+    assert second.rows[2][:2] == ["2 x 32", "20.0"]
+    assert [row[1:] for row in third.rows] == [["101", "101"], ["101", "101"]]
+    assert "vLLM 0, tiny in bfloat16" in report.heading(results)
+    serving.draw(results["burst"], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 _WARM_UP = 4  # tokens
@@ -67,7 +68,13 @@ def make(job: Job) -> Any:
         async_scheduling=False,
         **settings,
     )
-    return LLMEngine.from_engine_args(arguments)
+    engine = LLMEngine.from_engine_args(arguments)
+    if job.policy:
+        from msrnn_ops.vllm.backend import Backend
+
+        if Backend.policy is None:
+            raise RuntimeError("vLLM did not find the plugin: install msrnn_ops again")
+    return engine
 
 
 def serve(engine: Any, prompts: list[list[int]], outputs: int, name: str) -> dict[str, Any]:
@@ -82,7 +89,8 @@ def serve(engine: Any, prompts: list[list[int]], outputs: int, name: str) -> dic
     requests = list(scheduler.requests.values())
     first: dict[str, float] = {}
     last: dict[str, float] = {}
-    running: list[tuple[float, int, int]] = []  # time, requests in flight, tokens so far
+    # Time, requests in flight, tokens so far, resident memory in MiB.
+    running: list[tuple[float, ...]] = []
     tokens: dict[str, int] = {}
     while engine.has_unfinished_requests():
         for output in engine.step():
@@ -91,9 +99,10 @@ def serve(engine: Any, prompts: list[list[int]], outputs: int, name: str) -> dic
             first.setdefault(output.request_id, now)
             if output.finished:
                 last[output.request_id] = now
-        running.append((time.perf_counter() - start, len(scheduler.running), sum(tokens.values())))
+        so_far = time.perf_counter() - start
+        running.append((so_far, len(scheduler.running), sum(tokens.values()), _resident()))
     # The last step leaves none in flight.
-    in_flight = [count for _, count, _ in running[:-1]] or [len(prompts)]
+    in_flight = [count for _, count, _, _ in running[:-1]] or [len(prompts)]
     one = [(last[x] - first[x]) / max(1, tokens[x] - 1) for x in last]
     return {
         "requests": len(prompts),
@@ -110,9 +119,14 @@ def serve(engine: Any, prompts: list[list[int]], outputs: int, name: str) -> dic
     }
 
 
-def _thinned(points: list[tuple[float, int, int]], most: int = 200) -> list[tuple[float, ...]]:
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") >> 20
+
+
+def _thinned(points: list[tuple[float, ...]], most: int = 200) -> list[tuple[float, ...]]:
     every = -(-len(points) // most)
-    return [(round(t, 3), n, total) for t, n, total in points[::every]]
+    return [(round(t, 3), *rest) for t, *rest in [*points[:-1:every], points[-1]]]
 
 
 def bursts(job: Job) -> Iterator[dict[str, Any]]:

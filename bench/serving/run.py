@@ -1,11 +1,12 @@
 """``python -m bench serving``: one budget of cache memory, vLLM as it is beside a bounded state.
 
-Two experiments, each competitor in a process of its own, one after the other:
+Three experiments, each competitor in a process of its own, one after the other:
 
 - ``burst``: more requests with long outputs than vLLM's pages hold. It has to preempt; at 1/8 and
   1/4 of the states all or most are served at once.
 - ``contexts``: requests alone and in batches, with contexts from short to long, after their prompt:
   what a step takes.
+- ``memory``: what the process of a bounded state holds, over many requests and over a long one.
 
 Prompts are pieces of a text.
 """
@@ -47,6 +48,8 @@ class Options:
     steps: int
     dtype: str
     policy: str
+    many: int  # requests, of the experiment on memory
+    long: int  # tokens, likewise
     text: Path | None = None
 
 
@@ -130,6 +133,28 @@ def contexts(options: Options, tokens: list[int]) -> dict[str, Any]:
         }
         rates = ", ".join(f"{case} {rate:.1f}" for case, rate in found[name].items())
         say(f"contexts: {name}: {rates} tokens/s")
+    return found
+
+
+def memory(options: Options, tokens: list[int]) -> dict[str, Any]:
+    """Resident MiB when an eighth of the tokens are there, and when all are."""
+    policy = {"policy": options.policy, "slots": options.slots}
+    many, long = options.many, options.long
+    prompts = [_pieces(tokens, many, 16), _pieces(tokens, 1, 64)]
+    job = Job(
+        str(options.model), options.dtype, policy, options.budget << 20, 32, long + 64, 16,
+        prompts, [4, long],
+    )  # fmt: skip
+    with running("memory"):
+        result = _run(job)
+    found = {}
+    names = (f"{many} requests of 16 + 4 tokens", f"one request of 64 + {long} tokens")
+    for name, one in zip(names, result["bursts"], strict=True):
+        total = one["output_tokens"]
+        early = next(point[3] for point in one["course"] if point[2] >= total / 8)
+        found[name] = {"early": early, "late": one["course"][-1][3], "seconds": one["seconds"]}
+        say(f"memory: {name}: {early} MiB, in the end {found[name]['late']} MiB")
+    return found
 
 
 def _rate(one: dict[str, Any]) -> float:
@@ -138,27 +163,9 @@ def _rate(one: dict[str, Any]) -> float:
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
-    settings = results["settings"]
-    rows = []
-    stock = results["burst"][STOCK]
-    for name, one in results["burst"].items():
-        speed = one["output_tokens"] / one["seconds"]
-        rows.append([
-            name, f"{one['in_flight']}", f"{one['in_flight_mean']:.1f}", f"{one['preemptions']}",
-            f"{speed:.1f}", f"{speed * stock['seconds'] / stock['output_tokens']:.2f}",
-            f"{statistics.median(one['first_token']):.1f}",
-            f"{statistics.median(one['latency']):.1f}", f"{_high(one['latency']):.1f}",
-            f"{one['process_bytes'] / 2**20:.0f}",
-        ])  # fmt: skip
-    columns = [
-        "", "in flight", "mean", "preemptions", "tokens/s", "times vLLM", "first token, p50, s",
-        "latency, p50, s", "latency, p99, s", "process, MiB",
-    ]  # fmt: skip
-    note = (
-        f"{settings['requests']} requests of {settings['prompt']} + {settings['outputs']} tokens"
-        f" at once, {settings['budget']} MiB of keys and values"
-    )
-    found = [Table("A burst of requests", note, columns, rows)]
+    found: list[Table] = []
+    if "burst" in results:
+        found.append(_burst_table(results["settings"], results["burst"]))
     if "contexts" in results:
         names = list(results["contexts"])
         ours = names[-1]
@@ -172,7 +179,38 @@ def tables(results: dict[str, Any]) -> list[Table]:
                 "Tokens/s after the prompt", "", ["requests x context", *names, "times vLLM"], rows
             )
         )
+    if "memory" in results:
+        rows = [
+            [name, f"{one['early']}", f"{one['late']}"] for name, one in results["memory"].items()
+        ]
+        columns = ["", "after 1/8, MiB", "in the end, MiB"]
+        found.append(Table("Memory of the process", "", columns, rows))
     return found
+
+
+PARTS = {"burst": burst, "contexts": contexts, "memory": memory}
+
+
+def _burst_table(settings: dict[str, Any], burst: dict[str, Any]) -> Table:
+    stock = burst[STOCK]["output_tokens"] / burst[STOCK]["seconds"]
+    rows = []
+    for name, one in burst.items():
+        speed = one["output_tokens"] / one["seconds"]
+        rows.append([
+            name, f"{one['in_flight']}", f"{one['in_flight_mean']:.1f}", f"{one['preemptions']}",
+            f"{speed:.1f}", f"{speed / stock:.2f}", f"{statistics.median(one['first_token']):.1f}",
+            f"{statistics.median(one['latency']):.1f}", f"{_high(one['latency']):.1f}",
+            f"{one['process_bytes'] / 2**20:.0f}",
+        ])  # fmt: skip
+    columns = [
+        "", "in flight", "mean", "preemptions", "tokens/s", "times vLLM", "first token, p50, s",
+        "latency, p50, s", "latency, p99, s", "process, MiB",
+    ]  # fmt: skip
+    note = (
+        f"{settings['requests']} requests of {settings['prompt']} + {settings['outputs']} tokens"
+        f" at once, {settings['budget']} MiB of keys and values"
+    )
+    return Table("A burst of requests", note, columns, rows)
 
 
 def _high(values: Sequence[float]) -> float:
@@ -188,11 +226,11 @@ def heading(results: dict[str, Any]) -> str:
     )
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
+def draw(burst: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (flight, done) = plt.subplots(1, 2, figsize=(9, 3.2))
-    for name, one in results["burst"].items():
+    for name, one in burst.items():
         times = [point[0] for point in one["course"]]
         flight.plot(times, [point[1] for point in one["course"]], label=name)
         done.plot(times, [point[2] for point in one["course"]], label=name)
@@ -218,12 +256,13 @@ def run(options: Options, only: Sequence[str], output: Path, words: Sequence[str
         "model": options.model.name, **{name: getattr(options, name) for name in names},
     }  # fmt: skip
     tokens = _tokens(options)
-    for part, measure in {"burst": burst, "contexts": contexts}.items():
+    for part, measure in PARTS.items():
         if part in only:
             results[part] = measure(options, tokens)
             write(output / "serving.partial", results)
     (output / "serving.partial").unlink(missing_ok=True)
     write(output / "serving.json", results)
     show(*tables(results))
-    draw(results, output / "serving.png")
+    if "burst" in results:
+        draw(results["burst"], output / "serving.png")
     say(f"written to {output / 'serving.json'}")
