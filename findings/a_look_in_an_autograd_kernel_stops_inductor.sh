@@ -10,7 +10,7 @@
 # where the look is wrapped in torch.fx.experimental.proxy_tensor.disable_proxy_modes_tracing.
 #
 # Seen with torch 2.13.0 (CPU), Python 3.11, gcc 12:
-#   no look: compiles, look: InductorError: AssertionError, untraced look: compiles
+#   no look: compiles, look: AssertionError:, untraced look: compiles
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
