@@ -240,6 +240,8 @@ class MultiState:
             for x, value in empty:
                 x.fill_(value)
             return
+        if is_distributed(self.seen):
+            raise errors.value("reset", "rows=None with DTensors", "rows")
         count = self.seen.shape[0]
         if errors.check_rows("reset", rows, None, count, self.device, "the state", once=False):
             index = rows[rows >= 0].to(torch.int64)

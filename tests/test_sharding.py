@@ -358,6 +358,8 @@ def _errors_and_compile(rank: int) -> None:
     some = {"rows": torch.tensor([0, 1, 2, 3])}
     with pytest.raises(ValueError, match="attend_evict: expected rows=None with DTensors"):
         ms.attend_evict(*by_heads, mine, **some)
+    with pytest.raises(ValueError, match="reset: expected rows=None with DTensors"):
+        mine.reset(**some)
     prompt = [put(torch.randn(6, heads, 8), mesh, [Shard(1)]) for heads in (8, 4, 4)]
     with pytest.raises(ValueError, match="attend_prompt: expected cu_seqlens=None with DTensors"):
         ms.attend_prompt(*prompt, mine, cu_seqlens=torch.tensor([0, 1, 2, 3, 6]))
