@@ -70,8 +70,9 @@ def attend_evict(
 
     Raises:
         TypeError, ValueError: a wrong shape, dtype or device, before anything is written; on a CPU
-            also a row out of range and two that are the same. On a GPU, where the numbers are not
-            looked at beforehand, a row out of range does nothing, nor does the second of the same.
+            also a row out of range and two that are the same. On a GPU and in a compiled function,
+            where the numbers are not looked at beforehand, a row out of range does nothing, nor
+            does the second of the same.
         RuntimeError: a gradient is asked for; :func:`attend_sequence` has one.
 
     Source: Oren et al. 2024, Algorithm 1 (TOVA) and section 3.2; H2O: Zhang et al. 2023,

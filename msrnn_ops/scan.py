@@ -479,8 +479,9 @@ def min_gru_step(
 
     Raises:
         TypeError, ValueError: as :func:`min_gru`; on a CPU a row out of range, and two that are the
-            same, before anything is written (on a GPU, where the numbers are not looked at
-            beforehand, these do nothing). RuntimeError: a gradient is asked for with rows.
+            same, before anything is written (on a GPU and in a compiled function, where the numbers
+            are not looked at beforehand, these do nothing). RuntimeError: a gradient is asked for
+            with rows.
 
     Source: Feng et al. 2024, section 3.1, the sequential form.
 
