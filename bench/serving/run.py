@@ -5,7 +5,7 @@ Three experiments, each competitor in a process of its own, one after the other:
 - ``burst``: more requests with long outputs than vLLM's pages hold. It has to preempt; at 1/8 and
   1/4 of the states all or most are served at once.
 - ``contexts``: requests alone and in batches, with contexts from short to long, after their prompt:
-  what a step takes.
+  what a step takes; competitors take turns, and the median counts.
 - ``memory``: what the process of a bounded state holds, over many requests and over a long one.
 
 Prompts are pieces of a text.
@@ -30,6 +30,7 @@ from bench.serving.engine import Job
 from bench.table import Table, running, say, show
 
 STOCK = "vLLM"
+_TURNS = 3  # of the competitors, whose steps vary by a tenth from process to process
 _TEXT = Path(__file__).parents[2]
 
 
@@ -119,21 +120,24 @@ def contexts(options: Options, tokens: list[int]) -> dict[str, Any]:
         if batch * context <= max(longest, 8192)
     ]
     prompts = [_pieces(tokens, batch, context - options.steps) for batch, context in cases]
-    found: dict[str, Any] = {}
-    for name, policy in _competitors(options, [options.slots]):
-        job = Job(
-            str(options.model), options.dtype, policy, 2 << 30, 32, longest, max(options.batches),
-            prompts, [options.steps] * len(cases),
-        )  # fmt: skip
-        with running(f"contexts: {name}"):
-            result = _run(job)
-        found[name] = {
-            f"{batch} x {context}": _rate(one)
-            for (batch, context), one in zip(cases, result["bursts"], strict=True)
+    rates: dict[str, list[list[float]]] = {}
+    for turn in range(_TURNS):
+        for name, policy in _competitors(options, [options.slots]):
+            job = Job(
+                str(options.model), options.dtype, policy, 2 << 30, 32, longest,
+                max(options.batches), prompts, [options.steps] * len(cases),
+            )  # fmt: skip
+            with running(f"contexts: {name}, {turn + 1} of {_TURNS}"):
+                result = _run(job)
+            rates.setdefault(name, []).append([_rate(one) for one in result["bursts"]])
+            say(f"contexts: {name}: {', '.join(f'{x:.1f}' for x in rates[name][-1])} tokens/s")
+    return {
+        name: {
+            f"{batch} x {context}": statistics.median(turns)
+            for (batch, context), *turns in zip(cases, *of_turns, strict=True)
         }
-        rates = ", ".join(f"{case} {rate:.1f}" for case, rate in found[name].items())
-        say(f"contexts: {name}: {rates} tokens/s")
-    return found
+        for name, of_turns in rates.items()
+    }
 
 
 def memory(options: Options, tokens: list[int]) -> dict[str, Any]:
