@@ -26,7 +26,7 @@ QUICK = $(SHORT) and $(FEW_OPS) and not large and not min_lstm_identity and not 
 .PHONY: test test-cpu test-cuda test-triton verify verify-ptx slow emulate schedules ptx ptx-cuda ptx-triton
 .PHONY: triton vllm budget
 .PHONY: builds sanitize cuda
-.PHONY: wheel portable lint docs gpu-prepare gpu-check bench bench-full bench-cuda papers distributed clean
+.PHONY: wheel portable lint docs gpu-prepare gpu-check bench bench-full bench-cuda papers papers-real distributed clean
 
 # What to run after a change: every op, backend and layer against float64, under five minutes on two
 # cores. Two run at a time, and each says what it has done, file by file.
@@ -235,6 +235,11 @@ bench-cuda: $(VENV)/ready
 # The papers' experiments, small enough for two cores: minutes, and build/bench/papers.md to read.
 papers: $(VENV)/ready
 	$(BIN)/python -m bench papers
+
+# On two pretrained models, which are fetched once: three hours, and one page more.
+# TEXT="--text book.txt --text another.txt" reads these in place of Python's documentation.
+papers-real: $(VENV)/ready
+	$(BIN)/python -m bench papers real $(TEXT)
 
 # Data and context parallel training over 4, 2 and 1 ranks against one process.
 distributed: export OMP_NUM_THREADS = 1

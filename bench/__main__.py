@@ -113,25 +113,37 @@ def tune(dry_run: bool) -> None:
 
 
 @command.command()
-@click.argument("parts", nargs=-1, type=click.Choice(the_papers.PARTS))
+@click.argument("parts", nargs=-1, type=click.Choice((*the_papers.PARTS, "real", *the_papers.REAL)))
 @click.option("--full", is_flag=True, help="The papers' sizes, for a GPU.")
+@click.option("--quick", is_flag=True, help="Of real: minutes instead of hours.")
 @click.option("--report", is_flag=True, help="Run nothing, show what was found.")
 @click.option("--text", multiple=True, type=_FILE, help="A text to learn, UTF-8; repeatable.")
-@click.option("--model", type=_FOLDER, help="A Llama-style checkpoint, for the part states.")
-@click.option("--dataset", type=_FILE, help="The text to evaluate it on, UTF-8.")
+@click.option("--model", type=_FOLDER, help="A Llama-style checkpoint, for states or real.")
+@click.option("--dataset", type=_FILE, help="The text to evaluate it on in states, UTF-8.")
+@click.option("--cache", type=_FOLDER, help="Where real keeps the checkpoints it fetches.")
 @_device()
 @_output()
 @click.pass_obj
 def papers(
     words: list[str], /, parts: Sequence[str], report: bool, output: Path, **options: Any
 ) -> None:
-    """The experiments of both papers, and one page of what was found."""
-    if (options["model"] is None) != (options["dataset"] is None):
-        raise click.UsageError("--model and --dataset go together")
-    from bench.papers import run
-    from bench.papers.part import Options
+    """The experiments of both papers, and one page of what was found.
 
-    chosen = [part for part in the_papers.PARTS if part in (parts or the_papers.PARTS)]
+    Without names all but `real`, the parts on pretrained models: they take three hours.
+    """
+    named = set(parts or the_papers.PARTS) | (set(the_papers.REAL) if "real" in parts else set())
+    chosen = [part for part in (*the_papers.PARTS, *the_papers.REAL) if part in named]
+    if "states" in chosen and (options["model"] is None) != (options["dataset"] is None):
+        raise click.UsageError("--model and --dataset go together")
+    try:
+        from bench.papers import run
+        from bench.papers.part import Options
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"python -m bench papers: expected its packages, got no {error.name}: "
+            'pip install -e ".[bench,papers]" --no-build-isolation'
+        ) from error
+
     run.run([] if report else chosen, Options(**options), output, words)
 
 

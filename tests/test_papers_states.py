@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 
 from click import Abort
 from click.testing import CliRunner
+from tiny_llama import tiny_llama
 
 import msrnn_ops as ms
 from bench.__main__ import command
@@ -304,35 +305,9 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         papers("control")
 
 
-def _checkpoint(folder: Path) -> None:
-    """A tiny Llama with random weights, and a tokenizer of bytes."""
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    symbols = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: i for i, symbol in enumerate(["<s>", *symbols])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>"
-    ).save_pretrained(folder)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-    )
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-
-
 @torch.no_grad()
 def test_a_checkpoint_is_the_model_that_was_saved(tmp_path: Path) -> None:
-    _checkpoint(tmp_path)
+    tiny_llama(tmp_path)
     from transformers import AutoModelForCausalLM
 
     from bench.papers.checkpoint import Checkpoint
@@ -352,20 +327,39 @@ def test_a_checkpoint_is_the_model_that_was_saved(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_attends_otherwise_is_refused(tmp_path: Path) -> None:
-    _checkpoint(tmp_path)
+    tiny_llama(tmp_path)
+    import transformers
+
+    from bench.papers.checkpoint import Checkpoint
+
+    config = transformers.Gemma2Config(
+        vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, query_pre_attn_scalar=8,
+    )  # fmt: skip
+    transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="softcap"):
+        Checkpoint(tmp_path, "cpu")(torch.zeros(1, 8, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_layers_with_a_window_keep_it(tmp_path: Path) -> None:
+    tiny_llama(tmp_path)
     import transformers
 
     from bench.papers.checkpoint import Checkpoint
 
     config = transformers.MistralConfig.from_pretrained(tmp_path, sliding_window=4)
     transformers.MistralForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="sliding_window"):
-        Checkpoint(tmp_path, "cpu")(torch.zeros(1, 8, dtype=torch.long))
+    model, tokens = Checkpoint(tmp_path, "cpu"), torch.randint(257, (1, 24))
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits
+    bounded = AttendSequence(ms.Policy.tova(2))
+    torch.testing.assert_close(model(tokens, bounded), wanted, rtol=1e-3, atol=1e-3)
+    assert not bounded.expiry  # it was not asked
 
 
 @pytest.mark.usefixtures("tiny")
 def test_the_command_measures_a_checkpoint(tmp_path: Path) -> None:
-    _checkpoint(tmp_path / "tiny-llama")
+    tiny_llama(tmp_path / "tiny-llama")
     text = tmp_path / "text.txt"
     text.write_text("Some words, again and again.\n" * 30, encoding="utf-8")
     model = ["--model", str(tmp_path / "tiny-llama"), "--dataset", str(text)]

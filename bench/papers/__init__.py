@@ -1,3 +1,5 @@
 """The experiments of both papers: ``python -m bench papers``."""
 
 PARTS = ("cost", "copying", "characters", "control", "states")
+# On pretrained models; hours together, so that they run only where they are named.
+REAL = ("real-perplexity", "real-scopes", "real-gemma", "real-why", "real-prompt")

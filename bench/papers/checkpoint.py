@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from bench.papers.decoder import Attend, attend_all
 
 _ATTENTION = "bench_papers"
-_UNUSUAL = ("sliding_window", "softcap", "s_aux")  # arguments of other kinds of attention
+_UNUSUAL = ("softcap", "s_aux")  # arguments of other kinds of attention
+_PIECE = 512  # tokens whose logits are there at once
 
 
 def _attention(
@@ -25,7 +27,19 @@ def _attention(
             "bench.papers: expected a model whose tokens attend to all before them, with logits "
             f"scaled by 1 / sqrt(head_dim), got {type(module).__name__} ({', '.join(unusual)})"
         )
+    window = others.get("sliding_window")
+    if window is not None:  # of the model's own: nothing to bound
+        return attend_window(q, k, v, window).transpose(1, 2), None
     return others["attend"](module.layer_idx, q, k, v).transpose(1, 2), None
+
+
+def attend_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Attention to the last tokens, of which the token itself is one; all tokens are there."""
+    if q.shape[2] != k.shape[2]:
+        raise ValueError("bench.papers: expected all tokens at once in layers with a window")
+    step = torch.arange(q.shape[2], device=q.device)
+    seen = (step[:, None] >= step) & (step[:, None] < step + window)
+    return scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
 
 
 AttentionInterface.register(_ATTENTION, _attention)
@@ -34,8 +48,8 @@ AttentionInterface.register(_ATTENTION, _attention)
 class Checkpoint:
     """Calls as :class:`bench.papers.decoder.LanguageModel`, and its tokenizer."""
 
-    def __init__(self, path: Path, device: str) -> None:
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    def __init__(self, path: Path, device: str, dtype: torch.dtype | None = None) -> None:
+        dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
         self.model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=_ATTENTION, local_files_only=True
         )
@@ -68,3 +82,14 @@ class Checkpoint:
             tokens, position_ids=positions, use_cache=False, attend=attend
         ).logits
         return logits
+
+    def losses(self, tokens: Tensor, attend: Attend = attend_all) -> Tensor:
+        """Of tokens (B, T + 1): the loss in nats of each after the first, (B, T)."""
+        x, targets = tokens[:, :-1], tokens[:, 1:]
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        hidden = self.model.model(x, position_ids=positions, use_cache=False, attend=attend)[0]
+        found = [
+            cross_entropy(self.model.lm_head(part).float().mT, target, reduction="none")
+            for part, target in zip(hidden.split(_PIECE, 1), targets.split(_PIECE, 1), strict=True)
+        ]
+        return torch.cat(found, 1)

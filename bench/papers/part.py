@@ -26,6 +26,8 @@ class Options:
     text: tuple[Path, ...]  # empty: Python's documentation topics
     model: Path | None  # a local Llama-style checkpoint
     dataset: Path | None  # a text file to evaluate it on
+    quick: bool = False  # of the parts on pretrained models: minutes instead of hours
+    cache: Path | None = None  # where fetched checkpoints are kept
 
 
 class Store:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from bench import machine
-from bench.papers import PARTS, report
+from bench.papers import PARTS, REAL, report
 from bench.papers.part import Options, Store
 from bench.run import write
 from bench.table import say
@@ -22,7 +22,7 @@ from bench.table import say
 
 def _module(name: str) -> ModuleType:
     try:
-        return importlib.import_module(f"bench.papers.{name}")
+        return importlib.import_module(f"bench.papers.{name.replace('-', '.')}")
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("bench"):
             raise
@@ -44,7 +44,7 @@ def run(names: Sequence[str], options: Options, folder: Path, words: Sequence[st
         result = module.run(options, Store(unfinished / f"{name}.json", options))
         seconds = time.perf_counter() - start
         write(folder / f"papers-{name}.json", {**head, "seconds_taken": seconds, "result": result})
-    found = {name: folder / f"papers-{name}.json" for name in PARTS}
+    found = {name: folder / f"papers-{name}.json" for name in (*PARTS, *REAL)}
     results = {
         name: json.loads(file.read_text("utf-8")) for name, file in found.items() if file.exists()
     }

@@ -1,0 +1,1 @@
+"""The parts on pretrained models: ``python -m bench papers real``."""

