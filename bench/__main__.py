@@ -112,8 +112,11 @@ def tune(dry_run: bool) -> None:
     triton_tuning.tune(dry_run)
 
 
+_PARTS = (*the_papers.PARTS, "real", *the_papers.REAL)
+
+
 @command.command()
-@click.argument("parts", nargs=-1, type=click.Choice((*the_papers.PARTS, "real", *the_papers.REAL)))
+@click.argument("parts", nargs=-1, metavar="[PART]...", type=click.Choice(_PARTS))
 @click.option("--full", is_flag=True, help="The papers' sizes, for a GPU.")
 @click.option("--quick", is_flag=True, help="Of real: minutes instead of hours.")
 @click.option("--report", is_flag=True, help="Run nothing, show what was found.")
@@ -129,7 +132,11 @@ def papers(
 ) -> None:
     """The experiments of both papers, and one page of what was found.
 
-    Without names all but `real`, the parts on pretrained models: they take three hours.
+    \b
+    PART: cost, copying, characters, control, states. Without names, all of these.
+    real: what follows, on pretrained models, about three hours.
+    real-perplexity, real-scopes, real-gemma, real-why, real-prompt,
+    real-retrieval, real-keys, real-writing, real-throughput.
     """
     named = set(parts or the_papers.PARTS) | (set(the_papers.REAL) if "real" in parts else set())
     chosen = [part for part in (*the_papers.PARTS, *the_papers.REAL) if part in named]

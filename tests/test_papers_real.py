@@ -6,7 +6,9 @@ import copy
 import hashlib
 import json
 import math
+import re
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from bench.papers import REAL  # noqa: E402
 from bench.papers.checkpoint import Checkpoint  # noqa: E402
 from bench.papers.decoder import AttendStates  # noqa: E402
 from bench.papers.part import Options, Store  # noqa: E402
-from bench.papers.real import perplexity, prompt, source, subject, why  # noqa: E402
+from bench.papers.real import perplexity, prompt, retrieval, source, subject, why  # noqa: E402
 from bench.papers.real.intervals import difference  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -36,7 +38,7 @@ TEXT = "".join(f"{i} and {i * i % 97}, then {i**3 % 89}.\n" for i in range(60))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_llama(found, context=160)
+    tiny_llama(found, context=600)
     return found
 
 
@@ -79,8 +81,8 @@ def test_lengths_fit_the_model_and_the_texts(
 ) -> None:
     of = subject.Subject(model, {"text": TEXT}, {})
     assert of.fitting(150) == 150
-    assert of.fitting(2048) == 160
-    assert "160 tokens in place of 2,048: the context of the model" in capsys.readouterr().out
+    assert of.fitting(2048) == 600
+    assert "600 tokens in place of 2,048: the context of the model" in capsys.readouterr().out
     short = subject.Subject(model, {"text": TEXT, "short.txt": "a" * 140}, {})
     assert short.fitting(2048) == 139
     with pytest.raises(SystemExit, match=r"texts of 128 tokens or more, got nothing.txt, 3 tokens"):
@@ -126,9 +128,14 @@ def test_which_positions_are_left(model: Checkpoint) -> None:
 @torch.no_grad()
 def test_a_prompt_is_reduced_at_once(model: Checkpoint) -> None:
     tokens = rows(model, 100, 3)
-    read = prompt.read(model, tokens[:, :80])
+    read, last = prompt.read(model, tokens[:, :80])
+    torch.testing.assert_close(last, model(tokens[:, :80])[:, -1], rtol=1e-4, atol=1e-4)
     for name in prompt._POLICIES:
         policy = perplexity.POLICIES[name](16)
+        whole = AttendStates(policy)
+        model(tokens[:, :80], whole)
+        for layer, state in prompt.reduced(read, policy).states.items():
+            assert torch.equal(state.kept_positions(), whole.states[layer].kept_positions())
         found = prompt.continued(model, read, tokens, 20, policy)
         for row, loss in zip(tokens, found, strict=True):
             attend, total = AttendStates(policy), 0.0
@@ -141,6 +148,66 @@ def test_a_prompt_is_reduced_at_once(model: Checkpoint) -> None:
     enough = ms.Policy.tova(100)
     assert prompt.continued(model, read, tokens, 20, enough) == pytest.approx(full, rel=1e-4)
     assert prompt.at_every_token(model, tokens, 20, enough) == pytest.approx(full, rel=1e-4)
+
+
+@pytest.mark.parametrize("depth", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("task", ["one", "four"])
+def test_a_key_stands_in_the_prompt(model: Checkpoint, task: str, depth: float) -> None:
+    of = subject.Subject(model, {"text": TEXT * 3}, {})
+    asked = retrieval.question(of, task, 900, depth, 7)
+    assert len(asked.tokens) == 900 and asked.tokens[0] == model.start_token
+    text = "".join(map(model.spell, asked.tokens.tolist()))
+    answer = "".join(map(model.spell, asked.answer))
+    assert len(answer) == 6 and answer[0] == " " and answer.strip() in text
+    assert text.endswith("was") and len(re.findall("pass key of the [a-z]+ door is", text)) == (
+        4 if task == "four" else 0
+    )
+    told = text.index("The pass key is" if task == "one" else f"door is{answer}")
+    assert told / len(text) == pytest.approx(depth, abs=0.2)
+    if task == "four":  # of the door that is asked for
+        colour = re.findall("of the ([a-z]+) door was", text)[-1]
+        assert f"The pass key of the {colour} door is{answer}." in text
+    other = retrieval.question(of, task, 900, depth, 8)
+    assert other.answer != asked.answer
+
+
+def test_answers_are_counted_until_one_token_is_wrong(model: Checkpoint) -> None:
+    tokens = rows(model, 100, 1)[0]
+    kept, logits = prompt.read(model, tokens[None])
+    greedy = [int(logits.argmax())]
+    with torch.no_grad():
+        for _ in range(4):
+            so_far = torch.cat([tokens, torch.tensor(greedy)])
+            greedy.append(int(model(so_far[None])[0, -1].argmax()))
+    for wrong in range(6):
+        answer = [token if i != wrong else (token + 1) % 257 for i, token in enumerate(greedy)]
+        asked = retrieval.Question(tokens, answer)
+        assert retrieval.answered(model, kept, logits, asked, None) == min(wrong, 5)
+
+
+def test_a_chat_is_its_turns(model: Checkpoint) -> None:
+    plain = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    model.tokenizer.chat_template = plain + "{% if add_generation_prompt %}[assistant] {% endif %}"
+    of = subject.Subject(model, {"text": TEXT * 3}, {})
+    try:
+        prompts, answer = retrieval.turns(of, 3)
+        texts = ["".join(map(model.spell, tokens.tolist())) for tokens in prompts]
+        code = "".join(map(model.spell, answer))
+        assert f"my locker code is{code}." in texts[0]
+        assert not any(code in text for text in texts[1:])
+        assert all(text.startswith("I will") or "[user]" in text for text in texts)
+        assert texts[-1].endswith("what was my locker code?\n[assistant] Your locker code is")
+        whole = model.tokenizer.apply_chat_template(
+            [{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True
+        )
+        assert whole == "[user] x\n[assistant] "
+        found = retrieval.chat(of, 3)
+        assert found["tokens"] == sum(map(len, prompts)) and found["digits"] == 6
+        assert list(found["right"]) == [
+            "full", *(f"{name} 1/{share}" for name, share in retrieval._STATES)
+        ]  # fmt: skip
+    finally:
+        model.tokenizer.chat_template = None
 
 
 def test_weights_are_rounded_in_a_copy(model: Checkpoint) -> None:
@@ -179,7 +246,8 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         stored = json.loads(path.read_text("utf-8"))
         assert str(tmp_path) not in path.read_text("utf-8")
         of = stored["result"]["subject"]
-        assert of["texts_sha256"] == {"text.txt": source.checksum_of(TEXT)}
+        texts = {} if part == "real-throughput" else {"text.txt": source.checksum_of(TEXT)}
+        assert of["texts_sha256"] == texts
         assert of["checkpoint"]["name"] == "tiny"
         assert list(of["checkpoint"]["weights_sha256"]) == ["model.safetensors"]
         for picture in (tmp_path / "out").glob(f"papers-{part}-*.png"):
@@ -211,14 +279,23 @@ def test_a_part_goes_on_where_it_was_stopped(
     assert list(result["policies"]["Window"]) == ["32", "128"]
 
 
-def test_a_missing_package_is_named_before_anything_runs(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "bench.papers.run", None)
-    with pytest.raises(SystemExit, match=r"got no bench.papers.run: pip install -e \"\.\[bench,p"):
-        command.main(["papers", "real", "--quick"], standalone_mode=False)
+def test_a_missing_package_is_named_before_anything_runs(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['matplotlib'] = None; from bench.__main__ import command; "
+        "command.main(['papers', *sys.argv[1:]])"
+    )
+    help_, run = (
+        subprocess.run(
+            [sys.executable, "-c", program, *words, "--output", str(tmp_path)],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
+        for words in (["--help"], ["real", "--quick"])
+    )
+    assert help_.returncode == 0 and "real-perplexity" in help_.stdout
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert "expected its packages, got no matplotlib: pip install -e" in run.stderr
 
 
 # Fetching, without a network: pip is replaced by what it would leave.

@@ -2,4 +2,14 @@
 
 PARTS = ("cost", "copying", "characters", "control", "states")
 # On pretrained models; hours together, so that they run only where they are named.
-REAL = ("real-perplexity", "real-scopes", "real-gemma", "real-why", "real-prompt")
+REAL = (
+    "real-perplexity",
+    "real-scopes",
+    "real-gemma",
+    "real-why",
+    "real-prompt",
+    "real-retrieval",
+    "real-keys",
+    "real-writing",
+    "real-throughput",
+)

@@ -83,13 +83,19 @@ class Checkpoint:
         ).logits
         return logits
 
+    def hidden(self, tokens: Tensor, attend: Attend, start: int = 0) -> Tensor:
+        """What the head makes logits of, (B, T, width)."""
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+        found: Tensor = self.model.model(
+            tokens, position_ids=positions, use_cache=False, attend=attend
+        )[0]
+        return found
+
     def losses(self, tokens: Tensor, attend: Attend = attend_all) -> Tensor:
         """Of tokens (B, T + 1): the loss in nats of each after the first, (B, T)."""
-        x, targets = tokens[:, :-1], tokens[:, 1:]
-        positions = torch.arange(x.shape[1], device=x.device)[None]
-        hidden = self.model.model(x, position_ids=positions, use_cache=False, attend=attend)[0]
-        found = [
-            cross_entropy(self.model.lm_head(part).float().mT, target, reduction="none")
-            for part, target in zip(hidden.split(_PIECE, 1), targets.split(_PIECE, 1), strict=True)
-        ]
+        hidden, targets = self.hidden(tokens[:, :-1], attend), tokens[:, 1:]
+        found = []
+        for part, target in zip(hidden.split(_PIECE, 1), targets.split(_PIECE, 1), strict=True):
+            logits = self.model.lm_head(part).float().flatten(0, 1)  # classes last: no copy
+            found.append(cross_entropy(logits, target.flatten(), reduction="none").view_as(target))
         return torch.cat(found, 1)

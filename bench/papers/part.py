@@ -7,6 +7,7 @@ A part is a module of its name with ``run(options, store)``, which returns JSON,
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,18 +38,25 @@ class Store:
         self._path = path
         self._options = {k: str(v) for k, v in vars(options).items()}
         self._found: dict[str, Any] = {}
+        self._seconds: dict[str, float] = {}  # that each piece took
         if path.exists():
             stored = json.loads(path.read_text())
             if stored["options"] == self._options:
-                self._found = stored["pieces"]
+                self._found, self._seconds = stored["pieces"], stored["seconds"]
+        self.seconds_before = sum(self._seconds.values())  # of earlier runs
 
     def once(self, key: str, compute: Callable[..., Any], *arguments: Any) -> Any:
         """What `compute` returned, JSON, now or in an earlier run."""
         if key not in self._found:
+            start = time.perf_counter()
             self._found[key] = compute(*arguments)
+            self._seconds[key] = time.perf_counter() - start
+            stored = {
+                "options": self._options, "pieces": self._found, "seconds": self._seconds,
+            }  # fmt: skip
             self._path.parent.mkdir(parents=True, exist_ok=True)
             written = self._path.with_suffix(".partial")
-            written.write_text(json.dumps({"options": self._options, "pieces": self._found}))
+            written.write_text(json.dumps(stored))
             written.replace(self._path)
         return self._found[key]
 

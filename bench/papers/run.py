@@ -41,8 +41,9 @@ def run(names: Sequence[str], options: Options, folder: Path, words: Sequence[st
     for name, module in modules.items():
         say(f"{name}:")
         start = time.perf_counter()
-        result = module.run(options, Store(unfinished / f"{name}.json", options))
-        seconds = time.perf_counter() - start
+        store = Store(unfinished / f"{name}.json", options)
+        result = module.run(options, store)
+        seconds = store.seconds_before + time.perf_counter() - start
         write(folder / f"papers-{name}.json", {**head, "seconds_taken": seconds, "result": result})
     found = {name: folder / f"papers-{name}.json" for name in (*PARTS, *REAL)}
     results = {

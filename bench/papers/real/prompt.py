@@ -21,6 +21,8 @@ from bench.papers.real.intervals import difference, percent, perplexity, say_per
 from bench.papers.real.perplexity import POLICIES
 from bench.papers.real.subject import subject
 from bench.table import Table, number
+from msrnn_ops import backend
+from msrnn_ops.operators.multi_state import IN_PLACE
 
 _PROMPT, _STEPS, _EXCERPTS = 1792, 128, 12
 _POLICIES = ("TOVA-layer", "TOVA-head", "H2O-layer", "H2O-head", "Window+4")
@@ -43,17 +45,34 @@ class _Kept:
 
 
 @torch.no_grad()
-def read(model: Checkpoint, prompts: Tensor) -> Read:
-    rows = []
+def read(model: Checkpoint, prompts: Tensor) -> tuple[Read, Tensor]:
+    """What each layer sees of prompts (B, T), and the logits after them, (B, vocabulary)."""
+    rows, last = [], []
     for prompt in prompts:
         kept = _Kept()
-        # The last token's loss is of no interest: any will do as the one after it.
-        model.losses(torch.nn.functional.pad(prompt, (0, 1))[None], kept)
+        last.append(model.model.lm_head(model.hidden(prompt[None], kept)[:, -1]).float())
         rows.append(kept.layers)
-    return [
-        tuple(torch.cat(x) for x in zip(*layer, strict=True))  # type: ignore[misc]
-        for layer in zip(*rows, strict=True)
+    layers = [
+        tuple(torch.cat(x) for x in zip(*layer, strict=True)) for layer in zip(*rows, strict=True)
     ]
+    return layers, torch.cat(last)  # type: ignore[return-value]
+
+
+def reduced(prompts: Read, policy: ms.Policy) -> AttendStates:
+    """The states of a prompt: what attend_prompt keeps, without its output, which is known."""
+    attend = AttendStates(policy)
+    for layer, (q, k, v) in enumerate(prompts):
+        batch, heads, _, head_dim = k.shape
+        attend.states[layer] = state = ms.MultiState(
+            policy, batch=batch, kv_heads=heads, head_dim=head_dim, dtype=k.dtype, device=k.device
+        )
+        namespace = backend.namespace("attend_prompt", k.device)
+        if namespace is None:
+            attend(layer, q, k, v)
+            continue
+        store, scale = IN_PLACE[namespace, "store_prompt"], head_dim**-0.5
+        store(q, k, v, None, None, *state.tensors(), *policy.numbers, scale)
+    return attend
 
 
 @torch.no_grad()
@@ -61,9 +80,7 @@ def continued(
     model: Checkpoint, prompts: Read, rows: Tensor, steps: int, policy: ms.Policy
 ) -> list[float]:
     """The mean loss of each row's last `steps` tokens, after a prompt that was reduced at once."""
-    attend = AttendStates(policy)
-    for layer, (q, k, v) in enumerate(prompts):
-        attend(layer, q, k, v)
+    attend = reduced(prompts, policy)
     total = torch.zeros(len(rows), dtype=torch.double)
     first = rows.shape[1] - 1 - steps
     for step in range(first, rows.shape[1] - 1):
@@ -95,7 +112,7 @@ def run(options: Options, store: Store) -> dict[str, Any]:
 
     def once(slots: int, name: str) -> list[float]:
         if not read_once:
-            read_once.append(read(of.model, excerpts.rows[:, :prompt]))
+            read_once.append(read(of.model, excerpts.rows[:, :prompt])[0])
         policy = POLICIES[name](slots)
         return continued(of.model, read_once[0], excerpts.rows, steps, policy)
 
