@@ -178,7 +178,8 @@ def test_serving_without_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name, part in serving.PARTS.items():
         results[name] = part(options, [7, 8, 9])
     slots = [job.policy and job.policy["slots"] for job in jobs]
-    assert slots == [None, 8, 16, None, 8, 8]  # 1/8 and 1/4 of 64 tokens
+    # 1/8 and 1/4 of 64 tokens; three turns; memory.
+    assert slots == [None, 8, 16, *[None, 8] * 3, 8]
     assert jobs[0].prompts[0][0] == [7, 8, 9] * 8 and len(jobs[0].prompts[0]) == 2
     assert [len(x) for x in jobs[3].prompts] == [1, 1, 2, 2]
     first, second, third = report.tables(results)

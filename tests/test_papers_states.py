@@ -288,7 +288,7 @@ def test_the_sizes_fit_together(scale: states.Scale) -> None:
         (["costs"], "'costs' is not one of 'cost', 'copying'"),
         (["--text", "nowhere.txt"], "'nowhere.txt' does not exist"),
         (["--model", "."], "--model and --dataset go together"),
-        (["--quick"], "No such option"),
+        (["--hasty"], "No such option"),
     ],
 )
 def test_wrong_arguments(words_: list[str], message: str) -> None:
