@@ -67,11 +67,13 @@ def chapter(section: Section) -> str:
 
 def _machine(results: Mapping[str, Any]) -> str:
     machine, versions = results["machine"], results["versions"]
+    seconds = results["seconds_taken"]
+    took = "in several runs" if seconds is None else f"{seconds:.0f} s"
     return (
         f"{machine['processor']}, {machine['threads']} threads on {machine['cores']} cores, "
         f"{machine['memory'] / 2**30:.0f} GiB; torch {versions['torch']}, "
         f"Python {versions['python']}; {results['date']}; `{results['command']}`, "
-        f"{results['seconds_taken']:.0f} s."
+        f"{took}."
     )
 
 
