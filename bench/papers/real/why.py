@@ -175,6 +175,7 @@ def _compared_table(title: str, note: str, found: Mapping[str, Mapping[str, Any]
 
 def _draw_factors(result: Mapping[str, Any], axes: Sequence[Axes]) -> None:
     for slots, one in zip(_sizes(result), axes, strict=True):
+        ends = [0.0]  # of the intervals; without room for recent tokens a sum is far above
         for score, words in _SCORES.items():
             found = [
                 difference(
@@ -189,6 +190,8 @@ def _draw_factors(result: Mapping[str, Any], axes: Sequence[Axes]) -> None:
             ]
             middle = [100 * x[0] for x in found]
             one.errorbar(_SHARES, middle, bars, marker="o", capsize=2, label=words)
+            ends += [100 * end for x in found[1:] for end in x[1:]]
+        one.set_ylim(min(ends) - 2, max(ends) + 2)
         one.axhline(0, color="#222", linewidth=1)
         one.set_xticks(_SHARES, [f"{share}/4" for share in _SHARES])
         one.set_title(f"{slots} states")
@@ -242,7 +245,8 @@ def section(result: Mapping[str, Any]) -> Section:
         plots=[
             Plot(
                 "factors",
-                "What the score and the room for recent tokens change, with 95 % intervals.",
+                "What the score and the room for recent tokens change, with 95 % intervals. By all "
+                "queries' attention and without such room the perplexity is far above.",
                 partial(_draw_factors, result),
                 columns=len(_sizes(result)),
             )
