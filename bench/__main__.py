@@ -135,8 +135,8 @@ def papers(
     \b
     PART: cost, copying, characters, control, states. Without names, all of these.
     real: what follows, on pretrained models, about three hours.
-    real-perplexity, real-scopes, real-gemma, real-why, real-prompt,
-    real-retrieval, real-keys, real-writing, real-throughput.
+    real-stock, real-perplexity, real-scopes, real-gemma, real-why,
+    real-prompt, real-retrieval, real-keys, real-writing, real-throughput.
     """
     named = set(parts or the_papers.PARTS) | (set(the_papers.REAL) if "real" in parts else set())
     chosen = [part for part in (*the_papers.PARTS, *the_papers.REAL) if part in named]

@@ -246,6 +246,11 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         stored = json.loads(path.read_text("utf-8"))
         assert str(tmp_path) not in path.read_text("utf-8")
         of = stored["result"]["subject"]
+        if part == "real-stock":
+            ways = stored["result"]["equal"]["tiny, float32"]
+            assert len(ways) == 5 and all(x == y for x, y in ways.values())
+            assert of["checkpoints"]["tiny"]["weights_sha256"].keys() == {"model.safetensors"}
+            continue
         texts = {} if part == "real-throughput" else {"text.txt": source.checksum_of(TEXT)}
         assert of["texts_sha256"] == texts
         assert of["checkpoint"]["name"] == "tiny"

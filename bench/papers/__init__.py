@@ -3,6 +3,7 @@
 PARTS = ("cost", "copying", "characters", "control", "states")
 # On pretrained models; hours together, so that they run only where they are named.
 REAL = (
+    "real-stock",
     "real-perplexity",
     "real-scopes",
     "real-gemma",

@@ -69,14 +69,20 @@ class Subject:
         return Excerpts(torch.stack(rows).to(self.model.model.device), names)
 
 
-def subject(name: str, options: Options, dtype: torch.dtype) -> Subject:
-    """A checkpoint of source.py, or the one of the command line in its place."""
-    folder = options.model or source.fetch(name, options.cache or source.usual_cache())
-    model = Checkpoint(folder, options.device, dtype)
+def texts_of(options: Options) -> dict[str, str]:
+    """By their names; Python's documentation topics where none were given."""
     texts = {path.name: path.read_text("utf-8") for path in options.text}
     if not texts:
         title, (text,) = words.read(())
         texts = {title: text}
+    return texts
+
+
+def subject(name: str, options: Options, dtype: torch.dtype) -> Subject:
+    """A checkpoint of source.py, or the one of the command line in its place."""
+    folder = options.model or source.fetch(name, options.cache or source.usual_cache())
+    model = Checkpoint(folder, options.device, dtype)
+    texts = texts_of(options)
     facts = {
         "checkpoint": source.facts(folder),
         "parameters": model.parameters,
