@@ -27,7 +27,7 @@ from bench.papers import REAL  # noqa: E402
 from bench.papers.checkpoint import Checkpoint  # noqa: E402
 from bench.papers.decoder import AttendStates  # noqa: E402
 from bench.papers.part import Options, Store  # noqa: E402
-from bench.papers.real import perplexity, prompt, retrieval, source, subject, why  # noqa: E402
+from bench.papers.real import perplexity, prompt, retrieval, source, stock, subject, why  # noqa: E402
 from bench.papers.real.intervals import difference  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -248,7 +248,7 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         of = stored["result"]["subject"]
         if part == "real-stock":
             ways = stored["result"]["equal"]["tiny, float32"]
-            assert len(ways) == 5 and all(x == y for x, y in ways.values())
+            assert len(ways) == 5 and all(one["same"] == one["of"] for one in ways.values())
             assert of["checkpoints"]["tiny"]["weights_sha256"].keys() == {"model.safetensors"}
             continue
         texts = {} if part == "real-throughput" else {"text.txt": source.checksum_of(TEXT)}
@@ -258,6 +258,20 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         for picture in (tmp_path / "out").glob(f"papers-{part}-*.png"):
             assert picture.stat().st_size > 1000 and f"]({picture.name})" in page
     assert "perplexity" in capsys.readouterr().out  # a sign of life for each piece
+
+
+@torch.no_grad()
+def test_near_ties_are_told_from_others(model: Checkpoint) -> None:
+    ids = rows(model, 40, 1)[:, :40]
+    model.model.set_attn_implementation("sdpa")
+    logits = model.model(ids).logits[0, -1]
+    best, second, *_, last = logits.argsort(descending=True).tolist()
+    written = stock._Written(ids, torch.ones_like(ids), torch.tensor([[best]]))
+    near, far = (stock._tie(model.model, written, 0, 0, x) for x in (second, last))
+    step = torch.finfo(torch.bfloat16).eps * 2.0 ** math.floor(math.log2(abs(float(logits[best]))))
+    assert near == pytest.approx(float(logits[best] - logits[second]) / step, rel=1e-3)
+    assert far > near > 0 == stock._tie(model.model, written, 0, 0, best)
+    model.model.set_attn_implementation("bench_papers")
 
 
 def test_a_part_goes_on_where_it_was_stopped(
