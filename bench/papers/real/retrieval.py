@@ -178,7 +178,7 @@ def measure(tasks: Sequence[str], chatting: bool, options: Options, store: Store
     lengths: Sequence[int] = _LENGTHS
     trials = _TRIALS
     if options.quick:
-        lengths, trials = (512,), 3
+        lengths, trials = (512,), 2
     of = subject("smollm2", options, torch.bfloat16)
     if of.model.context < lengths[0]:
         raise SystemExit(

@@ -96,7 +96,7 @@ def run(options: Options, store: Store) -> dict[str, Any]:
         facts[name] = source.facts(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         ids = tokenizer(text[len(text) // 2 :][: 8 * _PROMPT], return_tensors="pt").input_ids
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32,) if options.quick else (torch.float32, torch.bfloat16):
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
             model.to(options.device).eval()
             some = ids[:, : min(_PROMPT, model.config.max_position_embeddings // 4)]
