@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import msrnn_ops as ms
+from bench.papers import states
 from bench.papers.checkpoint import Checkpoint
 from bench.papers.decoder import AttendSequence, attend_all
 from bench.papers.part import Options, Store
@@ -23,15 +24,8 @@ from bench.papers.real.intervals import say_perplexity
 from bench.papers.real.subject import subject
 
 POLICIES: dict[str, Callable[[int], ms.Policy]] = {
-    "Window": ms.Policy.window,
-    "Window+1": partial(ms.Policy.window_sinks, sinks=1),
-    "Window+4": partial(ms.Policy.window_sinks, sinks=4),
-    "H2O-head": partial(ms.Policy.h2o, scope="head"),
-    "H2O-layer": ms.Policy.h2o,
-    "TOVA-head": partial(ms.Policy.tova, scope="head"),
-    "TOVA-layer": ms.Policy.tova,
+    **states.POLICIES,
     "TOVA-head+4": partial(ms.Policy.tova, scope="head", sinks=4),
-    "TOVA-layer+4": partial(ms.Policy.tova, sinks=4),
 }
 BINS = 32  # of positions in a text
 

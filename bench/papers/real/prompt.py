@@ -52,10 +52,11 @@ def read(model: Checkpoint, prompts: Tensor) -> tuple[Read, Tensor]:
         kept = _Kept()
         last.append(model.model.lm_head(model.hidden(prompt[None], kept)[:, -1]).float())
         rows.append(kept.layers)
-    layers = [
-        tuple(torch.cat(x) for x in zip(*layer, strict=True)) for layer in zip(*rows, strict=True)
-    ]
-    return layers, torch.cat(last)  # type: ignore[return-value]
+    layers: Read = []
+    for layer in zip(*rows, strict=True):
+        q, k, v = (torch.cat(x) for x in zip(*layer, strict=True))
+        layers.append((q, k, v))
+    return layers, torch.cat(last)
 
 
 def reduced(prompts: Read, policy: ms.Policy) -> AttendStates:
