@@ -122,7 +122,9 @@ struct StepOps {
                              const Tensor& position, const Tensor& score, const Tensor& free,
                              const Tensor& seen, const Tensor& last_evicted, int64_t kind,
                              int64_t sinks, int64_t recent, double scale) {
-    check_heads(q_in, k_in, v_in, 3);
+    // Decoders have (B, H, 1, Dh), and each view of a tensor takes them a microsecond.
+    const bool with_time = q_in.dim() == 4 && q_in.size(2) == 1;
+    check_heads(q_in, k_in, v_in, with_time ? 4 : 3);
     const Policy policy = policy_of(kind, sinks, recent);
     const Tensor q = Backend::readable(q_in), k = Backend::readable(k_in),
                  v = Backend::readable(v_in);

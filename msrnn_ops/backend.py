@@ -239,6 +239,11 @@ def namespace(op: str, device: torch.device) -> str | None:
     )
 
 
+def is_compiled(op: str, device: torch.device) -> bool:
+    """Whether C++ or CUDA computes a call, which Triton may do under the name of either."""
+    return namespace(op, device) == COMPILED and (device.type == "cpu" or _CUDA_LOADED)
+
+
 if os.environ.get("MSRNN_BACKEND"):
     _chosen = _validated(os.environ["MSRNN_BACKEND"])
 

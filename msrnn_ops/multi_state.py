@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from msrnn_ops import checks, reference
+from msrnn_ops import backend, checks, reference
 from msrnn_ops.dtensor import is_distributed
+from msrnn_ops.operators.in_place import is_plain
 from msrnn_ops.operators.multi_state import IN_PLACE, SEQUENCES
 from msrnn_ops.state import MultiState, Policy
 
@@ -31,6 +32,49 @@ def _run(namespace: str, name: str, *args: Any) -> Any:
     if is_distributed(args[0]):
         args = checks.placed(name, args)
     return IN_PLACE[namespace, name](*args)
+
+
+def _needs_no_door(q: Tensor, k: Tensor, v: Tensor, state: MultiState, scale: float | None) -> bool:
+    """Whether the operator itself sees all that could be wrong with a call, in less time."""
+    if type(state) is not MultiState or not checks_itself(q):
+        return False
+    for x in (q, k, v, *state.tensors()):
+        if type(x) is not Tensor or not x.is_cpu or x.requires_grad:
+            return False
+    usual = scale is None or (type(scale) is float and 0 < scale <= 1)
+    return usual and q.dim() == 3 and q.shape[2] > 0
+
+
+def checks_itself(x: Tensor) -> bool:
+    """Whether the step of such a tensor looks at shapes, dtypes and strides before it writes.
+
+    The compiled one does, and nothing but plain tensors may come to it.
+    """
+    return is_plain() and type(x) is Tensor and backend.is_compiled("attend_evict", x.device)
+
+
+def attend_evict_at_once(
+    q: Tensor, k: Tensor, v: Tensor, state: MultiState, rows: Tensor | None, scale: float
+) -> Tensor:
+    """:func:`attend_evict` without its door, for engines: no gradients, devices that never change.
+
+    Either the shapes never change, or the operator :func:`checks_itself`; that one also takes
+    (B, H, 1, Dh), as decoders have it. Between the weights of two layers, which leave nothing of it
+    in a processor's caches, the door takes as long as the kernel.
+    """
+    namespace = backend.namespace("attend_evict", q.device)
+    if namespace is None:
+        return attend_evict(q, k, v, state, rows=rows, scale=scale)
+    try:
+        args = (q, k, v, rows, *state.tensors(), *state.policy.numbers, scale)
+        out: Tensor = IN_PLACE[namespace, "attend_evict"].at_once(args)
+        return out
+    except RuntimeError as error:  # nothing is written, and the door has the words
+        refused = error
+    if q.dim() == 4:
+        q, k, v = q.squeeze(2), k.squeeze(2), v.squeeze(2)
+    checks.token("attend_evict", q, k, v, state, rows, scale)
+    raise refused
 
 
 def attend_evict(
@@ -92,6 +136,9 @@ def attend_evict(
     >>> state.seen
     tensor([10, 11])
     """
+    if rows is None and _needs_no_door(q, k, v, state, scale):
+        scale = q.shape[2] ** -0.5 if scale is None else scale
+        return attend_evict_at_once(q, k, v, state, None, scale)
     rows, scale, namespace = checks.token("attend_evict", q, k, v, state, rows, scale)
     if namespace is None:
         return reference.attend_evict(q, k, v, rows, state, scale)

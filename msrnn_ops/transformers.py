@@ -49,7 +49,7 @@ __all__ = ["MultiStateCache"]
 _ATTENTION = "msrnn"
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 # What models pass to their attention that changes its weights.
-_CHANGES_WEIGHTS = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
+_CHANGES_WEIGHTS = {"softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices"}
 
 
 class MultiStateCache(Cache):  # type: ignore[misc]
@@ -137,33 +137,49 @@ class MultiStateCache(Cache):  # type: ignore[misc]
         # of these it still shows. None, and columns that follow: all.
         self._stored: Tensor | None = None
         self._visible: Tensor | None = None
+        self._next = 0  # the layer whose keys come next
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """What a layer attends to, as transformers asks for it before the attention."""
+        if layer_idx != self._next or getattr(self.layers[layer_idx - 1], "waiting", False):
+            self._check_turn(layer_idx)
+        if layer_idx == 0:
+            self._check_call(key, kwargs.get("kwargs"))
+        found: tuple[Tensor, Tensor] = self.layers[layer_idx].update(key, value, *args, **kwargs)
+        self._next = (layer_idx + 1) % len(self.layers)
+        return found
+
+    def _check_turn(self, layer_idx: int) -> None:
         if layer_idx >= len(self.layers):
             raise ValueError(
                 f"MultiStateCache: expected the config of this model, got one of {len(self.layers)}"
                 f" layers for a model that has a layer {layer_idx}"
             )
+        others = (layer for i, layer in enumerate(self.layers) if i != layer_idx)
+        waiting = any(getattr(layer, "waiting", False) for layer in others)
+        tokens = {layer.get_seq_length() for layer in self.layers}
+        if layer_idx or waiting or len(tokens) > 1:  # else no layer took a token of the call before
+            raise RuntimeError(
+                f"MultiStateCache: expected layer {self._next} when those before have attended, "
+                f"got layer {layer_idx}: a call was interrupted (then call reset), or the attention"
+                f" is not {_ATTENTION!r}, or the config is of a model of more layers"
+            )
+
+    def _check_call(self, key: Tensor, options: dict[str, Any] | None) -> None:
+        """Once for all layers, before any of them takes a token."""
         self._check_attention()
-        if layer_idx == 0 and getattr(_asked, "cache", None) is self:
+        if getattr(_asked, "cache", None) is self:
             _asked.cache = None
             raise _another_attention("the mask of another attention")
-        before, tokens = self.layers[layer_idx - 1], self.layers[layer_idx].get_seq_length()
-        expected = tokens + key.shape[2] if layer_idx else tokens
-        if before.get_seq_length() != expected or getattr(before, "waiting", False):
-            raise RuntimeError(
-                f"MultiStateCache: expected layer {layer_idx} after one that has attended to "
-                f"{expected} tokens, got {before.get_seq_length()}: a call was interrupted (then "
-                f"call reset), or the attention is not {_ATTENTION!r}, or the config is of a model "
-                "of more layers"
-            )
-        layer, new = self.layers[layer_idx], key.shape[2]
+        layer = self.layers[0]
+        tokens = layer.get_seq_length()
         if tokens:
-            _check_rows(_rows(layer), key.shape[0])
-        if layer_idx == 0:
-            _check_positions(tokens, new, kwargs.get("kwargs"))
-        return super().update(key, value, layer_idx, *args, **kwargs)
+            _check_rows(len(layer.keys if layer.is_sliding else layer.state.seen), key.shape[0])
+        _check_positions(tokens, key.shape[2], options)
+        at_once = not torch.is_grad_enabled() and multi_state.checks_itself(key)
+        for layer in self.layers:
+            if not layer.is_sliding:
+                layer.at_once = at_once and layer.group is None
 
     def get_mask_sizes(self, query: Any, layer_idx: int) -> tuple[int, int]:
         """Columns and offset of a layer's mask, as transformers asks for them before the mask.
@@ -242,6 +258,7 @@ class MultiStateCache(Cache):  # type: ignore[misc]
     def reset(self) -> None:
         """Forgets everything, also the number of rows."""
         self._stored = self._visible = None
+        self._next = 0
         self.layers: list[Any] = [
             # Not by its own reset, which leaves zeros to attend to in transformers 5.2.
             DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
@@ -327,10 +344,6 @@ def _all(mask: Tensor) -> Any:
     return mask.view(torch.uint8).amin() if mask.numel() else True
 
 
-def _rows(layer: Any) -> int:
-    return len(layer.keys if layer.is_sliding else layer.state.seen)
-
-
 def _check_rows(expected: int, found: int) -> None:
     if found != expected:
         raise ValueError(
@@ -412,6 +425,7 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
             self.attend_evict = partial(distributed.attend_evict, group=group)
             self.attend_prompt = partial(distributed.attend_prompt, group=group)
         self.state: MultiState | None = None
+        self.at_once = False  # whether a step of this call needs no door
         self.tokens = 0  # of the longest row, padding included: positions depend on it
         self.waiting = False  # for the attention function
 
@@ -441,33 +455,48 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
                 "update returned; this model changes or bypasses them, or a call was interrupted "
                 "(then call reset)"
             )
+        kept = self.state.keys if self.state is not None and self.tokens else None
+        if kept is None or not key.dtype == value.dtype == kept.dtype or key.device != kept.device:
+            key, value = self._fitting(key, value)
+        self.waiting = True
+        key.multi_state_layer = self  # type: ignore[attr-defined]
+        return key, value
+
+    def _fitting(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values in the dtype of the state, which the first ones make."""
         if torch.is_autocast_enabled(key.device.type):  # rotary embedding leaves float32
             dtype = torch.get_autocast_dtype(key.device.type)
             key, value = key.to(dtype), value.to(dtype)
         if not self.tokens:  # also after a first call that was refused
             self.lazy_initialization(key, value)
         state = self.state
-        if state is not None and (key.dtype != state.dtype or key.device != state.device):
+        assert state is not None
+        if key.dtype != state.dtype or key.device != state.device:
             raise TypeError(
                 f"MultiStateCache: expected a model in {state.dtype} on {state.device} as in the "
                 f"calls before, got keys in {key.dtype} on {key.device}: call cache.reset() before "
                 "a model of another dtype or device"
             )
-        self.waiting = True
-        key.multi_state_layer = self  # type: ignore[attr-defined]
         return key, value
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scale: float | None
     ) -> Tensor:
-        """The output (B, Hq, T, Dh); valid (B, T) bool, False at padding."""
+        """The output (B, T, Hq, Dh); valid (B, T) bool, False at padding."""
         assert self.state is not None  # update has made it
-        new, query = query.shape[2], query.to(key.dtype)
+        new = query.shape[2]
+        if query.dtype != key.dtype:
+            query = query.to(key.dtype)
         if valid is None and new == 1:
-            q, k, v = (x[:, :, 0] for x in (query, key, value))
-            out = self.attend_evict(q, k, v, self.state, scale=scale)[:, :, None]
+            if self.at_once and scale is not None:
+                out = multi_state.attend_evict_at_once(query, key, value, self.state, None, scale)
+            else:
+                q, k, v = query.squeeze(2), key.squeeze(2), value.squeeze(2)
+                out = self.attend_evict(q, k, v, self.state, scale=scale).unsqueeze(2)
+            out = out.transpose(1, 2)
         else:
             out = self.attend_prompt(query, key, value, self.state, valid=valid, scale=scale)
+            out = out.transpose(1, 2).contiguous()
         self.tokens += new
         return out
 
@@ -537,12 +566,8 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention "msrnn": of the layer's state if it has one, otherwise transformers' sdpa."""
-    for name in _CHANGES_WEIGHTS:
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(
-                f"attention {_ATTENTION!r}: expected a model without {name}, got "
-                f"{type(module).__name__}"
-            )
+    if not _CHANGES_WEIGHTS.isdisjoint(kwargs):
+        _check_weights(module, kwargs)
     layer: _MultiStateLayer | None = getattr(key, "multi_state_layer", None)
     if layer is None:
         out, _ = sdpa_attention_forward(
@@ -564,7 +589,10 @@ def _attend(
     layer.waiting = False
     if dropout:
         raise ValueError(f"MultiStateCache: expected model.eval(), got dropout {dropout}")
-    if attention_mask is not None and attention_mask.dim() != 2:
+    if attention_mask is None:
+        if layer.tokens <= query.shape[2]:
+            _check_positions(layer.tokens, query.shape[2], kwargs)
+    elif attention_mask.dim() != 2:
         raise NotImplementedError(
             "MultiStateCache: expected causal attention with padding, an attention_mask of shape "
             f"(B, T), got another mask, {tuple(attention_mask.shape)}, such as that of images "
@@ -577,10 +605,16 @@ def _attend(
             "MultiStateCache: expected a layer that attends to all tokens, got one with a sliding "
             "window: pass the config of this model"
         )
-    if attention_mask is None:
-        _check_positions(layer.tokens, query.shape[2], kwargs)
-    out = layer.attend(query, key, value, attention_mask, scaling)
-    return out.transpose(1, 2).contiguous(), None
+    return layer.attend(query, key, value, attention_mask, scaling), None
+
+
+def _check_weights(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+    for name in sorted(_CHANGES_WEIGHTS & kwargs.keys()):
+        if kwargs[name] is not None:
+            raise NotImplementedError(
+                f"attention {_ATTENTION!r}: expected a model without {name}, got "
+                f"{type(module).__name__}"
+            )
 
 
 transformers.AttentionInterface.register(_ATTENTION, _attend)

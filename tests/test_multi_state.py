@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import msrnn_ops as ms
+from msrnn_ops.multi_state import attend_evict_at_once, checks_itself
 
 Heads = tuple[int, int, int]  # Hq, Hkv, Dh
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,6 +37,7 @@ def policies(slots: int) -> dict[str, ms.Policy]:
         "tova_head": ms.Policy.tova(slots, scope="head"),
         "tova_sinks": ms.Policy.tova(slots, sinks=sinks),
         "tova_protect_last": ms.Policy.tova(slots, protect_last=True),
+        "tova_recent": ms.Policy.tova(slots, recent=slots // 2),
         "other_head": ms.Policy(slots, "accumulated", sinks=min(1, slots), scope="head"),
         "window_head": ms.Policy(slots, "position", scope="head"),
     }
@@ -99,6 +101,41 @@ def test_steps(name: str, heads: Heads, dtype: torch.dtype) -> None:
             assert kept == row.kept()
     assert sum(row.near_ties for row in rows) <= 2
     assert state.seen.tolist() == [steps, steps]
+
+
+@every_policy
+@every_dtype
+def test_steps_without_the_door(name: str, dtype: torch.dtype) -> None:
+    """What engines call gives the same bits, and the words of the door where a call is wrong."""
+    heads, policy, scale = (4, 2, 16), policies(5)[name], 0.25
+    ours, theirs = make(policy, 2, heads, dtype), make(policy, 2, heads, dtype)
+    for _ in range(12):
+        q, k, v = draw(2, heads, dtype)
+        expected = ms.attend_evict(q, k, v, theirs, scale=scale)
+        assert torch.equal(attend_evict_at_once(q, k, v, ours, None, scale), expected)
+        if checks_itself(q):
+            q, k, v = draw(2, heads, dtype, 1)  # (B, H, 1, Dh)
+            expected = ms.attend_evict(q[:, :, 0], k[:, :, 0], v[:, :, 0], theirs, scale=scale)
+            out = attend_evict_at_once(q, k, v, ours, None, scale)
+            assert torch.equal(out, expected.unsqueeze(2))
+        same_state(ours, theirs)
+    if not checks_itself(q):
+        return
+    wrong = {
+        "expected v in the shape of k": (q, k, v[:1]),
+        "key-value heads of 2 as in the state": (q, k[:, :1], v[:, :1]),
+        "a head_dim of 16 as in the state": (q[..., :8], k[..., :8], v[..., :8]),
+        "the dtype of q": (q, k, v.double()),
+        "a batch of 2 as in the state": (q[:1], k[:1], v[:1]),
+        r"expected q of shape \(B, H, Dh\)": (
+            q.expand(-1, -1, 2, -1),
+            *(x.expand(-1, -1, 2, -1) for x in (k, v)),
+        ),
+    }
+    for words, arguments in wrong.items():
+        with pytest.raises((TypeError, ValueError), match=f"attend_evict: .*{words}"):
+            attend_evict_at_once(*arguments, ours, None, scale)
+        same_state(ours, theirs)
 
 
 @pytest.mark.reference

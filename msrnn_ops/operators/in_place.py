@@ -51,7 +51,8 @@ class InPlace:
         self.name, self._instead = name, instead
         self.kernel = getattr(getattr(torch.ops, namespace), name).default
         arguments = self.kernel._schema.arguments
-        self._written = [i for i, x in enumerate(arguments) if x.alias_info is not None]
+        written = [i for i, x in enumerate(arguments) if x.alias_info is not None]
+        self._written = slice(written[0], written[-1] + 1) if written else slice(0)
         library = backend.LIBRARIES[namespace]
         library.impl(name, self._autograd, "Autograd")
         torch.library.register_vmap(self.kernel, self._refuse_vmap, lib=library)
@@ -65,9 +66,12 @@ class InPlace:
 
     def _run(self, *args: Any) -> Any:
         refuse_gradient(self.name, self._instead, [x for x in args if isinstance(x, Tensor)])
-        # So that a backward pass that has saved one of them says so.
-        changed = [args[i] for i in self._written if not args[i].is_inference()]
-        torch.autograd.graph.increment_version(changed)
+        return self.at_once(args)
+
+    def at_once(self, args: tuple[Any, ...]) -> Any:
+        """A call where :func:`is_plain` holds and nothing asks for a gradient."""
+        # So that a backward pass that has saved what is written says so.
+        torch._C._increment_version(args[self._written])
         return backend.below_autograd(self.kernel, args)
 
     def _refuse_vmap(self, *_: Any) -> NoReturn:
