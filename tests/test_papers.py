@@ -88,7 +88,7 @@ def test_the_full_setting_runs(part: ModuleType, tmp_path: Path) -> None:
     [
         (cost, "_measure", 2),
         (copying, "_train", 6),
-        (characters, "_train", 5),
+        (characters, "train", 5),
         (control, "_train", 3),
     ],
     ids=lambda value: getattr(value, "NAME", None),

@@ -25,9 +25,19 @@ import msrnn_ops as ms  # noqa: E402
 from bench.__main__ import command  # noqa: E402
 from bench.papers import REAL  # noqa: E402
 from bench.papers.checkpoint import Checkpoint  # noqa: E402
-from bench.papers.decoder import AttendStates  # noqa: E402
+from bench.papers.decoder import AttendStates, attend_all  # noqa: E402
 from bench.papers.part import Options, Store  # noqa: E402
-from bench.papers.real import perplexity, prompt, retrieval, source, stock, subject, why  # noqa: E402
+from bench.papers.real import (  # noqa: E402
+    attention,
+    minrnns,
+    perplexity,
+    prompt,
+    retrieval,
+    source,
+    stock,
+    subject,
+    why,
+)
 from bench.papers.real.intervals import difference  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -228,6 +238,63 @@ def test_weights_are_rounded_in_a_copy(model: Checkpoint) -> None:
         assert torch.equal(weight, before[key])
 
 
+def test_how_much_attention_a_policy_keeps(model: Checkpoint) -> None:
+    tokens = rows(model, 96, 1)[0, :96]
+    policies = {
+        "Window": ms.Policy.window(12),
+        "all": ms.Policy.tova(96),
+        "TOVA": ms.Policy.tova(12),
+        "most attended": ms.Policy.window(12),
+    }
+    found = attention.shares(model, tokens, policies)
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        kept.append((q[0], k[0]))
+        return attend_all(layer, q, k, v)
+
+    model.hidden(tokens[None], attend)
+    for layer, (q, k) in enumerate(kept):
+        shares = []
+        for t in range(48, 96, attention._EVERY):
+            for head in range(len(q)):
+                logits = k[head // (len(q) // len(k)), : t + 1] @ q[head, t] * q.shape[-1] ** -0.5
+                shares.append(float(logits.softmax(0)[-13:].sum()))
+        assert found["Window"][layer] == pytest.approx(sum(shares) / len(shares), rel=1e-4)
+        assert found["all"][layer] == pytest.approx(1, rel=1e-5)
+        assert found["Window"][layer] < found["TOVA"][layer] <= found["most attended"][layer] < 1
+
+
+@pytest.mark.parametrize("unit", ["characters", "bytes"])
+def test_the_last_tenth_of_each_book_is_held_out(unit: str) -> None:
+    texts = {"one": "abcde" * 20, "two": "Ää" + TEXT}
+    found = minrnns.corpus(texts, unit)
+    assert found.name == "one, two"
+    held_out = found.spell(found.held_out.tolist())
+    assert held_out.startswith("abcdeabcde") and TEXT.endswith(held_out.removeprefix("abcde" * 2))
+    whole = len(found.train) + len(found.held_out)
+    if unit == "characters":
+        assert set(found.characters) == set("".join(texts.values()))
+        assert (
+            found.spell(found.train.tolist())
+            == texts["one"][:90] + texts["two"][: -len(held_out) + 10]
+        )
+        assert whole == sum(map(len, texts.values()))
+    else:
+        assert len(found.characters) == 256
+        assert whole == sum(len(text.encode()) for text in texts.values())
+
+
+@torch.no_grad()
+def test_bits_of_a_character(model: Checkpoint) -> None:
+    """The tiny model has a token for each byte, so bits a character are those a token."""
+    of = subject.Subject(model, {"text": TEXT * 2}, {})
+    tail = (TEXT * 2)[-(len(TEXT * 2) // 10) :]
+    excerpts = subject.Subject(model, {"text": tail}, {}).excerpts(128, 6).rows
+    losses = model.losses(excerpts)[:, 64:]
+    assert minrnns.pretrained(of, 128) == pytest.approx(float(losses.mean()) / math.log(2))
+
+
 def test_both_policies_are_among_those_between_them() -> None:
     assert why.policy("attention", 0, 0, 64) == ms.Policy.tova(64)
     assert why.policy("attention", 0, 4, 64) == ms.Policy.tova(64, sinks=4)
@@ -271,6 +338,12 @@ def test_near_ties_are_told_from_others(model: Checkpoint) -> None:
     step = torch.finfo(torch.bfloat16).eps * 2.0 ** math.floor(math.log2(abs(float(logits[best]))))
     assert near == pytest.approx(float(logits[best] - logits[second]) / step, rel=1e-3)
     assert far > near > 0 == stock._tie(model.model, written, 0, 0, best)
+    mask = torch.ones_like(ids)
+    likely, unlikely = (stock._Written(ids, mask, torch.tensor([[x]])) for x in (best, last))
+    model.model.set_attn_implementation("sdpa")
+    whole = float(logits[best] - logits[last]) / step
+    assert stock._beams_apart(model.model, likely, unlikely) == pytest.approx(whole, rel=1e-3)
+    assert stock._beams_apart(model.model, likely, likely) == 0
     model.model.set_attn_implementation("bench_papers")
 
 

@@ -48,6 +48,7 @@ def name_of(settings: dict[str, Any]) -> str:
     [
         (TOVA, ms.Policy.tova(16)),
         (ALL_POLICIES[1], ms.Policy.tova(16, "head", 2, True)),
+        ({**TOVA, "recent": 8}, ms.Policy(16, "attention", recent=8)),
         (ALL_POLICIES[3], ms.Policy.h2o(16, 3, "head")),
         (ALL_POLICIES[4], ms.Policy.window(16)),
         (ALL_POLICIES[5], ms.Policy.window_sinks(16, 4)),
@@ -78,6 +79,7 @@ def test_settings(settings: dict[str, Any], expected: ms.Policy) -> None:
         ({"policy": "tova", "slots": 0}, "Policy: expected slots >= 1, got 0"),
         ({"policy": "tova", "slots": "512"}, "Policy: expected slots to be an int, got '512'"),
         ({"policy": "h2o", "slots": 4, "recent": 5}, "expected sinks . recent <= slots"),
+        ({"policy": "tova", "slots": 4, "recent": -1}, "Policy: expected recent >= 0, got -1"),
         ({"policy": "tova", "slots": 4, "scope": "all"}, "expected scope among .*, got 'all'"),
         ({"policy": "tova", "slots": 4, "protect_last": 1}, "protect_last to be a bool, got int"),
     ],

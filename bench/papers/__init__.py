@@ -8,9 +8,11 @@ REAL = (
     "real-scopes",
     "real-gemma",
     "real-why",
+    "real-attention",
     "real-prompt",
     "real-retrieval",
     "real-keys",
     "real-writing",
     "real-throughput",
+    "real-minrnns",
 )

@@ -77,12 +77,14 @@ def _width(setting: Setting, kind: str, characters: int) -> int:
     return min(widths[above - 1 : above + 1], key=lambda width: abs(count(kind, width) - goal))
 
 
-def _train(setting: Setting, kind: str, corpus: Characters, device: str) -> dict[str, Any]:
-    torch.manual_seed(0)
+def train(
+    setting: Setting, kind: str, corpus: Characters, device: str, seed: int = 0
+) -> dict[str, Any]:
+    torch.manual_seed(seed)
     width = _width(setting, kind, len(corpus.characters))
     model = _build(setting, kind, len(corpus.characters), width).to(device)
-    generator = torch.Generator().manual_seed(1)
-    train = corpus.train.unfold(0, setting.context + 1, 1)
+    generator = torch.Generator().manual_seed(seed + 1)
+    windows = corpus.train.unfold(0, setting.context + 1, 1)
     held_out = corpus.held_out.unfold(0, setting.context + 1, setting.context)
     held_out = held_out[: setting.held_out].to(device)
 
@@ -90,8 +92,8 @@ def _train(setting: Setting, kind: str, corpus: Characters, device: str) -> dict
         return cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
 
     def loss() -> Tensor:
-        chosen = torch.randint(len(train), (setting.batch,), generator=generator)
-        return loss_of(train[chosen].to(device))
+        chosen = torch.randint(len(windows), (setting.batch,), generator=generator)
+        return loss_of(windows[chosen].to(device))
 
     def evaluate() -> float:
         parts = held_out.split(setting.batch)
@@ -157,7 +159,7 @@ def run(options: Options, store: Store) -> dict[str, Any]:
     if len(corpus.held_out) <= setting.context:
         raise ValueError(f"the text is too short: the last tenth has {len(corpus.held_out)}")
     models = {
-        kind: store.once(kind, _train, setting, kind, corpus, options.device) for kind in _KINDS
+        kind: store.once(kind, train, setting, kind, corpus, options.device) for kind in _KINDS
     }
     return {
         "setting": vars(setting),

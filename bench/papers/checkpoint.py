@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from bench.papers.decoder import Attend, attend_all
 
+_VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+CACHE = "cache" if _VERSION >= (5, 24) else "past_key_values"  # the argument's name
 _ATTENTION = "bench_papers"
 _UNUSUAL = ("softcap", "s_aux")  # arguments of other kinds of attention
 _PIECE = 512  # tokens whose logits are there at once

@@ -24,11 +24,16 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, f
 
     The interval is of a paired bootstrap: excerpts are drawn again, each with both of its losses.
     """
-    apart = [y - x for x, y in zip(ours, theirs, strict=True)]
-    draw = random.Random(0)
-    means = sorted(sum(draw.choices(apart, k=len(apart))) / len(apart) for _ in range(_RESAMPLES))
+    middle, low, high = interval([y - x for x, y in zip(ours, theirs, strict=True)])
+    return math.expm1(middle), math.expm1(low), math.expm1(high)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """A mean, and the ends of its 95 % interval by a bootstrap."""
+    draw, number_of = random.Random(0), len(values)
+    means = sorted(sum(draw.choices(values, k=number_of)) / number_of for _ in range(_RESAMPLES))
     low, high = means[int(0.025 * _RESAMPLES)], means[int(0.975 * _RESAMPLES) - 1]
-    return math.expm1(sum(apart) / len(apart)), math.expm1(low), math.expm1(high)
+    return sum(values) / number_of, low, high
 
 
 def percent(x: tuple[float, float, float]) -> str:

@@ -26,6 +26,7 @@ from bench.papers.real.subject import subject
 POLICIES: dict[str, Callable[[int], ms.Policy]] = {
     **states.POLICIES,
     "TOVA-head+4": partial(ms.Policy.tova, scope="head", sinks=4),
+    "TOVA-layer, half recent": lambda slots: ms.Policy.tova(slots, recent=slots // 2),
 }
 BINS = 32  # of positions in a text
 

@@ -27,7 +27,7 @@ from bench.papers.real.subject import Subject, subject
 from bench.table import Table, say
 
 _POLICIES = ("TOVA-layer", "H2O-layer", "Window+4")
-_LENGTHS = (1024, 2048, 4096, 8192)
+LENGTHS = (1024, 2048, 4096, 8192)
 _DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _TRIALS = 20  # of a length, in turn at each depth
 _SHARES = (2, 4, 8, 16)  # the state is such a part of the prompt
@@ -174,8 +174,9 @@ def chat(of: Subject, number: int) -> dict[str, Any]:
     return {"tokens": length, "digits": len(answer), "right": right}
 
 
-def measure(tasks: Sequence[str], chatting: bool, options: Options, store: Store) -> dict[str, Any]:
-    lengths: Sequence[int] = _LENGTHS
+def measure(
+    tasks: Sequence[str], lengths: Sequence[int], chatting: bool, options: Options, store: Store
+) -> dict[str, Any]:
     trials = _TRIALS
     if options.quick:
         lengths, trials = (512,), 2
@@ -201,7 +202,7 @@ def measure(tasks: Sequence[str], chatting: bool, options: Options, store: Store
     return {"subject": of.facts, "tasks": found, "chats": chats}
 
 
-run = partial(measure, ("one",), True)
+run = partial(measure, ("one",), LENGTHS, True)
 
 
 def _share(pieces: Sequence[Mapping[str, Any]], name: str) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import msrnn_ops as ms
+from bench.papers.checkpoint import CACHE
 from bench.papers.part import Options, Section, Store
 from bench.papers.real import source
 from bench.papers.real.subject import texts_of
@@ -37,7 +38,7 @@ def _generated(
 ) -> _Written:
     model.set_attn_implementation("sdpa" if cache is None else "msrnn")
     if cache is not None:
-        more["past_key_values"] = cache
+        more[CACHE] = cache
     settings = {"max_new_tokens": _NEW, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
         found = model.generate(ids, attention_mask=mask, eos_token_id=None, **settings, **more)
@@ -72,6 +73,19 @@ def _tie(model: Any, stock: _Written, row: int, same: int, other: int) -> float:
     return (best - float(logits[other])) / 2.0 ** (math.floor(math.log2(abs(best))) - 7)
 
 
+@torch.no_grad()
+def _beams_apart(model: Any, stock: _Written, ours: _Written) -> float:
+    """How far transformers' text is more likely than ours, in steps of bfloat16 of a logit."""
+    model.set_attn_implementation("sdpa")
+    sums, largest = [], 0.0
+    for one in (stock, ours):
+        logits = model(torch.cat([one.ids, one.new], 1)).logits[0, one.ids.shape[1] - 1 : -1]
+        chosen = one.new[0, :, None]
+        sums.append(float(logits.double().log_softmax(-1).gather(-1, chosen).sum()))
+        largest = max(largest, float(logits.gather(-1, chosen).abs().max()))
+    return (sums[0] - sums[1]) / 2.0 ** (math.floor(math.log2(largest)) - 7)
+
+
 def equal(model: Any, ids: Tensor, way: str) -> dict[str, Any]:
     """How many tokens are the same up to the first that is not, and how near a tie that one is."""
     stock, ours = (_written(model, ids, way, bounded) for bounded in (False, True))
@@ -81,7 +95,9 @@ def equal(model: Any, ids: Tensor, way: str) -> dict[str, Any]:
         if len(differ):
             row, at = min(differ.tolist(), key=lambda place: place[1])
             same += at
-            if way != "three beams":  # whose sums of many tokens are compared
+            if way == "three beams":  # whose sums of many tokens are compared
+                tie = _beams_apart(model, x, y)
+            else:
                 tie = _tie(model, x, row, at, int(y.new[row, at]))
             break
         same += x.new.shape[1]
@@ -124,8 +140,8 @@ def section(result: Mapping[str, Any]) -> Section:
     said = f"{whole} of {len(cells)} texts are the same to the end."
     if ties:
         said += (
-            " Where others first differ, the two tokens are a near-tie: without a cache their "
-            f"logits are at most {max(map(abs, ties)):.1f} steps of bfloat16 apart."
+            " Where others first differ, the two tokens, or the two sums of beams, are a near-tie: "
+            f"without a cache at most {max(map(abs, ties)):.1f} steps of bfloat16 apart."
         )
     rows = [[label, *map(_cell, ways.values())] for label, ways in found.items()]
     return Section(
@@ -137,8 +153,8 @@ def section(result: Mapping[str, Any]) -> Section:
             Table(
                 "Tokens that are the same",
                 "generate with MultiStateCache and more states than tokens, and as it is. In "
-                "brackets the distance of the two logits where they first differ, in steps of "
-                "bfloat16.",
+                "brackets the distance of the two logits where they first differ, or of two beams’ "
+                "sums, in steps of bfloat16.",
                 ("model", *_WAYS),
                 rows,
             )

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import msrnn_ops as ms
 from bench.measure import interleaved
+from bench.papers.checkpoint import CACHE
 from bench.papers.part import Options, Section, Store
 from bench.papers.real import source
 from bench.table import Table, duration, number, say
@@ -48,7 +49,7 @@ class _Decoding:
 
     def _call(self, tokens: Tensor) -> None:
         with torch.no_grad():
-            self.model(tokens, past_key_values=self.cache, logits_to_keep=1)
+            self.model(tokens, **{CACHE: self.cache}, logits_to_keep=1)
 
     def step(self) -> None:
         self.model.config._attn_implementation = self.attention
