@@ -8,8 +8,8 @@
 // so that no wide instruction ends up in code that an older processor runs.
 //
 // baseline and avx2 share one implementation on the compiler's vector extension, of which SSE2 and
-// NEON are the case of 4 lanes. avx512 has its own, since masks and a table of powers in a register
-// make its exp shorter.
+// NEON are the case of 4 lanes. avx512 has its own, for its masks. Where a permutation looks up a
+// table in a register, avx2 and avx512, exp takes its powers of 2 from there.
 #pragma once
 
 #include "../dtype.h"
@@ -94,10 +94,17 @@ alignas(64) constexpr uint32_t kPowers[16] = {
     0x3F7504F3, 0x3F7508A4, 0x3F75672A, 0x3F76248C, 0x3F7744FD, 0x3F78CCDF, 0x3F7AC0C7, 0x3F7D257D,
 };
 
+constexpr float kPerOctave = 16;  // of the powers
 // 2^(n/16) for the integer n in the low bits of x.
-MSRNN_FN Float sixteenth_power(Float x) {
+MSRNN_FN Float power(Float x) {
   __m512i power = _mm512_castps_si512(_mm512_permutexvar_ps(bits(x), _mm512_load_ps(kPowers)));
   return from_bits(_mm512_add_epi32(power, _mm512_slli_epi32(bits(x), 19)));
+}
+
+// (exp(r) - 1) / r for |r| <= log(2)/32: exp is off by 1e-9.
+template <class V>
+MSRNN_FN V expm1_over(V r) {
+  return fma(fma(r, V(1.0f / 6), V(0.5f)), r, V(1.0f));
 }
 
 MSRNN_FN Float load_partial(const float* p, int n) {
@@ -142,95 +149,10 @@ MSRNN_FN void stream(Half* p, Float x) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_half(x));
 }
 
-// Two vectors, with every operation on both, which gives the scheduler's window twice the
-// independent work. We measured 29 cycles for 16 minGRU steps, against 31 to 38.
-struct Pair {
-  static constexpr int lanes = 2 * Float::lanes;
-  static constexpr bool compensated = true;
-  using Scalar = float;
-  struct Mask {
-    Float::Mask a, b;
-  };
-
-  Float a, b;
-
-  Pair() = default;
-  MSRNN_FN Pair(Float x, Float y) : a(x), b(y) {}
-  MSRNN_FN explicit Pair(float x) : a(x), b(x) {}
-  static MSRNN_FN Pair minus_infinity() { return Pair(-__builtin_inff()); }
-};
-
-MSRNN_FN Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
-MSRNN_FN Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
-MSRNN_FN Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
-MSRNN_FN Pair operator-(Pair x) { return {-x.a, -x.b}; }
-MSRNN_FN Pair fma(Pair x, Pair y, Pair z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
-MSRNN_FN Pair abs(Pair x) { return {abs(x.a), abs(x.b)}; }
-MSRNN_FN Pair minus_abs(Pair x) { return {minus_abs(x.a), minus_abs(x.b)}; }
-MSRNN_FN Pair copy_sign(Pair x, Pair s) { return {copy_sign(x.a, s.a), copy_sign(x.b, s.b)}; }
-MSRNN_FN Pair min_with_zero(Pair x) { return {min_with_zero(x.a), min_with_zero(x.b)}; }
-MSRNN_FN Pair at_least(float bound, Pair x) { return {at_least(bound, x.a), at_least(bound, x.b)}; }
-MSRNN_FN Pair::Mask is_negative(Pair x) { return {is_negative(x.a), is_negative(x.b)}; }
-MSRNN_FN Pair::Mask greater(Pair x, Pair y) { return {greater(x.a, y.a), greater(x.b, y.b)}; }
-MSRNN_FN Pair::Mask at_least_zero(Pair x) { return {at_least_zero(x.a), at_least_zero(x.b)}; }
-MSRNN_FN Pair::Mask equal(Pair x, Pair y) { return {equal(x.a, y.a), equal(x.b, y.b)}; }
-MSRNN_FN Pair::Mask never(Pair x) { return {never(x.a), never(x.b)}; }
-MSRNN_FN Pair::Mask both(Pair::Mask m, Pair::Mask n) { return {both(m.a, n.a), both(m.b, n.b)}; }
-MSRNN_FN bool all(Pair::Mask m) { return all(m.a) && all(m.b); }
-MSRNN_FN Pair select(Pair::Mask m, Pair x, Pair y) {
-  return {select(m.a, x.a, y.a), select(m.b, x.b, y.b)};
-}
-MSRNN_FN Pair keep(Pair::Mask m, Pair x) { return {keep(m.a, x.a), keep(m.b, x.b)}; }
-MSRNN_FN Pair drop(Pair::Mask m, Pair x) { return {drop(m.a, x.a), drop(m.b, x.b)}; }
-MSRNN_FN Pair add_where(Pair::Mask m, Pair x, Pair y) {
-  return {add_where(m.a, x.a, y.a), add_where(m.b, x.b, y.b)};
-}
-MSRNN_FN Pair subtract_where(Pair::Mask m, Pair x, Pair y) {
-  return {subtract_where(m.a, x.a, y.a), subtract_where(m.b, x.b, y.b)};
-}
-MSRNN_FN Pair reciprocal_estimate(Pair x) {
-  return {reciprocal_estimate(x.a), reciprocal_estimate(x.b)};
-}
-MSRNN_FN Pair one_minus_product(Pair x, Pair y) {
-  return {one_minus_product(x.a, y.a), one_minus_product(x.b, y.b)};
-}
-MSRNN_FN Pair sixteenth_power(Pair x) { return {sixteenth_power(x.a), sixteenth_power(x.b)}; }
-
-template <class T>
-MSRNN_FN Pair widen_pair(const T* p) {
-  return {widen(p), widen(p + Float::lanes)};
-}
-template <class T>
-MSRNN_FN void store_full(T* p, Pair x) {
-  store_full(p, x.a);
-  store_full(p + Float::lanes, x.b);
-}
-template <class T>
-MSRNN_FN void stream(T* p, Pair x) {
-  stream(p, x.a);
-  stream(p + Float::lanes, x.b);
-}
-
 // One Newton step: the result is off by at most 1 unit in the last place for x in [1, 4].
-template <class V>
-MSRNN_FN V reciprocal(V x) {
-  V r = reciprocal_estimate(x);
+MSRNN_FN Float reciprocal(Float x) {
+  Float r = reciprocal_estimate(x);
   return fma(r, one_minus_product(x, r), r);
-}
-
-// exp(x) = 2^(n/16) exp(r), |r| <= log(2)/32: a table in one register and then a cubic, which is
-// off by 1e-9. At the lower clamp the power is 2^-127, a denormal, which counts as 0 wherever
-// kernels run. (A table of 32 entries, a quadratic and a mask for the underflow take 20 % more
-// time.)
-template <class V>
-MSRNN_FN V exponential(V x) {
-  x = at_least(kExpZero, x);
-  V shifted = fma(x, V(16.0f / kLog2), V(kRoundShift));
-  V n = shifted - V(kRoundShift);
-  V r = fma(n, V(-kLog2 / 16.0f), x);
-  V t = sixteenth_power(shifted);
-  V q = fma(fma(r, V(1.0f / 6), V(0.5f)), r, V(1.0f)) * r;
-  return fma(t, q, t);
 }
 
 #else  // the compiler's vector extension
@@ -304,6 +226,30 @@ MSRNN_FN Float min_with_zero(Float x) { return select(x.v > 0.0f, Float(0.0f), x
 
 MSRNN_FN Float reciprocal(Float x) { return Float(1.0f / x.v); }
 
+#if defined(MSRNN_AVX2)
+// The second operand is returned when one is NaN: NaN for NaN.
+MSRNN_FN Float at_least(float bound, Float x) {
+  return Float((FloatLanes)_mm256_max_ps(_mm256_set1_ps(bound), (__m256)x.v));
+}
+
+// 2^(j/8) with j << 20 taken off its bits: adding n << 20 then multiplies by 2^floor(n/8).
+alignas(32) constexpr uint32_t kPowers[8] = {
+    0x3F800000, 0x3F7B95C2, 0x3F7837F0, 0x3F75FED7, 0x3F7504F3, 0x3F75672A, 0x3F7744FD, 0x3F7AC0C7,
+};
+
+constexpr float kPerOctave = 8;  // of the powers
+// 2^(n/8) for the integer n in the low bits of x.
+MSRNN_FN Float power(Float x) {
+  __m256i table = _mm256_load_si256(reinterpret_cast<const __m256i*>(kPowers));
+  __m256i found = _mm256_permutevar8x32_epi32(table, (__m256i)bits(x));
+  return from_bits((IntLanes)_mm256_add_epi32(found, _mm256_slli_epi32((__m256i)bits(x), 20)));
+}
+// (exp(r) - 1) / r for |r| <= log(2)/16, fitted so that exp is off by at most 3e-8.
+template <class V>
+MSRNN_FN V expm1_over(V r) {
+  return fma(fma(r, V(0.16666859f), V(0.50006473f)), r, V(1.0f));
+}
+#else
 // exp(x) = 2^n exp(r), |r| <= log(2)/2: a polynomial of degree 6; log(2) in two parts, the first
 // exact times any n in range, since the baseline has no fused multiply-add.
 MSRNN_FN Float exponential(Float x) {
@@ -322,7 +268,8 @@ MSRNN_FN Float exponential(Float x) {
   return select(x.v == x.v, drop(underflow, result), x);  // the sum of bits may not keep a NaN
 }
 
-using Pair = Float;  // sixteen registers hold the constants and one vector
+using Pair = Float;
+#endif
 
 MSRNN_FN Float load_full(const float* p) {
   Float x;
@@ -368,22 +315,34 @@ MSRNN_FN Float widen(const Half* p) {
 #endif
   return x;
 }
+#if defined(MSRNN_AVX2)
+MSRNN_FN __m256i narrow_bfloat16(Float a, Float b) {
+  UintLanes rounded[2];
+  for (int i = 0; i < 2; ++i) {
+    const FloatLanes x = i == 0 ? a.v : b.v;
+    const UintLanes u = (UintLanes)x;
+    rounded[i] = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+    rounded[i] = x == x ? rounded[i] : UintLanes{} + 0x7FC0u;
+  }
+  // Packs each half of the vectors by itself.
+  __m256i packed = _mm256_packus_epi32((__m256i)rounded[0], (__m256i)rounded[1]);
+  return _mm256_permute4x64_epi64(packed, 0xD8);
+}
+MSRNN_FN __m128i narrow_half(Float x) {
+  return _mm256_cvtps_ph((__m256)x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#endif
 MSRNN_FN void store_full(BFloat16* p, Float x) {
 #if defined(MSRNN_AVX2)
-  UintLanes u = (UintLanes)x.v;
-  UintLanes rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
-  rounded = (x.v == x.v) ? rounded : UintLanes{} + 0x7FC0u;
-  __m256i packed = _mm256_packus_epi32((__m256i)rounded, (__m256i)rounded);
-  packed = _mm256_permute4x64_epi64(packed, 0x08);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  __m128i packed = _mm256_castsi256_si128(narrow_bfloat16(x, x));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
 #else
   for (int i = 0; i < kLanes; ++i) p[i] = to_bfloat16(x.v[i]);
 #endif
 }
 MSRNN_FN void store_full(Half* p, Float x) {
 #if defined(MSRNN_AVX2)
-  __m128i packed = _mm256_cvtps_ph((__m256)x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_half(x));
 #else
   for (int i = 0; i < kLanes; ++i) p[i] = to_half(x.v[i]);
 #endif
@@ -391,6 +350,104 @@ MSRNN_FN void store_full(Half* p, Float x) {
 template <class Narrow>
 MSRNN_FN void stream(Narrow* p, Float x) {
   store_full(p, x);
+}
+
+#endif
+
+#if defined(MSRNN_AVX512) || defined(MSRNN_AVX2)
+
+// Two vectors, with every operation on both. The scheduler's window has twice the independent work,
+// and both share a prefetch and a turn of the loop. We measured 29 cycles for 16 minGRU steps of
+// AVX-512, against 31 to 38.
+struct Pair {
+  static constexpr int lanes = 2 * Float::lanes;
+  static constexpr bool compensated = true;
+  using Scalar = float;
+  struct Mask {
+    Float::Mask a, b;
+  };
+
+  Float a, b;
+
+  Pair() = default;
+  MSRNN_FN Pair(Float x, Float y) : a(x), b(y) {}
+  MSRNN_FN explicit Pair(float x) : a(x), b(x) {}
+  static MSRNN_FN Pair minus_infinity() { return Pair(-__builtin_inff()); }
+};
+
+MSRNN_FN Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
+MSRNN_FN Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
+MSRNN_FN Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
+MSRNN_FN Pair operator-(Pair x) { return {-x.a, -x.b}; }
+MSRNN_FN Pair fma(Pair x, Pair y, Pair z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
+MSRNN_FN Pair abs(Pair x) { return {abs(x.a), abs(x.b)}; }
+MSRNN_FN Pair minus_abs(Pair x) { return {minus_abs(x.a), minus_abs(x.b)}; }
+MSRNN_FN Pair copy_sign(Pair x, Pair s) { return {copy_sign(x.a, s.a), copy_sign(x.b, s.b)}; }
+MSRNN_FN Pair min_with_zero(Pair x) { return {min_with_zero(x.a), min_with_zero(x.b)}; }
+MSRNN_FN Pair at_least(float bound, Pair x) { return {at_least(bound, x.a), at_least(bound, x.b)}; }
+MSRNN_FN Pair::Mask is_negative(Pair x) { return {is_negative(x.a), is_negative(x.b)}; }
+MSRNN_FN Pair::Mask greater(Pair x, Pair y) { return {greater(x.a, y.a), greater(x.b, y.b)}; }
+MSRNN_FN Pair::Mask at_least_zero(Pair x) { return {at_least_zero(x.a), at_least_zero(x.b)}; }
+MSRNN_FN Pair::Mask equal(Pair x, Pair y) { return {equal(x.a, y.a), equal(x.b, y.b)}; }
+MSRNN_FN Pair::Mask never(Pair x) { return {never(x.a), never(x.b)}; }
+MSRNN_FN Pair::Mask both(Pair::Mask m, Pair::Mask n) { return {both(m.a, n.a), both(m.b, n.b)}; }
+MSRNN_FN bool all(Pair::Mask m) { return all(m.a) && all(m.b); }
+MSRNN_FN Pair select(Pair::Mask m, Pair x, Pair y) {
+  return {select(m.a, x.a, y.a), select(m.b, x.b, y.b)};
+}
+MSRNN_FN Pair keep(Pair::Mask m, Pair x) { return {keep(m.a, x.a), keep(m.b, x.b)}; }
+MSRNN_FN Pair drop(Pair::Mask m, Pair x) { return {drop(m.a, x.a), drop(m.b, x.b)}; }
+MSRNN_FN Pair add_where(Pair::Mask m, Pair x, Pair y) {
+  return {add_where(m.a, x.a, y.a), add_where(m.b, x.b, y.b)};
+}
+MSRNN_FN Pair subtract_where(Pair::Mask m, Pair x, Pair y) {
+  return {subtract_where(m.a, x.a, y.a), subtract_where(m.b, x.b, y.b)};
+}
+MSRNN_FN Pair reciprocal(Pair x) { return {reciprocal(x.a), reciprocal(x.b)}; }
+MSRNN_FN Pair power(Pair x) { return {power(x.a), power(x.b)}; }
+
+template <class T>
+MSRNN_FN Pair widen_pair(const T* p) {
+  return {widen(p), widen(p + Float::lanes)};
+}
+template <class T>
+MSRNN_FN void store_full(T* p, Pair x) {
+  store_full(p, x.a);
+  store_full(p + Float::lanes, x.b);
+}
+template <class T>
+MSRNN_FN void stream(T* p, Pair x) {
+  stream(p, x.a);
+  stream(p + Float::lanes, x.b);
+}
+#if defined(MSRNN_AVX2)  // a pair of 16 bits is one store
+MSRNN_FN __m256i narrow(const BFloat16*, Pair x) { return narrow_bfloat16(x.a, x.b); }
+MSRNN_FN __m256i narrow(const Half*, Pair x) {
+  return _mm256_set_m128i(narrow_half(x.b), narrow_half(x.a));
+}
+template <class T>
+  requires(sizeof(T) == 2)
+MSRNN_FN void store_full(T* p, Pair x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(p, x));
+}
+template <class T>
+  requires(sizeof(T) == 2)
+MSRNN_FN void stream(T* p, Pair x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(p, x));
+}
+#endif
+
+// exp(x) = 2^(n/k) exp(r): a table of k powers in one register and then a cubic. At the lower clamp
+// the power is 2^-127, a denormal, which counts as 0 wherever kernels run. (With AVX-512 a table of
+// 32, a quadratic and a mask for the underflow take 20 % more time.)
+template <class V>
+MSRNN_FN V exponential(V x) {
+  x = at_least(kExpZero, x);
+  V shifted = fma(x, V(kPerOctave / kLog2), V(kRoundShift));
+  V n = shifted - V(kRoundShift);
+  V r = fma(n, V(-kLog2 / kPerOctave), x);
+  V t = power(shifted);
+  return fma(t, expm1_over(r) * r, t);
 }
 
 #endif
