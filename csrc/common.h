@@ -1,7 +1,8 @@
 // Checks and views between torch tensors and the torch-free kernels.
 //
-// Python raises the errors that users meet (msrnn_ops/checks.py). The checks here keep a direct
-// call of torch.ops.msrnn_ops.* from reading out of bounds.
+// Python raises the errors that users meet (msrnn_ops/checks.py). The checks here keep calls that
+// come without Python's, as torch.ops.msrnn_ops.* and decoding engines make them, from reading out
+// of bounds: they come before anything is written.
 //
 // What torch itself refuses, such as memory that is not there, keeps torch's own words.
 #pragma once

@@ -1,7 +1,8 @@
 """Multi-state attention: the public functions that attend and evict.
 
 A call goes through its door in checks.py, then to the reference (reference.py) or to an operator
-(operators/multi_state.py), whose kernels are in csrc/. Policy and MultiState are in state.py.
+(operators/multi_state.py), whose kernels are in csrc/. A step on a CPU goes to the operator at
+once, which checks as much in C++. Policy and MultiState are in state.py.
 """
 
 from __future__ import annotations
@@ -34,47 +35,57 @@ def _run(namespace: str, name: str, *args: Any) -> Any:
     return IN_PLACE[namespace, name](*args)
 
 
-def _needs_no_door(q: Tensor, k: Tensor, v: Tensor, state: MultiState, scale: float | None) -> bool:
-    """Whether the operator itself sees all that could be wrong with a call, in less time."""
-    if type(state) is not MultiState or not checks_itself(q):
-        return False
-    for x in (q, k, v, *state.tensors()):
-        if type(x) is not Tensor or not x.is_cpu or x.requires_grad:
-            return False
-    usual = scale is None or (type(scale) is float and 0 < scale <= 1)
-    return usual and q.dim() == 3 and q.shape[2] > 0
+def is_checked_by_operator(x: Tensor) -> bool:
+    """Whether a step of plain tensors such as this one looks at shapes, dtypes and strides itself.
 
-
-def checks_itself(x: Tensor) -> bool:
-    """Whether the step of such a tensor looks at shapes, dtypes and strides before it writes.
-
-    The compiled one does, and nothing but plain tensors may come to it.
+    The compiled step does, before it writes, on CPU and CUDA; it has no words for a user.
     """
     return is_plain() and type(x) is Tensor and backend.is_compiled("attend_evict", x.device)
 
 
-def attend_evict_at_once(
+def _needs_no_checks(
+    q: Tensor, k: Tensor, v: Tensor, state: MultiState, scale: float | None
+) -> bool:
+    """Whether the operator sees all that could be wrong with a call, in a tenth of the time."""
+    if type(state) is not MultiState or not is_checked_by_operator(q):
+        return False
+    for x in (q, k, v, *state.tensors()):
+        if type(x) is not Tensor or not x.is_cpu or x.requires_grad:
+            return False
+    return q.dim() == 3 and q.shape[2] > 0 and (scale is None or is_usual(scale))
+
+
+def is_usual(scale: float) -> bool:
+    """Whether a scale of logits needs no further look."""
+    return type(scale) is float and 0 < scale <= 1
+
+
+def attend_evict_unchecked(
     q: Tensor, k: Tensor, v: Tensor, state: MultiState, rows: Tensor | None, scale: float
 ) -> Tensor:
-    """:func:`attend_evict` without its door, for engines: no gradients, devices that never change.
+    """:func:`attend_evict` without the checks in Python, for engines whose devices never change.
 
-    Either the shapes never change, or the operator :func:`checks_itself`; that one also takes
-    (B, H, 1, Dh), as decoders have it. Between the weights of two layers, which leave nothing of it
-    in a processor's caches, the door takes as long as the kernel.
+    No gradient may be asked for. Either the shapes never change, or the call
+    :func:`is_checked_by_operator`; then it also takes (B, H, 1, Dh), as decoders have it. Between
+    the weights of two layers, which leave nothing of them in a processor's caches, the checks take
+    as long as the kernel.
     """
     namespace = backend.namespace("attend_evict", q.device)
     if namespace is None:
         return attend_evict(q, k, v, state, rows=rows, scale=scale)
     try:
         args = (q, k, v, rows, *state.tensors(), *state.policy.numbers, scale)
-        out: Tensor = IN_PLACE[namespace, "attend_evict"].at_once(args)
+        out: Tensor = IN_PLACE[namespace, "attend_evict"].run_kernel(args)
         return out
-    except RuntimeError as error:  # nothing is written, and the door has the words
+    except RuntimeError as error:  # nothing is written, and the checks have the words
         refused = error
-    if q.dim() == 4:
-        q, k, v = q.squeeze(2), k.squeeze(2), v.squeeze(2)
-    checks.token("attend_evict", q, k, v, state, rows, scale)
-    raise refused
+    try:
+        if q.dim() == 4:
+            q, k, v = q.squeeze(2), k.squeeze(2), v.squeeze(2)
+        checks.token("attend_evict", q, k, v, state, rows, scale)
+        raise refused
+    finally:
+        del refused  # which holds this frame, and with it the tensors
 
 
 def attend_evict(
@@ -136,9 +147,9 @@ def attend_evict(
     >>> state.seen
     tensor([10, 11])
     """
-    if rows is None and _needs_no_door(q, k, v, state, scale):
+    if rows is None and _needs_no_checks(q, k, v, state, scale):
         scale = q.shape[2] ** -0.5 if scale is None else scale
-        return attend_evict_at_once(q, k, v, state, None, scale)
+        return attend_evict_unchecked(q, k, v, state, None, scale)
     rows, scale, namespace = checks.token("attend_evict", q, k, v, state, rows, scale)
     if namespace is None:
         return reference.attend_evict(q, k, v, rows, state, scale)

@@ -99,6 +99,8 @@ class MultiStateCache(Cache):  # type: ignore[misc]
     (tensor([[[ 8,  9, 10, 11]]]), 12)
     """
 
+    _next_layer = 0  # whose keys come next
+
     def __init__(self, policy: Policy, config: Any, *, group: Group = None) -> None:
         if not isinstance(policy, Policy):
             raise errors.kind("MultiStateCache", "policy", "a Policy", policy)
@@ -137,33 +139,29 @@ class MultiStateCache(Cache):  # type: ignore[misc]
         # of these it still shows. None, and columns that follow: all.
         self._stored: Tensor | None = None
         self._visible: Tensor | None = None
-        self._next = 0  # the layer whose keys come next
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """What a layer attends to, as transformers asks for it before the attention."""
-        if layer_idx != self._next or getattr(self.layers[layer_idx - 1], "waiting", False):
-            self._check_turn(layer_idx)
         if layer_idx == 0:
             self._check_call(key, kwargs.get("kwargs"))
+        elif layer_idx != self._next_layer or getattr(self.layers[layer_idx - 1], "waiting", False):
+            raise self._out_of_order(layer_idx)
         found: tuple[Tensor, Tensor] = self.layers[layer_idx].update(key, value, *args, **kwargs)
-        self._next = (layer_idx + 1) % len(self.layers)
+        self._next_layer = (layer_idx + 1) % len(self.layers)
         return found
 
-    def _check_turn(self, layer_idx: int) -> None:
+    def _out_of_order(self, layer_idx: int) -> Exception:
         if layer_idx >= len(self.layers):
-            raise ValueError(
+            return ValueError(
                 f"MultiStateCache: expected the config of this model, got one of {len(self.layers)}"
                 f" layers for a model that has a layer {layer_idx}"
             )
-        others = (layer for i, layer in enumerate(self.layers) if i != layer_idx)
-        waiting = any(getattr(layer, "waiting", False) for layer in others)
-        tokens = {layer.get_seq_length() for layer in self.layers}
-        if layer_idx or waiting or len(tokens) > 1:  # else no layer took a token of the call before
-            raise RuntimeError(
-                f"MultiStateCache: expected layer {self._next} when those before have attended, "
-                f"got layer {layer_idx}: a call was interrupted (then call reset), or the attention"
-                f" is not {_ATTENTION!r}, or the config is of a model of more layers"
-            )
+        return RuntimeError(
+            "MultiStateCache: expected layers in their order, each after the one before has "
+            f"attended, got layer {layer_idx} out of turn: a call was interrupted (then call "
+            f"reset), or the attention is not {_ATTENTION!r}, or the config is of a model of more "
+            "layers"
+        )
 
     def _check_call(self, key: Tensor, options: dict[str, Any] | None) -> None:
         """Once for all layers, before any of them takes a token."""
@@ -173,13 +171,12 @@ class MultiStateCache(Cache):  # type: ignore[misc]
             raise _another_attention("the mask of another attention")
         layer = self.layers[0]
         tokens = layer.get_seq_length()
+        for other in self.layers[1:]:
+            if other.get_seq_length() != tokens or getattr(other, "waiting", False):
+                raise self._out_of_order(0)
         if tokens:
             _check_rows(len(layer.keys if layer.is_sliding else layer.state.seen), key.shape[0])
         _check_positions(tokens, key.shape[2], options)
-        at_once = not torch.is_grad_enabled() and multi_state.checks_itself(key)
-        for layer in self.layers:
-            if not layer.is_sliding:
-                layer.at_once = at_once and layer.group is None
 
     def get_mask_sizes(self, query: Any, layer_idx: int) -> tuple[int, int]:
         """Columns and offset of a layer's mask, as transformers asks for them before the mask.
@@ -258,7 +255,6 @@ class MultiStateCache(Cache):  # type: ignore[misc]
     def reset(self) -> None:
         """Forgets everything, also the number of rows."""
         self._stored = self._visible = None
-        self._next = 0
         self.layers: list[Any] = [
             # Not by its own reset, which leaves zeros to attend to in transformers 5.2.
             DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
@@ -425,7 +421,6 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
             self.attend_evict = partial(distributed.attend_evict, group=group)
             self.attend_prompt = partial(distributed.attend_prompt, group=group)
         self.state: MultiState | None = None
-        self.at_once = False  # whether a step of this call needs no door
         self.tokens = 0  # of the longest row, padding included: positions depend on it
         self.waiting = False  # for the attention function
 
@@ -457,12 +452,12 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
             )
         kept = self.state.keys if self.state is not None and self.tokens else None
         if kept is None or not key.dtype == value.dtype == kept.dtype or key.device != kept.device:
-            key, value = self._fitting(key, value)
+            key, value = self._as_stored(key, value)
         self.waiting = True
         key.multi_state_layer = self  # type: ignore[attr-defined]
         return key, value
 
-    def _fitting(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _as_stored(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values in the dtype of the state, which the first ones make."""
         if torch.is_autocast_enabled(key.device.type):  # rotary embedding leaves float32
             dtype = torch.get_autocast_dtype(key.device.type)
@@ -488,8 +483,8 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
         if query.dtype != key.dtype:
             query = query.to(key.dtype)
         if valid is None and new == 1:
-            if self.at_once and scale is not None:
-                out = multi_state.attend_evict_at_once(query, key, value, self.state, None, scale)
+            if scale is not None and self._needs_no_checks(key, scale):
+                out = multi_state.attend_evict_unchecked(query, key, value, self.state, None, scale)
             else:
                 q, k, v = query.squeeze(2), key.squeeze(2), value.squeeze(2)
                 out = self.attend_evict(q, k, v, self.state, scale=scale).unsqueeze(2)
@@ -499,6 +494,11 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
             out = out.transpose(1, 2).contiguous()
         self.tokens += new
         return out
+
+    def _needs_no_checks(self, key: Tensor, scale: float) -> bool:
+        if self.group is not None or torch.is_grad_enabled():
+            return False
+        return multi_state.is_usual(scale) and multi_state.is_checked_by_operator(key)
 
     def hide(self, hidden: Tensor) -> None:
         """Drops the tokens that ``hidden``, (B, tokens) bool, says True for by their number."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import random
 import warnings
+import weakref
 
 import hypothesis
 import hypothesis.strategies as st
@@ -19,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import msrnn_ops as ms
-from msrnn_ops.multi_state import attend_evict_at_once, checks_itself
+from msrnn_ops.multi_state import attend_evict_unchecked, is_checked_by_operator
 
 Heads = tuple[int, int, int]  # Hq, Hkv, Dh
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -105,21 +107,21 @@ def test_steps(name: str, heads: Heads, dtype: torch.dtype) -> None:
 
 @every_policy
 @every_dtype
-def test_steps_without_the_door(name: str, dtype: torch.dtype) -> None:
+def test_steps_without_checks(name: str, dtype: torch.dtype) -> None:
     """What engines call gives the same bits, and the words of the door where a call is wrong."""
     heads, policy, scale = (4, 2, 16), policies(5)[name], 0.25
     ours, theirs = make(policy, 2, heads, dtype), make(policy, 2, heads, dtype)
     for _ in range(12):
         q, k, v = draw(2, heads, dtype)
         expected = ms.attend_evict(q, k, v, theirs, scale=scale)
-        assert torch.equal(attend_evict_at_once(q, k, v, ours, None, scale), expected)
-        if checks_itself(q):
+        assert torch.equal(attend_evict_unchecked(q, k, v, ours, None, scale), expected)
+        if is_checked_by_operator(q):
             q, k, v = draw(2, heads, dtype, 1)  # (B, H, 1, Dh)
             expected = ms.attend_evict(q[:, :, 0], k[:, :, 0], v[:, :, 0], theirs, scale=scale)
-            out = attend_evict_at_once(q, k, v, ours, None, scale)
+            out = attend_evict_unchecked(q, k, v, ours, None, scale)
             assert torch.equal(out, expected.unsqueeze(2))
         same_state(ours, theirs)
-    if not checks_itself(q):
+    if not is_checked_by_operator(q):
         return
     wrong = {
         "expected v in the shape of k": (q, k, v[:1]),
@@ -134,8 +136,28 @@ def test_steps_without_the_door(name: str, dtype: torch.dtype) -> None:
     }
     for words, arguments in wrong.items():
         with pytest.raises((TypeError, ValueError), match=f"attend_evict: .*{words}"):
-            attend_evict_at_once(*arguments, ours, None, scale)
+            attend_evict_unchecked(*arguments, ours, None, scale)
         same_state(ours, theirs)
+
+
+def test_a_refused_step_leaves_nothing_behind() -> None:
+    """Neither a change that a backward pass would see, nor tensors kept alive."""
+    state, (q, k, v) = (
+        make(ms.Policy.tova(4), 1, (4, 2, 16), torch.float32),
+        draw(1, (4, 2, 16), torch.float32),
+    )
+    ms.attend_evict(q, k, v, state)
+    versions = [x._version for x in state.tensors()]
+    alive = weakref.ref(state)
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match="v in the shape of k"):
+            ms.attend_evict(q, k, v[:, :1], state)
+        assert [x._version for x in state.tensors()] == versions
+        del state
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.reference

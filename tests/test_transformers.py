@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import doctest
 import importlib
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -607,6 +608,77 @@ def test_an_interrupted_call_is_noticed() -> None:
         cache.reset()
         model(prompt, **given(cache))
         assert cache.get_seq_length() == 9
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("family", ["llama", "qwen2_sliding"])
+def test_a_call_that_fails_within_a_layer_is_noticed(
+    family: str, layer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the last one, whose keys were the last that the cache was given."""
+    model = make(family, torch.float32)
+    if layer >= model.config.num_hidden_layers:
+        pytest.skip("no such layer")
+    cache = MultiStateCache(POLICIES["tova"], model.config)
+    prompt = left_padded(9)[0]
+    model(prompt, **given(cache))
+    failing = cache.layers[layer]
+    name = "update" if failing.is_sliding else "attend"
+
+    def fail(*_: Any, **__: Any) -> None:
+        if failing.is_sliding:
+            failing.cumulative_length += 1  # as transformers does before it needs memory
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(failing, name, fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            model(prompt[:, :1], **given(cache))
+    if layer == 0 and not failing.is_sliding:  # nothing has been stored
+        model(prompt[:, :1], **given(cache))
+        assert cache.get_seq_length() == 10
+        return
+    with pytest.raises(RuntimeError, match="a call was interrupted"):
+        model(prompt[:, :1], **given(cache))
+    cache.reset()
+    model(prompt, **given(cache))
+
+
+def test_a_layer_with_another_backend_or_with_gradients() -> None:
+    """What holds for one layer of a call need not hold for the next."""
+    model = make(dtype=torch.float32)
+    cache, expected = (MultiStateCache(POLICIES["tova"], model.config) for _ in range(2))
+    prompt, layer = left_padded(9)[0], model.model.layers[1]
+    for one in (cache, expected):
+        model(prompt, **given(one))
+    inner = layer.forward
+
+    def by_the_reference(*args: Any, **kwargs: Any) -> Any:
+        with ms.use_backend("reference"):
+            return inner(*args, **kwargs)
+
+    layer.forward = by_the_reference
+    found = model(prompt[:, :1], **given(cache)).logits
+    layer.forward = inner
+    torch.testing.assert_close(found, model(prompt[:, :1], **given(expected)).logits)
+
+    def with_gradients(*args: Any, **kwargs: Any) -> Any:
+        with torch.enable_grad():
+            return inner(*args, **kwargs)
+
+    layer.forward = with_gradients
+    with pytest.raises(RuntimeError, match=r"attend_evict .*has no gradient"):
+        model(prompt[:, :1], **given(cache))
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, 1e300, True])
+def test_a_wrong_scale_of_a_layer_is_refused(scale: float) -> None:
+    model = make(dtype=torch.float32)
+    cache = MultiStateCache(POLICIES["tova"], model.config)
+    model(left_padded(9)[0], **given(cache))
+    model.model.layers[1].self_attn.scaling = scale
+    with pytest.raises((TypeError, ValueError), match="expected scale to be a"):
+        model(left_padded(1)[0], **given(cache))
 
 
 def test_a_second_attention_to_the_same_keys_is_refused() -> None:

@@ -66,13 +66,14 @@ class InPlace:
 
     def _run(self, *args: Any) -> Any:
         refuse_gradient(self.name, self._instead, [x for x in args if isinstance(x, Tensor)])
-        return self.at_once(args)
+        return self.run_kernel(args)
 
-    def at_once(self, args: tuple[Any, ...]) -> Any:
+    def run_kernel(self, args: tuple[Any, ...]) -> Any:
         """A call where :func:`is_plain` holds and nothing asks for a gradient."""
+        out = backend.below_autograd(self.kernel, args)
         # So that a backward pass that has saved what is written says so.
         torch._C._increment_version(args[self._written])
-        return backend.below_autograd(self.kernel, args)
+        return out
 
     def _refuse_vmap(self, *_: Any) -> NoReturn:
         raise RuntimeError(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from msrnn_ops import distributed, errors
 from msrnn_ops.exchange import Group
-from msrnn_ops.multi_state import attend_evict, attend_evict_at_once, attend_prompt
+from msrnn_ops.multi_state import attend_evict, attend_evict_unchecked, attend_prompt
 from msrnn_ops.state import MultiState, Policy, restore
 
 _POLICIES: dict[str, Callable[..., Policy]] = {
@@ -150,7 +150,7 @@ class Batch:
         """
         singles = len(self.rows)
         if group is None and singles == len(q) == len(out):  # most steps
-            out.copy_(attend_evict_at_once(q, k, v, state, self.rows, scale))
+            out.copy_(attend_evict_unchecked(q, k, v, state, self.rows, scale))
             return
         token: Callable[..., Tensor] = attend_evict
         prompt: Callable[..., Tensor] = attend_prompt

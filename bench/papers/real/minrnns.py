@@ -22,7 +22,7 @@ from bench.papers.real.subject import Subject, subject
 from bench.papers.words import Characters
 from bench.table import Table, say
 
-_SETTING = characters.Setting(128, 2, 128, 16, 500, 3e-3, 50, 192, 0.0)
+_SETTING = characters.Setting(128, 2, 128, 16, 400, 3e-3, 50, 192, 0.0)
 _SEEDS = (0, 1, 2)
 _KINDS = ("minGRU", "minLSTM", "transformer", "GRU", "LSTM")
 _UNITS = ("characters", "bytes")
