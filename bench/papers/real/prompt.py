@@ -25,7 +25,14 @@ from msrnn_ops import backend
 from msrnn_ops.operators.multi_state import IN_PLACE
 
 _PROMPT, _STEPS, _EXCERPTS = 1792, 128, 12
-_POLICIES = ("TOVA-layer", "TOVA-head", "H2O-layer", "H2O-head", "Window+4")
+_POLICIES = (
+    "TOVA-layer",
+    "TOVA-layer, half recent",
+    "TOVA-head",
+    "H2O-layer",
+    "H2O-head",
+    "Window+4",
+)
 _SIZES = (32, 128, 512)
 
 # Of each layer: queries, keys and values of all rows.
