@@ -22,10 +22,10 @@ from bench.papers.real.subject import Subject, subject
 from bench.papers.words import Characters
 from bench.table import Table, say
 
-_SETTING = characters.Setting(128, 2, 128, 16, 400, 3e-3, 50, 192, 0.0)
+_SETTING = characters.Setting(128, 2, 128, 16, 300, 3e-3, 50, 192, 0.0)
 _SEEDS = (0, 1, 2)
-_KINDS = ("minGRU", "minLSTM", "transformer", "GRU", "LSTM")
-_UNITS = ("characters", "bytes")
+_PAPER = ("minGRU", "minLSTM", "transformer")
+_KINDS = {"characters": (*_PAPER, "GRU", "LSTM"), "bytes": _PAPER}
 _HELD_OUT = 10  # the last tenth of every book
 _CONTEXT, _EXCERPTS = 2048, 6  # of the pretrained model
 
@@ -70,17 +70,16 @@ def pretrained(of: Subject, length: int) -> float:
 def run(options: Options, store: Store) -> dict[str, Any]:
     setting, context = _SETTING, _CONTEXT
     seeds: Sequence[int] = _SEEDS
-    units: Sequence[str] = _UNITS
     if options.quick:
         setting = characters.Setting(32, 1, 64, 8, 20, 3e-3, 10, 16, 0.0)
-        seeds, units, context = _SEEDS[:2], _UNITS[:1], 256
+        seeds, context = _SEEDS[:2], 256
     of = subject("smollm2", options, torch.bfloat16)
     bits = store.once("pretrained", pretrained, of, context)
     say(f"{of.facts['checkpoint']['name']}: {bits:.3f} bits a character")
     found: dict[str, dict[str, Any]] = {}
-    for unit in units:
+    for unit, kinds in _KINDS.items():
         books = corpus(of.texts, unit)
-        for kind in _KINDS:
+        for kind in kinds:
             train = partial(_trained, kind, books, setting, options.device)
             found.setdefault(unit, {})[kind] = [
                 store.once(f"{unit} {kind} {seed}", train, seed) for seed in seeds
@@ -125,7 +124,7 @@ def _table(result: Mapping[str, Any], unit: str) -> Table:
     return Table(
         f"Held-out loss, {unit}",
         f"Bits for one of the {unit}, mean and standard deviation over {len(result['seeds'])} "
-        f"seeds; {setting['layers']} layers, {setting['steps']:,} steps of {setting['batch']} × "
+        f"seeds; depth {setting['layers']}, {setting['steps']:,} steps of {setting['batch']} × "
         f"{setting['context']}; widths for equal parameters.",
         ("model", "parameters", "width", "bits", "ms a step"),
         rows,
