@@ -39,28 +39,28 @@ def _generated(
     model.set_attn_implementation("sdpa" if cache is None else "msrnn")
     if cache is not None:
         more[CACHE] = cache
-    settings = {"max_new_tokens": _NEW, "do_sample": False, "pad_token_id": 0}
+    settings = {"do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
         found = model.generate(ids, attention_mask=mask, eos_token_id=None, **settings, **more)
     return _Written(ids, mask, found[:, ids.shape[1] :])
 
 
-def _written(model: Any, ids: Tensor, way: str, bounded: bool) -> list[_Written]:
+def _written(model: Any, ids: Tensor, way: str, bounded: bool, new: int) -> list[_Written]:
     cache = MultiStateCache(ms.Policy.tova(4 * _PROMPT), model.config) if bounded else None
     if way == "left-padded":
         short = ids.shape[1] // 5
         rows, mask = ids.repeat(2, 1), torch.ones_like(ids).repeat(2, 1)
         rows[1, :-short], mask[1, :-short] = 0, 0
-        return [_generated(model, rows, mask, cache)]
-    more = {"num_beams": 3} if way == "three beams" else {}
+        return [_generated(model, rows, mask, cache, max_new_tokens=new)]
+    more = {"max_new_tokens": new, **({"num_beams": 3} if way == "three beams" else {})}
     if way == "a prompt in chunks" and bounded:
-        more = {"prefill_chunk_size": 64}
+        more["prefill_chunk_size"] = 64
     if way != "two turns":
         return [_generated(model, ids, torch.ones_like(ids), cache, **more)]
     first, second = ids.tensor_split(2, 1)
-    answer = _generated(model, first, torch.ones_like(first), cache)
+    answer = _generated(model, first, torch.ones_like(first), cache, **more)
     turn = torch.cat([first, answer.new, second], 1)
-    return [answer, _generated(model, turn, torch.ones_like(turn), cache)]
+    return [answer, _generated(model, turn, torch.ones_like(turn), cache, **more)]
 
 
 @torch.no_grad()
@@ -86,9 +86,9 @@ def _beams_apart(model: Any, stock: _Written, ours: _Written) -> float:
     return (sums[0] - sums[1]) / 2.0 ** (math.floor(math.log2(largest)) - 7)
 
 
-def equal(model: Any, ids: Tensor, way: str) -> dict[str, Any]:
+def equal(model: Any, ids: Tensor, way: str, new: int) -> dict[str, Any]:
     """How many tokens are the same up to the first that is not, and how near a tie that one is."""
-    stock, ours = (_written(model, ids, way, bounded) for bounded in (False, True))
+    stock, ours = (_written(model, ids, way, bounded, new) for bounded in (False, True))
     same, tie = 0, None
     for x, y in zip(stock, ours, strict=True):
         differ = (x.new != y.new).nonzero()
@@ -106,6 +106,7 @@ def equal(model: Any, ids: Tensor, way: str) -> dict[str, Any]:
 
 def run(options: Options, store: Store) -> dict[str, Any]:
     text = next(iter(texts_of(options).values()))
+    new = 8 if options.quick else _NEW
     facts, found = {}, {}
     for name in [options.model.name] if options.model else _MODELS:
         folder = options.model or source.fetch(name, options.cache or source.usual_cache())
@@ -118,7 +119,7 @@ def run(options: Options, store: Store) -> dict[str, Any]:
             some = ids[:, : min(_PROMPT, model.config.max_position_embeddings // 4)]
             label = f"{name}, {str(dtype).removeprefix('torch.')}"
             found[label] = {
-                way: store.once(f"{label} {way}", equal, model, some.to(options.device), way)
+                way: store.once(f"{label} {way}", equal, model, some.to(options.device), way, new)
                 for way in _WAYS
             }
             said = ", ".join(f"{way} {_cell(one)}" for way, one in found[label].items())
