@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench.papers import characters
 from bench.papers.part import Options, Plot, Section, Store
-from bench.papers.real.subject import Subject, subject
+from bench.papers.real.subject import SHORTEST, Subject, subject
 from bench.papers.words import Characters
 from bench.table import Table, say
 
@@ -53,9 +53,14 @@ def _trained(kind: str, of: Characters, setting: characters.Setting, device: str
 
 
 @torch.no_grad()
-def pretrained(of: Subject, length: int) -> float:
-    """Bits a character of the held-out tenths, each token predicted by those of its excerpt."""
+def pretrained(of: Subject, length: int) -> float | None:
+    """Bits a character of the held-out tenths, each token predicted by those of its excerpt.
+
+    None: a tenth is too short for that.
+    """
     tails = {name: text[-(len(text) // _HELD_OUT) :] for name, text in of.texts.items()}
+    if min(len(of.model.encode(tail)) for tail in tails.values()) <= SHORTEST:
+        return None
     held_out = Subject(of.model, tails, of.facts)
     excerpts = held_out.excerpts(held_out.fitting(length), _EXCERPTS)
     nats, read = 0.0, 0
@@ -75,7 +80,8 @@ def run(options: Options, store: Store) -> dict[str, Any]:
         seeds, context = _SEEDS[:2], 256
     of = subject("smollm2", options, torch.bfloat16)
     bits = store.once("pretrained", pretrained, of, context)
-    say(f"{of.facts['checkpoint']['name']}: {bits:.3f} bits a character")
+    if bits is not None:
+        say(f"{of.facts['checkpoint']['name']}: {bits:.3f} bits a character")
     found: dict[str, dict[str, Any]] = {}
     for unit, kinds in _KINDS.items():
         books = corpus(of.texts, unit)
@@ -150,14 +156,17 @@ def section(result: Mapping[str, Any]) -> Section:
     for unit, models in result["models"].items():
         bits = ", ".join(f"{kind} {_lowest(runs)}" for kind, runs in models.items())
         said.append(f"{unit}: {bits}")
-    name = result["subject"]["checkpoint"].get("title", result["subject"]["checkpoint"]["name"])
+    found = f"Held-out bits, {'; '.join(said)}."
+    if result["pretrained_bits"] is not None:
+        checkpoint = result["subject"]["checkpoint"]
+        found += (
+            f" {checkpoint.get('title', checkpoint['name'])} needs {result['pretrained_bits']:.3f} "
+            "bits a character of the same parts."
+        )
     return Section(
         title="minRNNs on the same books",
         claim="minGRU (test loss 1.548), minLSTM (1.555) and a transformer (1.547) end level.",
-        found=(
-            f"Held-out bits, {'; '.join(said)}. {name} needs {result['pretrained_bits']:.3f} bits "
-            "a character of the same parts."
-        ),
+        found=found,
         comparable=(
             "So few parameters and steps show the order and its noise, not what such models can "
             "reach; the pretrained one may have seen the books."

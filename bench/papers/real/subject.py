@@ -15,7 +15,7 @@ from bench.papers.part import Options
 from bench.papers.real import source
 from bench.table import say
 
-_SHORTEST = 128  # tokens that an experiment makes sense with
+SHORTEST = 128  # tokens that an experiment makes sense with
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Subject:
         limit = min(limits, key=limits.__getitem__)
         if limits[limit] >= length:
             return length
-        if limits[limit] < _SHORTEST:
+        if limits[limit] < SHORTEST:
             raise SystemExit(
-                f"python -m bench papers: expected a context and texts of {_SHORTEST} tokens or "
+                f"python -m bench papers: expected a context and texts of {SHORTEST} tokens or "
                 f"more, got {limit}"
             )
         say(f"{limits[limit]:,} tokens in place of {length:,}: {limit}")
