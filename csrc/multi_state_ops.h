@@ -122,7 +122,7 @@ struct StepOps {
                              const Tensor& position, const Tensor& score, const Tensor& free,
                              const Tensor& seen, const Tensor& last_evicted, int64_t kind,
                              int64_t sinks, int64_t recent, double scale) {
-    // Decoders have (B, H, 1, Dh), and each view of a tensor takes them a microsecond.
+    // Decoders have (B, H, 1, Dh), and a view of each tensor would cost them host time.
     const bool with_time = q_in.dim() == 4 && q_in.size(2) == 1;
     check_heads(q_in, k_in, v_in, with_time ? 4 : 3);
     const Policy policy = policy_of(kind, sinks, recent);

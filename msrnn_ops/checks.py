@@ -515,6 +515,11 @@ def _check_valid(caller: str, valid: Tensor, q: Tensor) -> None:
         raise errors.device(caller, "valid", "q", q.device, valid.device)
 
 
+def is_usual_scale(scale: float) -> bool:
+    """Whether a scale of logits needs no further look."""
+    return type(scale) is float and 0 < scale <= 1
+
+
 def _scale_of(caller: str, scale: float | None, q: Tensor) -> float:
     if scale is None:
         return float(q.shape[-1]) ** -0.5

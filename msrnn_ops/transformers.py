@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils import _pytree
 
-from msrnn_ops import distributed, errors, multi_state
+from msrnn_ops import checks, distributed, errors, multi_state
 from msrnn_ops.exchange import Exchange, Group
 from msrnn_ops.state import MultiState, Policy, check_head_dim
 
@@ -498,7 +498,7 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
     def _needs_no_checks(self, key: Tensor, scale: float) -> bool:
         if self.group is not None or torch.is_grad_enabled():
             return False
-        return multi_state.is_usual(scale) and multi_state.is_checked_by_operator(key)
+        return checks.is_usual_scale(scale) and multi_state.is_checked_by_operator(key)
 
     def hide(self, hidden: Tensor) -> None:
         """Drops the tokens that ``hidden``, (B, tokens) bool, says True for by their number."""

@@ -34,7 +34,7 @@ _NAMES = (
     "Window+4",
     "Window",
 )
-_BEST = "most attended"  # by each query itself: what no memory can surpass
+_BEST = "most attended"  # by each query of a layer: no decision of the layer can keep more
 _EVERY = 8  # queries of which one is looked at
 
 

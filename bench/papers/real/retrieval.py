@@ -177,9 +177,9 @@ def chat(of: Subject, number: int) -> dict[str, Any]:
 def measure(
     tasks: Sequence[str], lengths: Sequence[int], chatting: bool, options: Options, store: Store
 ) -> dict[str, Any]:
-    trials = chats_of = _TRIALS
+    trials = chat_trials = _TRIALS
     if options.quick:
-        lengths, trials, chats_of = (512,), 2, 1
+        lengths, trials, chat_trials = (512,), 2, 1
     of = subject("smollm2", options, torch.bfloat16)
     if of.model.context < lengths[0]:
         raise SystemExit(
@@ -197,7 +197,7 @@ def measure(
             say(f"{_TASKS[task]}, {length:,} tokens: {_shares_of(pieces)}")
     chats = []
     if chatting and of.model.tokenizer.chat_template:
-        chats = [store.once(f"chat {number}", chat, of, number) for number in range(chats_of)]
+        chats = [store.once(f"chat {number}", chat, of, number) for number in range(chat_trials)]
         say(f"chats: {_shares_of(chats)}")
     return {"subject": of.facts, "tasks": found, "chats": chats}
 
