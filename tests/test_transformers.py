@@ -8,7 +8,6 @@ import importlib
 import math
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import masked_attention
@@ -774,7 +773,7 @@ def test_documentation_example() -> None:
     assert result.attempted > 0 and result.failed == 0
 
 
-def _sharded_heads(rank: int, file: str) -> None:
+def _sharded_heads(rank: int) -> None:
     """Query and key-value heads on two ranks."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import (
@@ -783,9 +782,7 @@ def _sharded_heads(rank: int, file: str) -> None:
         parallelize_module,
     )
 
-    torch.set_num_threads(1)
     torch.manual_seed(0)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     whole = make()
     model = copy.deepcopy(whole)
     mesh = init_device_mesh("cpu", (2,))
@@ -811,10 +808,9 @@ def _sharded_heads(rank: int, file: str) -> None:
         assert all(torch.equal(ours, theirs[:, heads]) for ours, theirs in kept)
     with pytest.raises(ValueError, match="expected key-value heads that 2 ranks can share, got 1"):
         MultiStateCache(POLICIES["tova"], make(num_key_value_heads=1).config, group=mesh)
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-def test_heads_sharded_over_ranks(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_sharded_heads, (str(tmp_path / "store"),), 2)
+def test_heads_sharded_over_ranks(run: Any) -> None:
+    run(_sharded_heads, ranks=2)
