@@ -33,12 +33,14 @@ from bench.papers.real import (  # noqa: E402
     perplexity,
     prompt,
     retrieval,
+    scopes,
     source,
     stock,
     subject,
     why,
 )
 from bench.papers.real.intervals import difference  # noqa: E402
+from bench.papers.run import run  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -214,7 +216,7 @@ def test_a_chat_is_its_turns(model: Checkpoint) -> None:
         found = retrieval.chat(of, 3)
         assert found["tokens"] == sum(map(len, prompts)) and found["digits"] == 6
         assert list(found["right"]) == [
-            "full", *(f"{name} 1/{share}" for name, share in retrieval._STATES)
+            "full", *(f"{name} 1/{share}" for name, share in retrieval._CHAT_STATES)
         ]  # fmt: skip
     finally:
         model.tokenizer.chat_template = None
@@ -369,6 +371,41 @@ def test_a_part_goes_on_where_it_was_stopped(
     # Five policies of two sizes, of which the fourth was begun twice.
     assert len(seen) == 11 and len(set(seen)) == 10
     assert list(result["policies"]["Window"]) == ["32", "128"]
+
+
+def test_a_command_measures_once_what_two_parts_show(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, "utf-8")
+    options = Options(False, "cpu", (text,), folder, None, quick=True)
+    seen: list[ms.Policy | None] = []
+    bounded, full = perplexity.bounded, perplexity.full
+
+    def counted(*args: Any) -> Any:
+        seen.append(args[-1])
+        return bounded(*args)
+
+    def counted_full(*args: Any) -> Any:
+        seen.append(None)
+        return full(*args)
+
+    monkeypatch.setattr(perplexity, "bounded", counted)
+    monkeypatch.setattr(perplexity, "full", counted_full)
+    names = ("real-perplexity", "real-scopes")
+    run(names, options, tmp_path, ["papers"])
+    assert len(seen) == len(set(seen)) == 1 + 2 * 5 + 2 * 4
+    first, second = (
+        json.loads((tmp_path / f"papers-{name}.json").read_text("utf-8"))["result"]
+        for name in names
+    )
+    for key in ("excerpts", "lengths", "full"):
+        assert first[key] == second[key]
+    alone = tmp_path / "alone"
+    run(names[1:], options, alone, ["papers"])
+    assert json.loads((alone / "papers-real-scopes.json").read_text("utf-8"))["result"] == second
+    usual, varied = perplexity.run.args[0], scopes.run.args[0]
+    assert (usual.lengths, usual.excerpts) == (varied.lengths, varied.excerpts)
 
 
 def test_a_missing_package_is_named_before_anything_runs(tmp_path: Path) -> None:

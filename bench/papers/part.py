@@ -1,7 +1,8 @@
 """What every part of ``bench.papers`` has in common.
 
 A part is a module of its name with ``run(options, store)``, which returns JSON, and
-``section(result)``, which makes of it what the report shows.
+``section(result)``, which makes of it what the report shows. Where a part repeats pieces of another
+one, ``STORE`` is that part's name, and a command that runs both measures them once.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Store:
             stored = json.loads(path.read_text())
             if stored["options"] == self._options:
                 self._found, self._seconds = stored["pieces"], stored["seconds"]
-        self.seconds_before = sum(self._seconds.values())  # of earlier runs
+        self.seconds_before = 0.0  # that pieces took which this run found
 
     def once(self, key: str, compute: Callable[..., Any], *arguments: Any) -> Any:
         """What `compute` returned, JSON, now or in an earlier run."""
@@ -58,6 +59,8 @@ class Store:
             written = self._path.with_suffix(".partial")
             written.write_text(json.dumps(stored))
             written.replace(self._path)
+        else:
+            self.seconds_before += self._seconds[key]
         return self._found[key]
 
     def file(self, name: str) -> Path:

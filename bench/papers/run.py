@@ -41,7 +41,7 @@ def run(names: Sequence[str], options: Options, folder: Path, words: Sequence[st
     for name, module in modules.items():
         say(f"{name}:")
         start = time.perf_counter()
-        store = Store(unfinished / f"{name}.json", options)
+        store = Store(unfinished / f"{getattr(module, 'STORE', name)}.json", options)
         result = module.run(options, store)
         seconds = store.seconds_before + time.perf_counter() - start
         write(folder / f"papers-{name}.json", {**head, "seconds_taken": seconds, "result": result})

@@ -38,6 +38,8 @@ _STATES = [
     for share in _SHARES
     if name != "H2O-layer" or share in (8, 4)
 ]
+# A chat is read anew for each of them. A smaller state keeps no more than these do.
+_CHAT_STATES = [(name, share) for name, share in _STATES if share <= 4]
 _COLOURS = ("red", "green", "blue", "white")
 _CHAT_TURNS, _CHAT_CHARACTERS = 4, 1000
 _TASKS = {"one": "one pass key", "four": "one of four"}
@@ -155,7 +157,7 @@ def chat(of: Subject, number: int) -> dict[str, Any]:
     prompts, answer = turns(of, number)
     length = sum(map(len, prompts))
     policies = {"full": ms.Policy.window(length + len(answer))}
-    for name, share in _STATES:
+    for name, share in _CHAT_STATES:
         policies[f"{name} 1/{share}"] = POLICIES[name](length // share)
     right = {}
     for name, policy in policies.items():
@@ -198,7 +200,7 @@ def measure(
     chats = []
     if chatting and of.model.tokenizer.chat_template:
         chats = [store.once(f"chat {number}", chat, of, number) for number in range(chat_trials)]
-        say(f"chats: {_shares_of(chats)}")
+        say(f"chats: {_shares_of(chats, 4)}")
     return {"subject": of.facts, "tasks": found, "chats": chats}
 
 
@@ -210,13 +212,13 @@ def _share(pieces: Sequence[Mapping[str, Any]], name: str) -> float:
     return sum(one["right"][name] == one["digits"] for one in pieces) / len(pieces)
 
 
-def _shares_of(pieces: Sequence[Mapping[str, Any]]) -> str:
-    names = ("full", *(f"{name} 1/8" for name in _POLICIES))
+def _shares_of(pieces: Sequence[Mapping[str, Any]], share: int = 8) -> str:
+    names = ("full", *(f"{name} 1/{share}" for name in _POLICIES))
     return ", ".join(f"{name} {_share(pieces, name):.0%}" for name in names)
 
 
 def _table(title: str, note: str, columns: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
-    names = ["full", *(f"{name} 1/{share}" for name, share in _STATES)]
+    names = next(iter(columns.values()))[0]["right"]
     rows = [[name, *(f"{_share(one, name):.0%}" for one in columns.values())] for name in names]
     return Table(title, note, ("state", *columns), rows)
 
@@ -246,7 +248,7 @@ def section(result: Mapping[str, Any]) -> Section:
     chats = result["chats"]
     if chats:
         said.append(f"chats of {min(x['tokens'] for x in chats):,} tokens or more: "
-                    f"{_shares_of(chats)}")  # fmt: skip
+                    f"{_shares_of(chats, 4)}")  # fmt: skip
     tables = [
         _table(
             f"Right answers: {_TASKS[task]}",

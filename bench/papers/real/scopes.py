@@ -6,6 +6,7 @@ from functools import partial
 
 from bench.papers.real import perplexity, perplexity_report
 
+STORE = "real-perplexity"  # the same texts: the full state and TOVA-layer are measured there
 _USUAL = perplexity.Grid(
     "smollm2",
     ("TOVA-layer", "TOVA-layer+4", "TOVA-head", "TOVA-head+4", "H2O-head"),
