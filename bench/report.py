@@ -33,5 +33,5 @@ def page(file: Path) -> str:
         return "\n\n".join([heading(results), *map(markdown, tables(results))])
     from bench.papers.report import chapter
 
-    part = import_module(f"bench.papers.{file.stem.removeprefix('papers-')}")
+    part = import_module(f"bench.papers.{file.stem.removeprefix('papers-').replace('-', '.')}")
     return chapter(part.section(results["result"]))

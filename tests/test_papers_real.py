@@ -41,6 +41,7 @@ from bench.papers.real import (  # noqa: E402
 )
 from bench.papers.real.intervals import difference  # noqa: E402
 from bench.papers.run import run  # noqa: E402
+from bench.report import page  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -406,6 +407,14 @@ def test_a_command_measures_once_what_two_parts_show(
     assert json.loads((alone / "papers-real-scopes.json").read_text("utf-8"))["result"] == second
     usual, varied = perplexity.run.args[0], scopes.run.args[0]
     assert (usual.lengths, usual.excerpts) == (varied.lengths, varied.excerpts)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_results_file_in_git_can_be_read(name: str) -> None:
+    file = Path(__file__).parents[1] / f"bench/results/papers-{name}.json"
+    if not file.exists():
+        pytest.skip("has not been measured, or this is not the source tree")
+    assert page(file).startswith("## ")
 
 
 def test_a_missing_package_is_named_before_anything_runs(tmp_path: Path) -> None:
