@@ -7,6 +7,7 @@ chat each turn is reduced before the next one is known: nothing has asked for th
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,13 +32,15 @@ LENGTHS = (1024, 2048, 4096, 8192)
 _DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _TRIALS = 20  # of a length, in turn at each depth
 _SHARES = (2, 4, 8, 16)  # the state is such a part of the prompt
-# H2O sums the attention of all queries, for as long as the prompt takes: two of them are enough.
+# H2O sums the attention of all queries, which takes most of the time of long prompts: two sizes are
+# enough, and none of the longest.
 _STATES = [
     (name, share)
     for name in _POLICIES
     for share in _SHARES
     if name != "H2O-layer" or share in (8, 4)
 ]
+_LONGEST_OF_H2O = 4096
 # A chat is read anew for each of them. A smaller state keeps no more than these do.
 _CHAT_STATES = [(name, share) for name, share in _STATES if share <= 4]
 _COLOURS = ("red", "green", "blue", "white")
@@ -120,7 +123,8 @@ def trial(of: Subject, task: str, length: int, number: int) -> dict[str, Any]:
     ask = partial(answered, of.model, kept, logits, asked)
     right = {"full": ask(None)}
     for name, share in _STATES:
-        right[f"{name} 1/{share}"] = ask(POLICIES[name](length // share))
+        if name != "H2O-layer" or length <= _LONGEST_OF_H2O:
+            right[f"{name} 1/{share}"] = ask(POLICIES[name](length // share))
     return {"depth": depth, "digits": len(asked.answer), "right": right}
 
 
@@ -208,18 +212,24 @@ run = partial(measure, ("one",), LENGTHS, True)
 
 
 def _share(pieces: Sequence[Mapping[str, Any]], name: str) -> float:
-    """Of the answers, those right to the last token."""
+    """Of the answers, those right to the last token; NaN where none was asked for."""
+    if name not in pieces[0]["right"]:
+        return math.nan
     return sum(one["right"][name] == one["digits"] for one in pieces) / len(pieces)
 
 
 def _shares_of(pieces: Sequence[Mapping[str, Any]], share: int = 8) -> str:
     names = ("full", *(f"{name} 1/{share}" for name in _POLICIES))
-    return ", ".join(f"{name} {_share(pieces, name):.0%}" for name in names)
+    shares = {name: _share(pieces, name) for name in names}
+    return ", ".join(f"{name} {x:.0%}" for name, x in shares.items() if not math.isnan(x))
 
 
 def _table(title: str, note: str, columns: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     names = next(iter(columns.values()))[0]["right"]
-    rows = [[name, *(f"{_share(one, name):.0%}" for one in columns.values())] for name in names]
+    rows = []
+    for name in names:
+        shares = [_share(one, name) for one in columns.values()]
+        rows.append([name, *("" if math.isnan(x) else f"{x:.0%}" for x in shares)])
     return Table(title, note, ("state", *columns), rows)
 
 
