@@ -85,6 +85,14 @@ def cpu(words: list[str], /, full: bool, only: list[str] | None, output: Path) -
 
 
 @command.command()
+@_output()
+@click.pass_obj
+def training(words: list[str], /, output: Path) -> None:
+    """A layer's training step on a long sequence, time and memory: ten minutes."""
+    benchmark.run("cpu", ["training"], False, output / "training.json", words)
+
+
+@command.command()
 @click.option("--full", is_flag=True, help="Every peer on every op and shape.")
 @_only(benchmark.CUDA_PARTS)
 @click.option("--limit", type=float, default=math.inf, help="Seconds after which no row is begun.")

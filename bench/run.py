@@ -22,7 +22,7 @@ Parts = dict[str, Callable[[], Entries]]
 
 
 def _cpu_parts(full: bool) -> Parts:
-    from bench.cpu import accuracy, layers, limits, memory, ops, steps
+    from bench.cpu import accuracy, layers, limits, memory, ops, steps, training
 
     return {
         "steps": partial(steps.run, _SECONDS, full),
@@ -32,6 +32,7 @@ def _cpu_parts(full: bool) -> Parts:
         "memory": memory.run,
         "limits": partial(limits.run, _SECONDS),
         "accuracy": partial(accuracy.run, _SECONDS, full),
+        "training": training.run,
     }
 
 
@@ -67,7 +68,7 @@ def _head(device: str, full: bool, words: Sequence[str], rehearse: bool) -> dict
 
         head["machine"]["gpu"] = stand_in.FACTS if rehearse else gpu.facts()
         head["rehearsal"] = rehearse
-    else:
+    elif "training" not in words:  # which takes both
         head["settings"]["freed_memory"] = (
             "Freed memory is reused, for every competitor alike (MALLOC_*)"
         )

@@ -75,6 +75,30 @@ STABLE_TORCH_LIBRARY(msrnn_ops, m) {
       " Tensor? h0, Tensor? cu_seqlens, Tensor? resets, bool reverse, bool identity)"
       " -> (Tensor grad_projection, Tensor grad_h0)");
 
+  // The linear layer before a joint op with it, time in chunks; made of that op
+  // (msrnn_ops/operators/layer.py). x (B, T, F), weight (2 or 3 D, F), bias (2 or 3 D). real
+  // (B, T, 1, bool): which steps are there; x is finite in the others. states (chunks - 1, B, D),
+  // or (chunks - 1, 1, D) with cu_seqlens: what crosses the borders of chunks. Backward returns an
+  // empty tensor for x, or for weight and bias, where they are not needed.
+  m.def(
+      "min_gru_layer(Tensor x, Tensor weight, Tensor? bias, Tensor? h0, Tensor? cu_seqlens,"
+      " Tensor? resets, Tensor? real, bool reverse, bool identity, int chunk)"
+      " -> (Tensor h, Tensor last, Tensor states)");
+  m.def(
+      "min_gru_layer_backward(Tensor? grad_h, Tensor? grad_last, Tensor x, Tensor weight,"
+      " Tensor? bias, Tensor? h0, Tensor? cu_seqlens, Tensor? resets, Tensor? real, Tensor h,"
+      " Tensor states, bool reverse, bool identity, int chunk, bool needs_x, bool needs_weight)"
+      " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_h0)");
+  m.def(
+      "min_lstm_layer(Tensor x, Tensor weight, Tensor? bias, Tensor? h0, Tensor? cu_seqlens,"
+      " Tensor? resets, Tensor? real, bool reverse, bool identity, int chunk)"
+      " -> (Tensor h, Tensor last, Tensor states)");
+  m.def(
+      "min_lstm_layer_backward(Tensor? grad_h, Tensor? grad_last, Tensor x, Tensor weight,"
+      " Tensor? bias, Tensor? h0, Tensor? cu_seqlens, Tensor? resets, Tensor? real, Tensor h,"
+      " Tensor states, bool reverse, bool identity, int chunk, bool needs_x, bool needs_weight)"
+      " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_h0)");
+
   // One token (B, D) of every row of a batch, in place on row rows[i] (int32 or int64) of a state
   // h (rows of it, D) in the accumulation dtype; out (B, D) is the state after it, likewise. A row
   // that is out of range, or that an earlier one of the batch has, does nothing; its output is 0.

@@ -6,7 +6,6 @@ one dtype, the scale of the logits, the namespace of the operator (None: the ref
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from msrnn_ops import backend, errors
 from msrnn_ops.dtensor import is_distributed
-from msrnn_ops.operators.scan import LINEAR, LOG, Recurrence, sequences_of
+from msrnn_ops.operators.scan import LINEAR, LOG, Recurrence, borders, sequences_of
 from msrnn_ops.reference import accumulation_dtype
 from msrnn_ops.state import DTYPES, MultiState, Policy, check_head_dim
 
@@ -51,7 +50,7 @@ def scan(
     """The door of the scans: inputs (B, T, D) in one shape and dtype, h0 in the accumulation dtype,
     resets, the flags, and what the dimensions before T were if they are not B.
 
-    Where the time axis is not ``whole``, other ranks have to be asked before :func:`borders`. The
+    Where the time axis is not ``whole``, other ranks have to be asked before the borders are. The
     caller and the name of its state are those of the op, or of the function that it is called by.
     """
     caller = caller or op.name
@@ -151,20 +150,6 @@ def _step_laid_out(
         raise errors.shape(caller, "h", f"{tuple(shape)}, that of the inputs", h)
     rows = (math.prod(shape[:-1]), shape[-1])
     return tuple(x.reshape(rows) for x in inputs), h.reshape(rows)
-
-
-def borders(caller: str, cu_seqlens: Tensor, time: int) -> None:
-    """For plain CPU tensors, whose values are known; elsewhere kernels stay in bounds for any."""
-    if torch.compiler.is_compiling() or type(cu_seqlens) is not Tensor or not cu_seqlens.is_cpu:
-        return
-    ends = cu_seqlens.tolist()
-    if ends[0] < 0 or ends[-1] > time:
-        got = f"{ends[0]} to {ends[-1]}"
-        raise errors.value(caller, f"cu_seqlens within 0 to T = {time}", got)
-    for i, (start, end) in enumerate(itertools.pairwise(ends)):
-        if end < start:
-            got = f"{start} and then {end} at index {i + 1}"
-            raise errors.value(caller, "cu_seqlens not to decrease", got)
 
 
 def autocast_enabled(device: str) -> bool:

@@ -5,19 +5,28 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, cast, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Unpack
 
-from msrnn_ops import convolution, errors
-from msrnn_ops.checks import autocast_enabled, borders
+from msrnn_ops import backend, convolution, errors
+from msrnn_ops.checks import autocast_enabled
 from msrnn_ops.dtensor import is_distributed
-from msrnn_ops.operators.scan import sequences_of
+from msrnn_ops.operators.layer import LAYERS, idle
+from msrnn_ops.operators.scan import (
+    MIN_GRU_JOINT,
+    MIN_LSTM_JOINT,
+    Recurrence,
+    borders,
+    sequences_of,
+)
+from msrnn_ops.reference import accumulation_dtype
 from msrnn_ops.scan import min_gru_joint, min_gru_step, min_lstm_joint, min_lstm_step
 from msrnn_ops.state import DTYPES
 
@@ -233,10 +242,13 @@ class MinRNNBase(nn.Module):
 
     _parts: int  # pre-activations of one channel in the projection; the first holds the gate
     _keeps: int  # +1: a large gate keeps the state; -1: it replaces it
+    _op: Recurrence  # of what follows the projection
     _joint: Callable[..., Any]
     _one_step: Callable[..., Tensor]
     time_axis = WholeTime()
     learnable_h0 = False  # of layers that were pickled without one
+    # Likewise; not annotated, as TorchScript would read that and stop before it says why.
+    _chunk = cast("int | None", None)
 
     def __init__(
         self,
@@ -254,6 +266,7 @@ class MinRNNBase(nn.Module):
         activation: str = "g",
         forget_bias: float = 0.0,
         learnable_h0: bool = False,
+        chunk: int | None = None,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -278,6 +291,7 @@ class MinRNNBase(nn.Module):
         self.dropout, self.proj_size = float(dropout), proj_size
         self.activation, self.forget_bias = activation, forget_bias
         self.learnable_h0 = learnable_h0
+        self.chunk = chunk
         for i, suffix in enumerate(self._suffixes()):
             directions = 1 + self.bidirectional
             features = input_size if i < directions else directions * hidden_size
@@ -290,6 +304,17 @@ class MinRNNBase(nn.Module):
                 start = nn.Parameter(weight.new_empty(hidden_size))
                 self.register_parameter(f"h0_{suffix}", start)
         self.reset_parameters()
+
+    @property
+    def chunk(self) -> int | None:
+        """Steps that are projected and scanned at a time; None: all of them. It may be set."""
+        return self._chunk
+
+    @chunk.setter
+    def chunk(self, chunk: int | None) -> None:
+        if chunk is not None:
+            errors.check_int(type(self).__name__, "chunk", chunk, 1)
+        self._chunk = chunk
 
     def _suffixes(self) -> list[str]:
         """Of the parameters' names, as in torch.nn.GRU: layer by layer, forward, then reverse."""
@@ -337,7 +362,7 @@ class MinRNNBase(nn.Module):
             "dropout": 0.0,
         }
         defaults |= {"bidirectional": False, "activation": "g", "forget_bias": 0.0}
-        defaults |= {"learnable_h0": False}
+        defaults |= {"learnable_h0": False, "chunk": None}
         changed = [
             f"{k}={getattr(self, k)!r}" for k, v in defaults.items() if getattr(self, k) != v
         ]
@@ -400,15 +425,19 @@ class MinRNNBase(nn.Module):
             expected = f"{shape} with {self.input_size} features"
             raise self._wrong_size(errors.shape(self.mode, "input", expected, x))
 
-    def _project(self, x: Tensor, suffix: str) -> Tensor:
-        """The linear layer of one recurrence."""
+    def _checked_weights(self, x: Tensor, suffix: str) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of one recurrence, which x can be multiplied with."""
         weight, bias = self._parameters_of(suffix)
         if x.dtype != weight.dtype and not _castable(x, weight):
             expected = f"input in {weight.dtype}, the dtype of its weights"
             raise errors.value(self.mode, expected, x.dtype)
         if x.device != weight.device:
             raise errors.device(self.mode, "input", "its weights", weight.device, x.device)
-        return F.linear(x, weight, bias)
+        return weight, bias
+
+    def _project(self, x: Tensor, suffix: str) -> Tensor:
+        """The linear layer of one recurrence."""
+        return F.linear(x, *self._checked_weights(x, suffix))
 
     def _check_state(self, x: Tensor, h: Tensor, *batch: int) -> None:
         if not isinstance(h, Tensor):
@@ -444,7 +473,6 @@ class MinRNNBase(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """All layers over x (B, T, features), of which some steps are ``real``: their output and
         last states."""
-        joint = self.time_axis.joint(self._joint)
         suffixes, last = self._suffixes(), []
         directions = 1 + self.bidirectional
         dtype = x.dtype if h0 is None else h0.dtype
@@ -459,23 +487,16 @@ class MinRNNBase(nn.Module):
                 behind = resets & earlier
         if real is not None:  # whatever lies there, times a gradient of 0, must be 0
             x = torch.where(real, x, 0.0)
+        in_chunks = self._takes_chunks(x)
         for i in range(self.num_layers):
             if i:
                 x = F.dropout(x, self.dropout, self.training)
             outputs = []
             for k in range(directions * i, directions * (i + 1)):
-                projection = self._project(x, suffixes[k])
-                if valid is not None and real is not None:
-                    projection = torch.where(real, projection, self._idle(projection))
-                h, state = joint(
-                    projection,
-                    None if h0 is None else h0[k],
-                    activation=self.activation,
-                    reverse=k % directions == 1,
-                    cu_seqlens=cu_seqlens,
-                    resets=behind if k % directions else resets,
-                    return_state=True,
-                )
+                reverse = k % directions == 1
+                masks = (cu_seqlens, behind if reverse else resets, real)
+                start = None if h0 is None else h0[k]
+                h, state = self._scan(x, suffixes[k], start, *masks, reverse, in_chunks)
                 outputs.append(h)
                 last.append(state)
             x = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
@@ -483,11 +504,53 @@ class MinRNNBase(nn.Module):
             x = torch.where(real, x, 0.0)
         return x, torch.stack(last).to(dtype)
 
-    def _idle(self, projection: Tensor) -> Tensor:
-        """The pre-activations of a step that leaves the state as it is: sigma(-1e4) is 0."""
-        gates = (-1e4, 0.0) if self._parts == 2 else (1e4, -1e4, 0.0)
-        # Filled on the device: a copy of a list would wait for it, and no graph captures that.
-        return torch.cat([projection.new_full((self.hidden_size,), gate) for gate in gates])
+    def _takes_chunks(self, x: Tensor) -> bool:
+        """Whether time goes in chunks: not where others than autograd look into a layer."""
+        if self._chunk is None or not self.time_axis.whole or is_distributed(x):
+            return False
+        if x.dtype not in DTYPES or backend.namespace(self.mode, x.device) is None:
+            return False
+        if torch.compiler.is_compiling():
+            return not torch.compiler.is_exporting()
+        if torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
+            return False
+        return forward_ad._current_level < 0 and x.shape[1] > self._chunk
+
+    def _scan(
+        self,
+        x: Tensor,
+        suffix: str,
+        h0: Tensor | None,
+        cu_seqlens: Tensor | None,
+        resets: Tensor | None,
+        real: Tensor | None,
+        reverse: bool,
+        in_chunks: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """One recurrence with its linear layer: its states and the last ones."""
+        weight, bias = self._checked_weights(x, suffix)
+        if in_chunks and type(weight) in (Tensor, nn.Parameter):
+            if autocast_enabled(x.device.type) and x.dtype in _CAST and weight.dtype in _CAST:
+                dtype = torch.get_autocast_dtype(x.device.type)
+                x, weight = x.to(dtype), weight.to(dtype)
+                bias = None if bias is None else bias.to(dtype)
+            h0 = None if h0 is None else h0.to(accumulation_dtype(x.dtype))
+            layer = LAYERS[str(backend.namespace(self.mode, x.device)), self._op.name]
+            options = (reverse, self.activation == "identity", self._chunk)
+            return layer(x, weight, bias, h0, cu_seqlens, resets, real, *options)
+        projection = F.linear(x, weight, bias)
+        if real is not None and cu_seqlens is None:  # the op knows what cu_seqlens leave out
+            projection = idle(self._op, projection, real)
+        h, last = self.time_axis.joint(self._joint)(
+            projection,
+            h0,
+            activation=self.activation,
+            reverse=reverse,
+            cu_seqlens=cu_seqlens,
+            resets=resets,
+            return_state=True,
+        )
+        return h, last
 
     def _forward(
         self,
@@ -609,6 +672,11 @@ class MinGRU(MinRNNBase):
             otherwise; or ``"identity"``, its vanilla form.
         forget_bias: how much smaller b_z starts, so that states are kept longer.
         learnable_h0: whether initial states are parameters, which start at 0.
+        chunk: steps that are projected and scanned at a time, for training on long sequences: then
+            only input, output and their gradients have the length of time, and backward computes
+            projections again. 512 to 1,024 steps over the batch stay in cache. None: all at once,
+            as in any case for shards of time, DTensors, weights of a type of their own, the
+            reference backend, export and traces, torch.func, forward mode, second derivatives.
 
     Parameters: ``weight_ih_l{k}`` (2 H, features), ``bias_ih_l{k}`` (2 H,), W_z and b_z first, and
     with ``learnable_h0`` ``h0_l{k}`` (H,); ``..._reverse`` of the second direction. They start as
@@ -627,7 +695,7 @@ class MinGRU(MinRNNBase):
     (torch.Size([3, 5, 20]), torch.Size([2, 3, 20]))
     """
 
-    _parts, _keeps = 2, -1
+    _parts, _keeps, _op = 2, -1, MIN_GRU_JOINT
     _joint, _one_step = staticmethod(min_gru_joint), staticmethod(min_gru_step)
 
     @overload
@@ -695,7 +763,7 @@ class MinLSTM(MinRNNBase):
         input_size, hidden_size, num_layers, bias, batch_first: as :class:`MinGRU`.
         dropout, bidirectional, proj_size, device, dtype, activation: as :class:`MinGRU`.
         forget_bias: how much larger b_f starts, so that states are kept longer.
-        learnable_h0: as :class:`MinGRU`.
+        learnable_h0, chunk: as :class:`MinGRU`.
 
     Parameters: ``weight_ih_l{k}`` (3 H, features), ``bias_ih_l{k}`` (3 H,): W_f, W_i, W_c; and with
     ``learnable_h0`` ``h0_l{k}`` (H,).
@@ -712,7 +780,7 @@ class MinLSTM(MinRNNBase):
     (torch.Size([5, 3, 40]), torch.Size([2, 3, 20]))
     """
 
-    _parts, _keeps = 3, 1
+    _parts, _keeps, _op = 3, 1, MIN_LSTM_JOINT
     _joint, _one_step = staticmethod(min_lstm_joint), staticmethod(min_lstm_step)
 
     def _state(self, hx: Tensor | _Pair | None) -> Tensor | None:
@@ -789,7 +857,7 @@ class MinRNNBlock(nn.Module):
         conv: steps that the depthwise causal convolution sees; 0: none.
         mlp: the MLP has round(mlp x width) hidden units; 0: none.
         dropout: probability, on what is added to the residual stream.
-        device, dtype, activation, forget_bias: as :class:`MinGRU`.
+        device, dtype, activation, forget_bias, chunk: as :class:`MinGRU`.
 
     Raises:
         TypeError, ValueError: an argument out of range, a wrong shape.
@@ -820,6 +888,7 @@ class MinRNNBlock(nn.Module):
         dtype: torch.dtype | None = None,
         activation: str = "g",
         forget_bias: float = 0.0,
+        chunk: int | None = None,
     ) -> None:
         super().__init__()
         name = "MinRNNBlock"
@@ -839,8 +908,9 @@ class MinRNNBlock(nn.Module):
         self.norm = nn.RMSNorm(width, **made)
         self.conv = nn.Conv1d(width, width, conv, groups=width, **made) if conv else None
         self.rnn = _CELLS[cell](
-            width, inner, batch_first=True, activation=activation, forget_bias=forget_bias, **made
-        )
+            width, inner, batch_first=True, activation=activation, forget_bias=forget_bias,
+            chunk=chunk, **made,
+        )  # fmt: skip
         self.out = nn.Linear(inner, width, **made)
         self.dropout = nn.Dropout(dropout)
         self.mlp: nn.Module | None = None

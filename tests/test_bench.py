@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ for needed in ("click", "rich", "matplotlib"):
 
 from bench import peers, report, run  # noqa: E402
 from bench.__main__ import command  # noqa: E402
-from bench.cpu import accuracy, layers, limits, memory, ops, steps  # noqa: E402
+from bench.cpu import accuracy, layers, limits, memory, ops, steps, training  # noqa: E402
 from bench.cuda import stand_in  # noqa: E402
 from bench.cuda import steps as gpu_steps  # noqa: E402
 from bench.serving import engine  # noqa: E402
@@ -63,6 +65,30 @@ def test_the_cpu(tmp_path: Path) -> None:
     assert "| min_gru | Heinsen | n/a |" in shown
     for table in report.tables(found):
         assert table.rows and all(len(row) == len(table.columns) for row in table.rows)
+
+
+def test_a_long_sequence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def here(what: str, names: str, kind: str, *, reused: bool = False) -> Any:
+        if what == "peak":
+            return None if names == "nn.GRU" else 3.0
+        with capsys.disabled(), redirect_stdout(io.StringIO()) as printed:
+            training.main(what, names, kind, str(torch.get_num_threads()))
+        return json.loads(printed.getvalue())
+
+    for name, value in {"SHAPE": (1, 700, 8), "_SECONDS": 1e-3, "_in_a_process": here}.items():
+        monkeypatch.setattr(training, name, value)
+    command.main(["training", "--output", str(tmp_path)], standalone_mode=False)
+    found = json.loads((tmp_path / "training.json").read_text("utf-8"))
+    assert "freed_memory" not in found["settings"]
+    (table,) = report.tables(found)
+    assert [row[0] for row in table.rows] == list(training.LAYERS)
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    chunked, whole, *_, gru = table.rows
+    assert chunked[3].endswith("×") and chunked[4].endswith("×") and not whole[3]
+    assert gru[1] == "n/a" and gru[3].endswith("×") and not gru[4]
+    assert report.page(tmp_path / "training.json")
 
 
 def test_the_usual_run_has_the_headline_and_starts_without_compiling() -> None:

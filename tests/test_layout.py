@@ -34,7 +34,7 @@ FLOORS = [
     {"distributed.scan", "nn"},
     {"scan", "multi_state", "onnx"},
     {"checks"},
-    {"operators.sharding", "operators.complex_scan"},
+    {"operators.sharding", "operators.complex_scan", "operators.layer"},
     {"operators.scan", "operators.multi_state"},
     {"operators.prompt", "operators.in_place", "operators"},
     {"reference"},

@@ -149,6 +149,35 @@ def _layers(row: dict[str, Any]) -> Table:
     return Table(f"Layers, forward and backward, {dimensions(row['shape'])}", note, columns, cells)
 
 
+def _training(found: dict[str, Any]) -> Table:
+    layers = found["layers"]
+
+    def over(name: str, memory: str, kind: str) -> str:
+        at_once = name.split(", chunk")[0] if "chunk" in name else "minGRU"
+        times, whole = (layers[x].get(memory, {}) for x in (name, at_once))
+        if kind not in times or kind not in whole or name in ("minGRU", "minLSTM"):
+            return ""
+        return f"{number(times[kind]['median'] / whole[kind]['median'])}×"
+
+    cells = []
+    for name, row in layers.items():
+        shown = []
+        for kind in ("forward", "forward and backward"):
+            tensors, time = row["tensors"][kind], row.get("fresh", {}).get(kind)
+            shown.append("n/a" if tensors is None else f"{tensors:.2f}")
+            shown.append("n/a" if time is None else duration(time))
+            shown += [over(name, memory, kind) for memory in ("fresh", "reused")]
+        cells.append([name, *shown])
+    title = f"A layer on a long sequence, {dimensions(found['shape'])} float32"
+    note = (
+        "Peak memory in tensors of B·T·D, besides the parameters, the input and the gradient of "
+        "the output; time; over the same cell at once (other layers: over minGRU), with memory as "
+        "the system gives it and with freed memory reused. First forward, then with backward."
+    )
+    columns = ("layer", *("tensors", "time", "over at once", "memory reused") * 2)
+    return Table(title, note, columns, cells)
+
+
 def tables(results: dict[str, Any]) -> list[Table]:
     found = [_limits(results["limits"])] if "limits" in results else []
     for backward, title in ((False, "Forward"), (True, "Forward and backward")):
@@ -166,14 +195,16 @@ _TABLES: dict[str, Callable[[Any], Table]] = {
     "steps": _steps,
     "decoding": _decoding,
     "accuracy": _accuracy,
+    "training": _training,
 }
 
 
 def heading(results: dict[str, Any]) -> str:
     machine, versions = results["machine"], results["versions"]
+    memory = results["settings"].get("freed_memory")
     return (
         f"{machine['processor']}, {machine['threads']} threads on {machine['cores']} cores, "
         f"{machine['memory'] / 2**30:.0f} GiB; torch {versions['torch']}, "
         f"Python {versions['python']}; {results['date']}; `{results['command']}`, "
-        f"{sum(results['seconds_taken'].values()):.0f} s. {results['settings']['freed_memory']}."
+        f"{sum(results['seconds_taken'].values()):.0f} s.{f' {memory}.' if memory else ''}"
     )

@@ -47,6 +47,7 @@ from msrnn_ops.operators.scan import (
     OPERATORS,
     RECURRENCES,
     Recurrence,
+    borders,
     sequences_of,
 )
 from msrnn_ops.reference import accumulation_dtype
@@ -170,7 +171,7 @@ def _packing(shard: _Shard, cu_seqlens: Tensor, time: int) -> _Packing:
     here = torch.full((1,), time, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     lengths = shard.by_place(here)[:, 0]
     if not torch.compiler.is_compiling() and cu_seqlens.is_cpu:
-        checks.borders(shard.name, cu_seqlens, int(lengths.sum()))
+        borders(shard.name, cu_seqlens, int(lengths.sum()))
     before, total = lengths.cumsum(0) - lengths, lengths.sum()
     starts = total - before - lengths if shard.reverse else before
     ends = starts + lengths

@@ -18,6 +18,7 @@ mode.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -122,6 +123,20 @@ def _wide(x: Tensor) -> Tensor:
 def sequences_of(x: Tensor, cu_seqlens: Tensor | None) -> int:
     """How many sequences, and so states, a call has: B, or N with cu_seqlens."""
     return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def borders(caller: str, cu_seqlens: Tensor, time: int) -> None:
+    """For plain CPU tensors, whose values are known; elsewhere kernels stay in bounds for any."""
+    if torch.compiler.is_compiling() or type(cu_seqlens) is not Tensor or not cu_seqlens.is_cpu:
+        return
+    ends = cu_seqlens.tolist()
+    if ends[0] < 0 or ends[-1] > time:
+        got = f"{ends[0]} to {ends[-1]}"
+        raise errors.value(caller, f"cu_seqlens within 0 to T = {time}", got)
+    for i, (start, end) in enumerate(itertools.pairwise(ends)):
+        if end < start:
+            got = f"{start} and then {end} at index {i + 1}"
+            raise errors.value(caller, "cu_seqlens not to decrease", got)
 
 
 class Borders:
