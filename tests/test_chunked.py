@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import msrnn_ops as ms
 from msrnn_ops.nn import WholeTime
-from msrnn_ops.operators.layer import LAYERS
+from msrnn_ops.operators import layer as layer_operators
 
 cells = pytest.mark.parametrize("cell", [ms.nn.MinGRU, ms.nn.MinLSTM], ids=lambda x: x.__name__)
 TIME, FEATURES, CHANNELS = 23, 5, 6
@@ -103,7 +103,12 @@ def test_the_same_as_at_once(
 @cells
 @pytest.mark.parametrize("ends", [[0, 23], [0, 4, 8, 23], [0, 3, 3, 9, 16, 23, 23], [2, 2, 11, 20]])
 @pytest.mark.parametrize("resetting", [False, True])
-def test_packed_sequences(cell: type[Any], ends: list[int], resetting: bool) -> None:
+@pytest.mark.parametrize("known", [False, True])
+def test_packed_sequences(
+    cell: type[Any], ends: list[int], resetting: bool, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not known:  # as on a GPU: a chunk is given all sequences
+        monkeypatch.setattr(layer_operators._Chunks, "rows", lambda self, part: slice(None))
     whole, chunked = pair(cell, bidirectional=True)
     x = torch.randn(1, TIME, FEATURES, dtype=torch.float64)
     x[:, : ends[0]] = x[:, ends[-1] :] = torch.inf
@@ -445,7 +450,7 @@ def test_many_sequences_cost_no_more_than_few(cell: type[Any], monkeypatch: Any)
     """A chunk is given the sequences that meet it, and not all of them."""
     chunked = pair(cell, 8)[1]
     ends = torch.arange(0, 257, 4)
-    operator = LAYERS["msrnn_ops", cell._op.name]
+    operator = layer_operators.LAYERS["msrnn_ops", cell._op.name]
     seen: list[int] = []
 
     class Counted:
