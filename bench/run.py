@@ -58,7 +58,9 @@ def _cuda_parts(full: bool, rehearse: bool) -> Parts:
     }
 
 
-def _head(device: str, full: bool, words: Sequence[str], rehearse: bool) -> dict[str, Any]:
+def _head(
+    device: str, parts: Sequence[str], full: bool, words: Sequence[str], rehearse: bool
+) -> dict[str, Any]:
     from bench import machine
 
     head = machine.head("python -m bench", words)
@@ -68,7 +70,7 @@ def _head(device: str, full: bool, words: Sequence[str], rehearse: bool) -> dict
 
         head["machine"]["gpu"] = stand_in.FACTS if rehearse else gpu.facts()
         head["rehearsal"] = rehearse
-    elif "training" not in words:  # which takes both
+    elif "training" not in parts:  # which takes both
         head["settings"]["freed_memory"] = (
             "Freed memory is reused, for every competitor alike (MALLOC_*)"
         )
@@ -101,7 +103,7 @@ def run(
     partial_path = path.with_suffix(".partial")
 
     end = time.perf_counter() + limit
-    results = _head(device, full, words, rehearse)
+    results = _head(device, parts, full, words, rehearse)
     found = _cuda_parts(full, rehearse) if device == "cuda" else _cpu_parts(full)
     for part in parts:
         start = time.perf_counter()

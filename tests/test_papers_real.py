@@ -350,12 +350,16 @@ def test_near_ties_are_told_from_others(model: Checkpoint) -> None:
     model.model.set_attn_implementation("bench_papers")
 
 
+def quick_options(folder: Path, tmp_path: Path) -> Options:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, "utf-8")
+    return Options(False, "cpu", (text,), folder, None, quick=True)
+
+
 def test_a_part_goes_on_where_it_was_stopped(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT, "utf-8")
-    options = Options(False, "cpu", (text,), folder, None, quick=True)
+    options = quick_options(folder, tmp_path)
     seen: list[object] = []
     bounded = perplexity.bounded
 
@@ -377,9 +381,7 @@ def test_a_part_goes_on_where_it_was_stopped(
 def test_a_command_measures_once_what_two_parts_show(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT, "utf-8")
-    options = Options(False, "cpu", (text,), folder, None, quick=True)
+    options = quick_options(folder, tmp_path)
     seen: list[ms.Policy | None] = []
     bounded, full = perplexity.bounded, perplexity.full
 

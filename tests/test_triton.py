@@ -157,3 +157,23 @@ if ms.backends()["triton"] == "ok":
         assert (plan.splits - 1) * plan.split_slots < slots <= plan.splits * plan.split_slots
         assert (plan.parts - 1) * plan.part_slots < slots <= plan.parts * plan.part_slots
         assert plan.split_slots % plan.tile.slots == 0 and plan.block_d >= head_dim
+
+    @pytest.mark.parametrize("cell", [ms.nn.MinGRU, ms.nn.MinLSTM], ids=lambda x: x.__name__)
+    @pytest.mark.parametrize("ends", [None, [1, 4, 4, 12]])
+    def test_layers_in_chunks(cell: type[Any], ends: list[int] | None) -> None:
+        """The layer's operator of Triton's namespace walks chunks of Triton's scans."""
+        device = torch.get_default_device()
+        whole, chunked = (
+            cell(5, 6, batch_first=True, bidirectional=True, chunk=n, device=device)
+            for n in (None, 4)
+        )
+        chunked.load_state_dict(whole.state_dict())
+        x = torch.randn(1, 13, 5, device=device, requires_grad=True)
+        cu_seqlens = None if ends is None else torch.tensor(ends, device=device)
+        with ms.use_backend("triton"):
+            outputs = [layer(x, cu_seqlens=cu_seqlens)[0] for layer in (whole, chunked)]
+        grad = torch.randn_like(outputs[0])
+        for layer, output in zip((whole, chunked), outputs, strict=True):
+            layer.found = (output, *torch.autograd.grad(output, (x, *layer.parameters()), grad))
+        for found, expected in zip(chunked.found, whole.found, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import bisect
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,16 +69,30 @@ def _add_product(total: Tensor, rows: Tensor, columns: Tensor) -> None:
         total.addmm_(rows.to(total.dtype), columns.to(total.dtype))
 
 
+class _Arguments(NamedTuple):
+    """Of an operator, in the order of its schema (csrc/ops.cpp)."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    h0: Tensor | None
+    cu_seqlens: Tensor | None
+    resets: Tensor | None
+    real: Tensor | None
+    reverse: bool
+    identity: bool
+    chunk: int
+
+
 class _Chunks:
     """Time in the direction of the scan, and the sequences that meet each part of it."""
 
-    def __init__(
-        self, x: Tensor, cu_seqlens: Tensor | None, resets: Tensor | None, reverse: bool, chunk: int
-    ) -> None:
-        time = x.shape[1]
-        self.cu_seqlens, self.resets, self.reverse = cu_seqlens, resets, reverse
+    def __init__(self, given: _Arguments) -> None:
+        time, chunk, cu_seqlens = given.x.shape[1], given.chunk, given.cu_seqlens
+        self.cu_seqlens, self.resets, self.reverse = cu_seqlens, given.resets, given.reverse
+        self._identity = given.identity
         parts = [slice(t, min(t + chunk, time)) for t in range(0, max(time, 1), chunk)]
-        self.parts = parts[::-1] if reverse else parts
+        self.parts = parts[::-1] if self.reverse else parts
         self._ends: list[int] | None = None
         if cu_seqlens is not None and cu_seqlens.is_cpu:  # another device would be waited for
             self._ends = cu_seqlens.tolist()
@@ -96,15 +110,15 @@ class _Chunks:
         rows = self.rows(part)
         return self.cu_seqlens[:-1][rows], self.cu_seqlens[1:][rows]
 
-    def options(self, part: slice) -> tuple[Tensor | None, Tensor | None]:
-        """cu_seqlens and resets of a part, for its rows."""
-        resets = None if self.resets is None else self.resets[:, part]
-        if self.cu_seqlens is None:
-            return None, resets
+    def options(self, part: slice) -> tuple[Tensor | None, Tensor | None, bool, bool]:
+        """What the joint op takes of a part behind its state: cu_seqlens, resets and the flags."""
         ends, rows = self.cu_seqlens, self.rows(part)
-        if rows.stop is not None:
-            ends = ends[rows.start : rows.stop + 1]
-        return (ends - part.start).clamp(0, part.stop - part.start), resets
+        if ends is not None:
+            if rows.stop is not None:
+                ends = ends[rows.start : rows.stop + 1]
+            ends = (ends - part.start).clamp(0, part.stop - part.start)
+        resets = None if self.resets is None else self.resets[:, part]
+        return ends, resets, self.reverse, self._identity
 
     def crossing(self, part: slice, border: int) -> Tensor | None:
         """Which of a part's rows go on behind a border of it, (rows, 1); None: all."""
@@ -205,40 +219,30 @@ class ChunkedLayer:
         transforms.refuse_lost_tangents(self.name, args)
         return self._autograd(*args)
 
-    def _project(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, real: Tensor | None, part: slice
-    ) -> tuple[Tensor, Tensor]:
+    def _project(self, given: _Arguments, part: slice) -> tuple[Tensor, Tensor]:
         """A part of time, and its projection.
 
         It is contiguous: of another one, F.linear adds the bias to a product that is rounded.
         """
-        x = x[:, part].contiguous()
-        projection = F.linear(x, weight, bias)
-        return x, projection if real is None else idle(self.op, projection, real[:, part])
+        x = given.x[:, part].contiguous()
+        projection = F.linear(x, given.weight, given.bias)
+        if given.real is not None:
+            projection = idle(self.op, projection, given.real[:, part])
+        return x, projection
 
-    def _forward(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        h0: Tensor | None,
-        cu_seqlens: Tensor | None,
-        resets: Tensor | None,
-        real: Tensor | None,
-        reverse: bool,
-        identity: bool,
-        chunk: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _forward(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        given = _Arguments(*args)
+        x, h0, cu_seqlens = given.x, given.h0, given.cu_seqlens
         if cu_seqlens is not None:
             borders(self.name, cu_seqlens, x.shape[1])  # the parts of wrong ones may look right
-        chunks = _Chunks(x, cu_seqlens, resets, reverse, chunk)
-        h, last, states = self._results(x, weight, cu_seqlens, chunk)
+        chunks = _Chunks(given)
+        h, last, states = self._results(given)
         last = last.zero_() if h0 is None else last.copy_(h0)
         with _own_dtype(x):
             for i, part in enumerate(chunks.parts):
-                projection = self._project(x, weight, bias, real, part)[1]
+                projection = self._project(given, part)[1]
                 rows = chunks.rows(part)
-                options = (chunks.cut(last[rows], part), *chunks.options(part), reverse, identity)
+                options = (chunks.cut(last[rows], part), *chunks.options(part))
                 h[:, part], state = self.joint.forward(projection, *options)
                 # What of a chunk lives on lies in memory that was there before: between a chunk's
                 # large tensors it would keep the allocator from giving the next one their place.
@@ -253,31 +257,18 @@ class ChunkedLayer:
         return h, last, states
 
     def _backward(
-        self,
-        grad_h: Tensor | None,
-        grad_last: Tensor | None,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        h0: Tensor | None,
-        cu_seqlens: Tensor | None,
-        resets: Tensor | None,
-        real: Tensor | None,
-        h: Tensor,
-        states: Tensor,
-        reverse: bool,
-        identity: bool,
-        chunk: int,
-        needs_x: bool,
-        needs_weight: bool,
+        self, grad_h: Tensor | None, grad_last: Tensor | None, *args: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        chunks = _Chunks(x, cu_seqlens, resets, reverse, chunk)
+        (h, states), (needs_x, needs_weight) = args[7:9], args[12:]
+        given = _Arguments(*args[:7], *args[9:12])
+        x, weight, h0, real = given.x, given.weight, given.h0, given.real
+        chunks = _Chunks(given)
         grad_x = x.new_empty(x.shape if needs_x else 0)
         # Sums over chunks are wider than 16 bit, as those within a matrix product are.
         wide = accumulation_dtype(x.dtype)
         grad_weight = weight.new_zeros(weight.shape if needs_weight else 0, dtype=wide)
         grad_bias = weight.new_zeros(weight.shape[0] if needs_weight else 0, dtype=wide)
-        grad_state = x.new_zeros(sequences_of(x, cu_seqlens), h.shape[2], dtype=wide)
+        grad_state = x.new_zeros(sequences_of(x, given.cu_seqlens), h.shape[2], dtype=wide)
         if grad_last is not None:
             grad_state.copy_(grad_last)
         with _own_dtype(x):
@@ -292,13 +283,13 @@ class ChunkedLayer:
                     if crossing is not None:
                         state = torch.where(crossing, state, 0.0 if begin is None else begin)
                     state = chunks.cut(state, part)
-                x_part, projection = self._project(x, weight, bias, real, part)
+                x_part, projection = self._project(given, part)
                 here = None if grad_h is None else grad_h[:, part]
-                options = (state, *chunks.options(part), reverse, identity)
-                given = (here, grad_state[rows], projection, h[:, part])
-                grad, grad_entering = self.joint.backward(*given, *options)
-                del projection, given  # before the next ones are made
-                grad_state[rows] = chunks.cut(grad_entering, part)
+                options = (state, *chunks.options(part))
+                grads = (here, grad_state[rows])
+                grad, entering = self.joint.backward(*grads, projection, h[:, part], *options)
+                del projection  # before the next one is made
+                grad_state[rows] = chunks.cut(entering, part)
                 if real is not None:
                     grad = torch.where(real[:, part], grad, 0.0)
                 if needs_x:
@@ -309,23 +300,13 @@ class ChunkedLayer:
                 del grad
         return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), grad_state
 
-    def whole(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        h0: Tensor | None,
-        cu_seqlens: Tensor | None,
-        resets: Tensor | None,
-        real: Tensor | None,
-        reverse: bool,
-        identity: bool,
-        *_: int,
-    ) -> tuple[Tensor, Tensor]:
+    def whole(self, *args: Any) -> tuple[Tensor, Tensor]:
         """The same without chunks, of operations that can be differentiated again."""
-        with _own_dtype(x):
-            projection = self._project(x, weight, bias, real, slice(None))[1]
-            return self.joint(projection, h0, cu_seqlens, resets, reverse, identity)
+        given = _Arguments(*args)
+        masks = (given.cu_seqlens, given.resets, given.reverse, given.identity)
+        with _own_dtype(given.x):
+            projection = self._project(given, slice(None))[1]
+            return self.joint(projection, given.h0, *masks)
 
     def whole_backward(
         self,
@@ -352,20 +333,19 @@ class ChunkedLayer:
         )
         return [next(found) if need else None for need in needed]
 
-    def _results(
-        self, x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, chunk: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _results(self, given: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
         """h, the last states and those on the borders of chunks, not filled."""
-        channels = weight.shape[0] // self.op.parts
+        x, chunk, packed = given.x, given.chunk, given.cu_seqlens is not None
+        channels = given.weight.shape[0] // self.op.parts
         wide: dict[str, Any] = {"dtype": accumulation_dtype(x.dtype)}
-        last = x.new_empty(sequences_of(x, cu_seqlens), channels, **wide)
+        last = x.new_empty(sequences_of(x, given.cu_seqlens), channels, **wide)
         kept = torch.sym_max((x.shape[1] + chunk - 1) // chunk - 1, 0)
-        rows = x.shape[0] if cu_seqlens is None else 1
+        rows = 1 if packed else x.shape[0]
         h = x.new_empty(*x.shape[:2], channels)
         return h, last, x.new_empty(kept, rows, channels, **wide)
 
-    def _fake(self, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return self._results(x, weight, args[2], args[-1])
+    def _fake(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return self._results(_Arguments(*args))
 
     def _fake_backward(self, grad_h: Tensor | None, grad_last: Tensor | None, *args: Any) -> Any:
         x, weight, _, _, cu_seqlens, _, _, h = args[:8]
