@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "common.h"
 #include "multi_state.h"
@@ -122,7 +123,8 @@ struct StepOps {
                              const Tensor& position, const Tensor& score, const Tensor& free,
                              const Tensor& seen, const Tensor& last_evicted, int64_t kind,
                              int64_t sinks, int64_t recent, double scale) {
-    // Decoders have (B, H, 1, Dh), and a view of each tensor would cost them host time.
+    // Decoders have (B, H, 1, Dh) and want (B, 1, H, Dh) back, and a view of each tensor would cost
+    // them host time.
     const bool with_time = q_in.dim() == 4 && q_in.size(2) == 1;
     check_heads(q_in, k_in, v_in, with_time ? 4 : 3);
     const Policy policy = policy_of(kind, sinks, recent);
@@ -131,8 +133,12 @@ struct StepOps {
     const State marks = marks_of(position, score, free, seen, last_evicted, policy.score);
     const State state = state_of(k, keys, values, marks);
     const RowIndex index = row_index_of(rows, q.size(0), state);
-    Tensor out = torch::stable::new_empty(q, q.sizes());
-    Backend::run(step_of(state, index, policy, scale, true, q, k, v, out, nullptr), q);
+    Tensor out = with_time
+                     ? torch::stable::new_empty(q, {q.size(0), 1, q.size(1), q.size(3)})
+                     : torch::stable::new_empty(q, q.sizes());
+    TokenStep step = step_of(state, index, policy, scale, true, q, k, v, out, nullptr);
+    if (with_time) std::swap(step.out.head, step.out.time);
+    Backend::run(step, q);
     return out;
   }
 

@@ -239,9 +239,12 @@ def namespace(op: str, device: torch.device) -> str | None:
     )
 
 
-def is_compiled(op: str, device: torch.device) -> bool:
+def is_compiled(op: str, x: torch.Tensor) -> bool:
     """Whether C++ or CUDA computes a call, which Triton may do under the name of either."""
-    return namespace(op, device) == COMPILED and (device.type == "cpu" or _CUDA_LOADED)
+    if _chosen is None and x.is_cpu:  # at every step: first and fast
+        return True
+    compiled = x.is_cpu or (x.is_cuda and _CUDA_LOADED)
+    return compiled and namespace(op, x.device) == COMPILED
 
 
 if os.environ.get("MSRNN_BACKEND"):

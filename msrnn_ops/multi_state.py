@@ -7,8 +7,9 @@ once, which checks as much in C++. Policy and MultiState are in state.py.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from msrnn_ops import backend, checks, reference
@@ -35,23 +36,17 @@ def _run(namespace: str, name: str, *args: Any) -> Any:
     return IN_PLACE[namespace, name](*args)
 
 
-def is_checked_by_operator(x: Tensor) -> bool:
-    """Whether a step of plain tensors such as this one looks at shapes, dtypes and strides itself.
-
-    The compiled step does, before it writes, on CPU and CUDA; it has no words for a user.
-    """
-    return is_plain() and type(x) is Tensor and backend.is_compiled("attend_evict", x.device)
-
-
 def _needs_no_checks(
     q: Tensor, k: Tensor, v: Tensor, state: MultiState, scale: float | None
 ) -> bool:
     """Whether the operator sees all that could be wrong with a call, in less time."""
-    if type(state) is not MultiState or not is_checked_by_operator(q):
+    if type(state) is not MultiState or not is_plain() or type(q) is not Tensor:
         return False
     for x in (q, k, v, *state.tensors()):
         if type(x) is not Tensor or not x.is_cpu or x.requires_grad:
             return False
+    if not backend.is_compiled("attend_evict", q):
+        return False
     return q.dim() == 3 and q.shape[2] > 0 and (scale is None or checks.is_usual_scale(scale))
 
 
@@ -60,27 +55,61 @@ def attend_evict_unchecked(
 ) -> Tensor:
     """:func:`attend_evict` without the checks in Python, for engines whose devices never change.
 
-    No gradient may be asked for. Either the shapes never change, or the call
-    :func:`is_checked_by_operator`; then it also takes (B, H, 1, Dh), as decoders have it. Between
-    the weights of two layers, which leave nothing of them in a processor's caches, the checks take
-    as long as the kernel.
+    No gradient may be asked for, and all tensors are plain ones.
     """
     namespace = backend.namespace("attend_evict", q.device)
     if namespace is None:
         return attend_evict(q, k, v, state, rows=rows, scale=scale)
+    args = (q, k, v, rows, *state.tensors(), *state.policy.numbers, scale)
     try:
-        args = (q, k, v, rows, *state.tensors(), *state.policy.numbers, scale)
-        out: Tensor = IN_PLACE[namespace, "attend_evict"].run_kernel(args)
+        out: Tensor = IN_PLACE[namespace, "attend_evict"].run_plain(args, q.is_cpu)
         return out
-    except RuntimeError as error:  # nothing is written, and the checks have the words
-        refused = error
+    except RuntimeError as error:
+        refused = [error]
+    _explain(refused.pop(), args, state)
+
+
+def _explain(error: RuntimeError, args: tuple[Any, ...], state: MultiState) -> NoReturn:
+    """The operator has refused a call and written nothing; the checks have the words for it."""
+    q, k, v, rows = args[:4]
     try:
         if q.dim() == 4:
             q, k, v = q.squeeze(2), k.squeeze(2), v.squeeze(2)
-        checks.token("attend_evict", q, k, v, state, rows, scale)
-        raise refused
+        checks.token("attend_evict", q, k, v, state, rows, args[-1])
+        raise error
     finally:
-        del refused  # which holds this frame, and with it the tensors
+        del error  # which holds this frame, and with it the tensors
+
+
+class DecoderStep:
+    """:func:`attend_evict` for a decoder that calls it again and again with one state.
+
+    It takes q, k and v as decoders have them, (B, H, 1, Dh), and returns (B, 1, Hq, Dh), as they
+    want it. What does not change from token to token is looked up once: between the weights of two
+    layers, which leave nothing of it in a processor's caches, a look takes longer than a kernel.
+    """
+
+    def __init__(self, state: MultiState, scale: float | None) -> None:
+        self.state, self.scale = state, scale
+        self._usual = scale is not None and checks.is_usual_scale(scale)
+        self._rest = (None, *state.tensors(), *state.policy.numbers, scale)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        plain = self._usual and not torch.is_grad_enabled() and is_plain()
+        plain = plain and type(q) is type(k) is type(v) is Tensor
+        if not plain or not backend.is_compiled("attend_evict", q):
+            q, k, v = q.squeeze(2), k.squeeze(2), v.squeeze(2)
+            return attend_evict(q, k, v, self.state, scale=self.scale).unsqueeze(1)
+        args = (q, k, v, *self._rest)
+        try:
+            out: Tensor = _COMPILED.run_plain(args, q.is_cpu)
+            return out
+        except RuntimeError as error:
+            refused = [error]
+        _explain(refused.pop(), args, self.state)
+
+
+_COMPILED = IN_PLACE[backend.COMPILED, "attend_evict"]
 
 
 def attend_evict(

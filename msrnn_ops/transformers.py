@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils import _pytree
 
-from msrnn_ops import checks, distributed, errors, multi_state
+from msrnn_ops import distributed, errors, multi_state
 from msrnn_ops.exchange import Exchange, Group
 from msrnn_ops.state import MultiState, Policy, check_head_dim
 
@@ -415,11 +415,10 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
         self.policy = policy
         self.kv_heads = kv_heads
         self.group = group
-        self.attend_evict: Any = multi_state.attend_evict
         self.attend_prompt: Any = multi_state.attend_prompt
         if group is not None:
-            self.attend_evict = partial(distributed.attend_evict, group=group)
             self.attend_prompt = partial(distributed.attend_prompt, group=group)
+        self.step: multi_state.DecoderStep | None = None  # of its state, after a first token
         self.state: MultiState | None = None
         self.tokens = 0  # of the longest row, padding included: positions depend on it
         self.waiting = False  # for the attention function
@@ -483,22 +482,21 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
         if query.dtype != key.dtype:
             query = query.to(key.dtype)
         if valid is None and new == 1:
-            if scale is not None and self._needs_no_checks(key, scale):
-                out = multi_state.attend_evict_unchecked(query, key, value, self.state, None, scale)
-            else:
+            if self.group is not None:
                 q, k, v = query.squeeze(2), key.squeeze(2), value.squeeze(2)
-                out = self.attend_evict(q, k, v, self.state, scale=scale).unsqueeze(2)
-            out = out.transpose(1, 2)
+                out = distributed.attend_evict(
+                    q, k, v, self.state, scale=scale, group=self.group
+                ).unsqueeze(1)
+            else:
+                step = self.step
+                if step is None or step.state is not self.state or step.scale != scale:
+                    step = self.step = multi_state.DecoderStep(self.state, scale)
+                out = step(query, key, value)
         else:
             out = self.attend_prompt(query, key, value, self.state, valid=valid, scale=scale)
             out = out.transpose(1, 2).contiguous()
         self.tokens += new
         return out
-
-    def _needs_no_checks(self, key: Tensor, scale: float) -> bool:
-        if self.group is not None or torch.is_grad_enabled():
-            return False
-        return checks.is_usual_scale(scale) and multi_state.is_checked_by_operator(key)
 
     def hide(self, hidden: Tensor) -> None:
         """Drops the tokens that ``hidden``, (B, tokens) bool, says True for by their number."""

@@ -8,6 +8,7 @@ import gc
 import random
 import warnings
 import weakref
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -19,9 +20,10 @@ from masked_attention import Row, kept_lists
 from scans import reference
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import msrnn_ops as ms
-from msrnn_ops.multi_state import attend_evict_unchecked, is_checked_by_operator
+from msrnn_ops.multi_state import DecoderStep, attend_evict_unchecked
 
 Heads = tuple[int, int, int]  # Hq, Hkv, Dh
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -107,22 +109,21 @@ def test_steps(name: str, heads: Heads, dtype: torch.dtype) -> None:
 
 @every_policy
 @every_dtype
+@torch.no_grad()
 def test_steps_without_checks(name: str, dtype: torch.dtype) -> None:
-    """What engines call gives the same bits, and the words of the door where a call is wrong."""
+    """What engines and decoders call gives the same bits, and the words of the door."""
     heads, policy, scale = (4, 2, 16), policies(5)[name], 0.25
     ours, theirs = make(policy, 2, heads, dtype), make(policy, 2, heads, dtype)
+    step = DecoderStep(ours, scale)
     for _ in range(12):
         q, k, v = draw(2, heads, dtype)
         expected = ms.attend_evict(q, k, v, theirs, scale=scale)
         assert torch.equal(attend_evict_unchecked(q, k, v, ours, None, scale), expected)
-        if is_checked_by_operator(q):
-            q, k, v = draw(2, heads, dtype, 1)  # (B, H, 1, Dh)
-            expected = ms.attend_evict(q[:, :, 0], k[:, :, 0], v[:, :, 0], theirs, scale=scale)
-            out = attend_evict_unchecked(q, k, v, ours, None, scale)
-            assert torch.equal(out, expected.unsqueeze(2))
+        q, k, v = draw(2, heads, dtype, 1)  # (B, H, 1, Dh)
+        expected = ms.attend_evict(q[:, :, 0], k[:, :, 0], v[:, :, 0], theirs, scale=scale)
+        out = step(q, k, v)
+        assert torch.equal(out, expected.unsqueeze(1)) and out.is_contiguous()
         same_state(ours, theirs)
-    if not is_checked_by_operator(q):
-        return
     wrong = {
         "expected v in the shape of k": (q, k, v[:1]),
         "key-value heads of 2 as in the state": (q, k[:, :1], v[:, :1]),
@@ -136,8 +137,51 @@ def test_steps_without_checks(name: str, dtype: torch.dtype) -> None:
     }
     for words, arguments in wrong.items():
         with pytest.raises((TypeError, ValueError), match=f"attend_evict: .*{words}"):
-            attend_evict_unchecked(*arguments, ours, None, scale)
+            step(*arguments)
         same_state(ours, theirs)
+
+
+class _Seen(TorchDispatchMode):
+    """The operators that a mode of PyTorch gets to see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+def test_who_looks_at_a_step_sees_it() -> None:
+    """A decoder's step goes past PyTorch's dispatcher only where nobody asks for it there."""
+    heads = (4, 2, 16)
+    state = make(ms.Policy.tova(4), 1, heads, torch.float32)
+    q, k, v = draw(1, heads, torch.float32, 1)
+    step = DecoderStep(state, 0.25)
+    with torch.no_grad():
+        with _Seen() as mode:
+            step(q, k, v)
+        assert mode.names.count("msrnn_ops.attend_evict.default") == 1
+        with torch.profiler.profile() as found:
+            step(q, k, v)
+        assert any(event.key == "msrnn_ops::attend_evict" for event in found.key_averages())
+        assert state.seen.tolist() == [2]
+        with torch.inference_mode():
+            assert not step(q, k, v).requires_grad
+    with ms.use_backend("reference"):
+        step(q, k, v)
+    versions = [x._version for x in state.tensors()]
+    with torch.no_grad():
+        step(q, k, v)
+    assert all(x._version > y for x, y in zip(state.tensors(), versions, strict=True))
+    with pytest.raises(RuntimeError, match="attend_evict changes the state in place"):
+        step(q.clone().requires_grad_(), k, v)
+    twin = copy.deepcopy(step)
+    with torch.no_grad():
+        assert torch.equal(twin(q, k, v), step(q, k, v))
+        twin(q, k, v)
+    assert state.seen.tolist() == [6] and twin.state.seen.tolist() == [7]
 
 
 def test_a_refused_step_leaves_nothing_behind() -> None:

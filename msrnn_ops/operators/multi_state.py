@@ -130,7 +130,7 @@ def _fake_sequence(
 
 
 FAKES: dict[str, Callable[..., Any]] = {
-    "attend_evict": lambda q, *_: q.new_empty(q.shape),
+    "attend_evict": lambda q, *_: q.new_empty(q.shape if q.dim() == 3 else q.transpose(1, 2).shape),
     "attend_scores": lambda q, k, v, rows, keys, values, position, *_: (
         q.new_empty(q.shape),
         position.new_empty((q.shape[0], *position.shape[1:]), dtype=torch.float32),

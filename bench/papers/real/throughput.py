@@ -5,6 +5,7 @@ The full state is transformers as it is: its own cache, and PyTorch's attention.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import msrnn_ops as ms
 from bench.measure import interleaved
@@ -26,6 +27,8 @@ _CONTEXT, _ROWS = 4096, 2  # the full state of so many rows is the budget
 _SHARES = (4, 8)
 _SLOTS, _PROFILED = 512, 20  # of a step by itself; steps
 _SECONDS = 4.0
+# Of a model that is nearly empty: 64 states, in a layer of width 64, are no work for a kernel.
+_EMPTY, _LAYERS, _TURNS = 64, 30, 5
 _KINDS = {
     "linear layers": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn", "aten::linear"),
     "attention": ("msrnn_ops::", "aten::_scaled_dot_product", "aten::_flash"),
@@ -121,6 +124,32 @@ def one_step(model: Any, slots: int, seconds: float) -> dict[str, Any]:
     }
 
 
+def host_time(device: str, seconds: float) -> dict[str, list[float]]:
+    """Seconds that a layer of a nearly empty model takes, with either cache, in each turn.
+
+    transformers' own cache grows, so every turn has new ones.
+    """
+    config = LlamaConfig(
+        vocab_size=_EMPTY,
+        hidden_size=_EMPTY,
+        intermediate_size=_EMPTY,
+        num_hidden_layers=_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = AutoModelForCausalLM.from_config(config).to(device).eval()
+    found: dict[str, list[float]] = {"transformers": [], "TOVA": []}
+    for _ in range(_TURNS):
+        ways = {
+            "transformers": _Decoding(model, None, 1, _EMPTY),
+            "TOVA": _Decoding(model, ms.Policy.tova(_EMPTY), 1, _EMPTY),
+        }
+        times = interleaved({name: way.step for name, way in ways.items()}, seconds)
+        for name, one in times.items():
+            found[name].append(one["median"] / _LAYERS)
+    return found
+
+
 def run(options: Options, store: Store) -> dict[str, Any]:
     context, slots, seconds = _CONTEXT, _SLOTS, _SECONDS
     if options.quick:
@@ -133,9 +162,10 @@ def run(options: Options, store: Store) -> dict[str, Any]:
     for one in budget:
         say(f"{one['batch']} rows of {one['slots']}: {one['tokens_per_second']:.1f} tokens/s")
     step = store.once("step", one_step, model, min(slots, context // 2), seconds)
+    host = store.once("host", host_time, options.device, seconds / _TURNS)
     facts = {"checkpoint": source.facts(folder), "dtype": "bfloat16"}
     facts |= {"parameters": model.num_parameters(), "texts_sha256": {}}
-    return {"subject": facts, "context": context, "budget": budget, "step": step}
+    return {"subject": facts, "context": context, "budget": budget, "step": step, "host": host}
 
 
 def _budget_table(result: Mapping[str, Any]) -> Table:
@@ -185,6 +215,7 @@ def section(result: Mapping[str, Any]) -> Section:
         f"{number(one['tokens_per_second'] / full, 2)} times with 1/{one['share']}"
         for one in budget[1:]
     )
+    host = {name: 1e6 * statistics.median(turns) for name, turns in result["host"].items()}
     outside = {
         name: 1e6 * (parts["Python and dispatch"] + parts["other operators"]) / step["layers"]
         for name, parts in step["parts"].items()
@@ -195,7 +226,9 @@ def section(result: Mapping[str, Any]) -> Section:
         found=(
             f"Tokens/s over the full state in the same memory: {gains}. Outside of linear layers, "
             f"attention and the growing cache a layer takes {outside['TOVA']:.0f} us of a step, "
-            f"{outside['transformers']:.0f} us with transformers' own cache, under the profiler."
+            f"{outside['transformers']:.0f} us with transformers' own cache, under the profiler. "
+            f"A layer of a nearly empty model takes {host['TOVA']:.0f} us with {_EMPTY} states, "
+            f"{host['transformers']:.0f} us with that cache."
         ),
         comparable=(
             "A processor reads weights of 135 million parameters for each step, so that a larger "
