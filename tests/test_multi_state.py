@@ -812,7 +812,7 @@ def test_bits_do_not_depend_on_threads(name: str, dtype: torch.dtype) -> None:
             outs = [ms.attend_evict(*token, mine) for token in tokens]
             if policy.score != "position":
                 ms.attend_prompt(*prompt, mine)
-            outs.append(ms.attend_sequence(*prompt, policies(9)[name])[0])
+            outs += ms.attend_sequence(*prompt, policies(9)[name])
             results.append((torch.cat([x.flatten() for x in outs]), mine))
     finally:
         torch.set_num_threads(before)

@@ -103,11 +103,10 @@ class StepRun {
     stride_ = blocks_ * block_;
   }
 
-  void run() {
+  void run(int64_t most_threads) {
     const auto count = static_cast<int64_t>(rows_.size());
     const int64_t blocks = count * s_.kv_heads * blocks_;
-    const int64_t threads =
-        std::clamp<int64_t>(bytes_ / kBytesPerThread, 1, torch::stable::get_num_threads());
+    const int64_t threads = std::clamp<int64_t>(bytes_ / kBytesPerThread, 1, most_threads);
     // If there are enough blocks, neighbouring ones go to one thread: what one of them fetches
     // beyond its end, the next one needs.
     const int64_t row_blocks = s_.kv_heads * blocks_;
@@ -333,15 +332,32 @@ struct Cpu {
       }
     }
     const std::vector<BatchRow> rows = rows_in_use(step.rows, step.batch);
-    if (!rows.empty()) StepRun(step, rows, 0).run();
+    if (!rows.empty()) StepRun(step, rows, 0).run(torch::stable::get_num_threads());
   }
   static void run(const TokenStep& step, const TokenSequence& sequence, const Tensor&) {
+    const int64_t batch = step.state.batch, threads = torch::stable::get_num_threads();
+    // Threads that have whole rows never wait for each other; those that share one do at each
+    // token.
+    if (batch < threads || 4 * batch < 3 * threads * ((batch + threads - 1) / threads)) {
+      run_rows(step, sequence, 0, batch, threads);
+      return;
+    }
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      for (int64_t row; (row = next.fetch_add(1, std::memory_order_relaxed)) < batch;) {
+        run_rows(step, sequence, row, row + 1, 1);
+      }
+    });
+  }
+  // All tokens of rows [begin, end).
+  static void run_rows(const TokenStep& step, const TokenSequence& sequence, int64_t begin,
+                       int64_t end, int64_t threads) {
     const State& s = step.state;
     const int64_t time = sequence.time;
     std::vector<BatchRow> rows;
     for (int64_t t = 0; t < time; ++t) {
       rows.clear();
-      for (int64_t row = 0; row < s.batch; ++row) {
+      for (int64_t row = begin; row < end; ++row) {
         const bool valid = !sequence.valid || sequence.valid[row * time + t];
         if (valid) {
           rows.push_back({row, row});
@@ -352,7 +368,7 @@ struct Cpu {
         }
       }
       if (rows.empty()) continue;
-      StepRun(step, rows, t).run();
+      StepRun(step, rows, t).run(threads);
       for (const auto [index, row] : rows) {
         for (int64_t g = 0; g < s.groups; ++g) {
           const int64_t i = s.group(row, g), evicted = s.last_evicted[i];

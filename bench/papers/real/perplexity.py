@@ -57,9 +57,14 @@ def _figures(losses: Tensor, lengths: Sequence[int]) -> dict[str, Any]:
     return {"losses": means, "course": _binned(losses.double())}
 
 
+def _batches(rows: Tensor) -> Sequence[Tensor]:
+    """A row for each thread: threads that share a row wait for each other at every token."""
+    return rows.split(torch.get_num_threads())
+
+
 @torch.no_grad()
 def full(model: Checkpoint, rows: Tensor, lengths: Sequence[int]) -> dict[str, Any]:
-    return _figures(torch.cat([model.losses(row[None], attend_all) for row in rows]), lengths)
+    return _figures(torch.cat([model.losses(x, attend_all) for x in _batches(rows)]), lengths)
 
 
 @torch.no_grad()
@@ -67,18 +72,19 @@ def bounded(
     model: Checkpoint, rows: Tensor, lengths: Sequence[int], policy: ms.Policy
 ) -> dict[str, Any]:
     """The losses, and which positions are left at the end, on average over layers and heads."""
-    losses, kept, first = [], [], []
-    for row in rows:
+    losses, kept = [], []
+    for some in _batches(rows):
         attend = AttendSequence(policy)
-        losses.append(model.losses(row[None], attend))
-        # (layers, T): the share of key-value heads that keep a position; a layer may decide as one.
-        left = torch.stack([(x[0] == x.shape[-1]).double().mean(0) for x in attend.expiry])
-        kept.append(left.mean(0))
-        first.append(left[:, :4].mean(0))
+        losses.append(model.losses(some, attend))
+        # (B, T): of all layers, the share of key-value heads that keep a position; a layer may
+        # decide as one.
+        left = [(x == x.shape[-1]).double().mean(1) for x in attend.expiry]
+        kept.append(torch.stack(left).mean(0))
+    left_of_all = torch.cat(kept)
     return {
         **_figures(torch.cat(losses), lengths),
-        "kept": _binned(torch.stack(kept)),
-        "first_four_kept": torch.stack(first).mean(0).tolist(),
+        "kept": _binned(left_of_all),
+        "first_four_kept": left_of_all[:, :4].mean(0).tolist(),
     }
 
 
