@@ -133,9 +133,8 @@ struct StepOps {
     const State marks = marks_of(position, score, free, seen, last_evicted, policy.score);
     const State state = state_of(k, keys, values, marks);
     const RowIndex index = row_index_of(rows, q.size(0), state);
-    Tensor out = with_time
-                     ? torch::stable::new_empty(q, {q.size(0), 1, q.size(1), q.size(3)})
-                     : torch::stable::new_empty(q, q.sizes());
+    Tensor out = with_time ? torch::stable::new_empty(q, {q.size(0), 1, q.size(1), q.size(3)})
+                           : torch::stable::new_empty(q, q.sizes());
     TokenStep step = step_of(state, index, policy, scale, true, q, k, v, out, nullptr);
     if (with_time) std::swap(step.out.head, step.out.time);
     Backend::run(step, q);

@@ -258,3 +258,31 @@ def below_autograd(kernel: Any, args: Iterable[Any]) -> Any:
             return kernel(*args)
     except RuntimeError as error:
         raise errors.of_torch(error) from None
+
+
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+
+def _watched() -> bool:
+    """Whether a mode of PyTorch, a trace or a profiler wants to see every call."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._is_tracing()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def of_device(kernel: Any, args: Iterable[Any], on_cpu: bool) -> Any:
+    """As :func:`below_autograd`, for tensors on a CPU or GPU that lie in memory as they are.
+
+    The dispatcher calls the kernel of the device and asks nobody else, in two thirds of the time,
+    unless somebody watches.
+    """
+    if _watched():
+        return below_autograd(kernel, args)
+    try:
+        return kernel._handle.redispatch_boxed(_CPU if on_cpu else _CUDA, *args)
+    except RuntimeError as error:
+        raise errors.of_torch(error) from None

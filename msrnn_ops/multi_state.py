@@ -14,7 +14,7 @@ from torch import Tensor
 
 from msrnn_ops import backend, checks, reference
 from msrnn_ops.dtensor import is_distributed
-from msrnn_ops.operators.in_place import is_plain
+from msrnn_ops.operators.in_place import is_as_it_lies, is_plain
 from msrnn_ops.operators.multi_state import IN_PLACE, SEQUENCES
 from msrnn_ops.state import MultiState, Policy
 
@@ -45,6 +45,8 @@ def _needs_no_checks(
     for x in (q, k, v, *state.tensors()):
         if type(x) is not Tensor or not x.is_cpu or x.requires_grad:
             return False
+    if not (is_as_it_lies(q) and is_as_it_lies(k) and is_as_it_lies(v)):
+        return False
     if not backend.is_compiled("attend_evict", q):
         return False
     return q.dim() == 3 and q.shape[2] > 0 and (scale is None or checks.is_usual_scale(scale))
@@ -55,7 +57,7 @@ def attend_evict_unchecked(
 ) -> Tensor:
     """:func:`attend_evict` without the checks in Python, for engines whose devices never change.
 
-    No gradient may be asked for, and all tensors are plain ones.
+    No gradient may be asked for, and memory has the elements of q, k and v.
     """
     namespace = backend.namespace("attend_evict", q.device)
     if namespace is None:
@@ -96,7 +98,7 @@ class DecoderStep:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         plain = self._usual and not torch.is_grad_enabled() and is_plain()
-        plain = plain and type(q) is type(k) is type(v) is Tensor
+        plain = plain and is_as_it_lies(q) and is_as_it_lies(k) and is_as_it_lies(v)
         if not plain or not backend.is_compiled("attend_evict", q):
             q, k, v = q.squeeze(2), k.squeeze(2), v.squeeze(2)
             return attend_evict(q, k, v, self.state, scale=self.scale).unsqueeze(1)

@@ -27,7 +27,7 @@ from msrnn_ops.operators.scan import (
     sequences_of,
 )
 from msrnn_ops.reference import accumulation_dtype
-from msrnn_ops.scan import min_gru_joint, min_gru_step, min_lstm_joint, min_lstm_step
+from msrnn_ops.scan import min_gru_joint, min_lstm_joint
 from msrnn_ops.state import DTYPES
 
 __all__ = ["BlockState", "MinGRU", "MinLSTM", "MinRNNBlock", "load_mingru_pytorch"]
@@ -237,6 +237,11 @@ def _check_options(
         )
 
 
+def _stacked(states: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """The states of layers and directions, (layers x directions, B, H), in one dtype."""
+    return (states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)).to(dtype)
+
+
 class MinRNNBase(nn.Module):
     """A stack of recurrences, each a linear layer and its scan in one or two directions."""
 
@@ -244,7 +249,6 @@ class MinRNNBase(nn.Module):
     _keeps: int  # +1: a large gate keeps the state; -1: it replaces it
     _op: Recurrence  # of what follows the projection
     _joint: Callable[..., Any]
-    _one_step: Callable[..., Tensor]
     time_axis = WholeTime()
     learnable_h0 = False  # of layers that were pickled without one
     # Likewise; not annotated, as TorchScript would read that and stop before it says why.
@@ -502,7 +506,7 @@ class MinRNNBase(nn.Module):
             x = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
         if real is not None:
             x = torch.where(real, x, 0.0)
-        return x, torch.stack(last).to(dtype)
+        return x, _stacked(last, dtype)
 
     def _takes_chunks(self, x: Tensor) -> bool:
         """Whether time goes in chunks: not where others than autograd look into a layer."""
@@ -642,11 +646,13 @@ class MinRNNBase(nn.Module):
         for i, suffix in enumerate(self._suffixes()):
             if i:
                 x = F.dropout(x, self.dropout, self.training)
-            projection = self._project(x, suffix)
-            parts = projection.chunk(self._parts, -1)
-            after.append(self._one_step(*parts, h[i], activation=self.activation))
-            x = after[-1].to(projection.dtype)
-        last = torch.stack(after)
+            projection = self._project(x, suffix).unsqueeze(1)
+            output, state = self._joint(
+                projection, h[i], activation=self.activation, return_state=True
+            )
+            x = output.squeeze(1)
+            after.append(state)
+        last = _stacked(after, h.dtype)
         return (x, last) if batched else (x.squeeze(0), last.squeeze(1))
 
 
@@ -696,7 +702,7 @@ class MinGRU(MinRNNBase):
     """
 
     _parts, _keeps, _op = 2, -1, MIN_GRU_JOINT
-    _joint, _one_step = staticmethod(min_gru_joint), staticmethod(min_gru_step)
+    _joint = staticmethod(min_gru_joint)
 
     @overload
     def forward(
@@ -781,7 +787,7 @@ class MinLSTM(MinRNNBase):
     """
 
     _parts, _keeps, _op = 3, 1, MIN_LSTM_JOINT
-    _joint, _one_step = staticmethod(min_lstm_joint), staticmethod(min_lstm_step)
+    _joint = staticmethod(min_lstm_joint)
 
     def _state(self, hx: Tensor | _Pair | None) -> Tensor | None:
         if not isinstance(hx, tuple | list):

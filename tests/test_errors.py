@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -464,9 +465,17 @@ def test_a_gpu_without_memory_is_an_error_of_the_type_that_trainers_catch() -> N
     for other in (RuntimeError("expected a policy"), torch.OutOfMemoryError(words)):
         assert errors.of_torch(other) is other
 
-    def kernel(*_: object) -> None:
-        raise RuntimeError(words)
+    class Kernel:
+        """Called by PyTorch's dispatcher or, as ``redispatch_boxed``, straight."""
 
+        def __call__(self, *_: object) -> None:
+            raise RuntimeError(words)
+
+        @property
+        def _handle(self) -> SimpleNamespace:
+            return SimpleNamespace(redispatch_boxed=self)
+
+    kernel = Kernel()
     operator = copy.copy(SEQUENCES["msrnn_ops"])
     step = copy.copy(IN_PLACE["msrnn_ops", "attend_evict"])
     operator.kernel = operator.backward = step.kernel = kernel

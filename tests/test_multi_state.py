@@ -153,6 +153,21 @@ class _Seen(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+@torch.no_grad()
+def test_steps_of_views_that_pytorch_negates() -> None:
+    heads = (4, 2, 16)
+    ours, theirs = (make(ms.Policy.tova(4), 1, heads, torch.float32) for _ in range(2))
+    step = DecoderStep(ours, 0.25)
+    for _ in range(3):
+        q, k, v = draw(1, heads, torch.float32, 1)
+        expected = DecoderStep(theirs, 0.25)(q, k, v)
+        negated = [torch._neg_view(-x) for x in (q, k, v)]
+        assert torch.equal(step(*negated), expected)
+        expected = ms.attend_evict(q[:, :, 0], k[:, :, 0], v[:, :, 0], theirs)
+        assert torch.equal(ms.attend_evict(*(x[:, :, 0] for x in negated), ours), expected)
+        same_state(ours, theirs)
+
+
 def test_who_looks_at_a_step_sees_it() -> None:
     """A decoder's step goes past PyTorch's dispatcher only where nobody asks for it there."""
     heads = (4, 2, 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from backends import EMULATED
 from scans import SCANS, Scan, norm_error, scans
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import msrnn_ops as ms
 
@@ -275,3 +277,38 @@ def test_modules_that_use_ops_can_be_copied() -> None:
     layer = Layer()
     x = torch.randn(1, 4, 3)
     torch.testing.assert_close(copy.deepcopy(layer)(x), layer(x))
+
+
+class _Seen(TorchDispatchMode):
+    """The operators that a mode of PyTorch gets to see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+@scans
+@torch.no_grad()
+def test_the_short_way_to_a_kernel(scan: Scan) -> None:
+    """It is taken only by tensors that lie in memory as they are, where nobody watches."""
+    inputs, h0 = scan.inputs(2, 5, 3, torch.float32), torch.randn(2, 3)
+    name = scan.name.removesuffix("_identity")
+    expected = scan(*inputs, h0)
+    negated = [torch._neg_view(-x) for x in inputs]
+    assert all(x.is_neg() for x in negated)
+    assert torch.equal(scan(*negated, torch._neg_view(-h0)), expected)
+    zeros = [torch._efficientzerotensor(x.shape) for x in inputs]
+    assert torch.equal(scan(*zeros), scan(*map(torch.zeros_like, inputs)))
+    with _Seen() as mode:
+        scan(*inputs, h0)
+    assert [x for x in mode.names if x.startswith("msrnn")] == [f"msrnn_ops.{name}.default"]
+    with torch.profiler.profile() as found:
+        scan(*inputs, h0)
+    assert any(event.key == f"msrnn_ops::{name}" for event in found.key_averages())
+    traced = torch.jit.trace(lambda *x: scan(*x), (*inputs, h0), check_trace=False)
+    others = scan.inputs(2, 5, 3, torch.float32)
+    assert torch.equal(traced(*others, h0), scan(*others, h0))

@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from msrnn_ops import backend, errors
+from msrnn_ops import backend
 from msrnn_ops.transforms import any_tangent
-
-_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
 
 def is_plain() -> bool:
@@ -23,6 +20,14 @@ def is_plain() -> bool:
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
     )
+
+
+def is_as_it_lies(x: Tensor) -> bool:
+    """Whether memory has the elements of a tensor one by one: not those of a subclass or of a
+    sparse tensor, nor of a view that PyTorch's dispatcher negates, or fills with zeros, before a
+    kernel sees it."""
+    strided = type(x) is Tensor and x.layout == torch.strided
+    return strided and not (x.is_neg() or x._is_zerotensor())
 
 
 def refuse_gradient(name: str, instead: str, tensors: Iterable[Tensor]) -> None:
@@ -69,26 +74,14 @@ class InPlace:
 
     def _run(self, *args: Any) -> Any:
         refuse_gradient(self.name, self._instead, [x for x in args if isinstance(x, Tensor)])
-        return self._run_kernel(args)
-
-    def _run_kernel(self, args: tuple[Any, ...]) -> Any:
         out = backend.below_autograd(self.kernel, args)
         # So that a backward pass that has saved what is written says so.
         torch._C._increment_version(args[self._written])
         return out
 
     def run_plain(self, args: tuple[Any, ...], on_cpu: bool) -> Any:
-        """A call of plain tensors on a CPU or GPU, where nothing asks for a gradient.
-
-        The dispatcher calls the kernel of the device and asks nobody else, which takes two thirds
-        of the time. A mode of PyTorch or a profiler, which would want to see the call, sees it.
-        """
-        if torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled():
-            return self._run_kernel(args)
-        try:
-            out = self.kernel._handle.redispatch_boxed(_CPU if on_cpu else _CUDA, *args)
-        except RuntimeError as error:
-            raise errors.of_torch(error) from None
+        """A call of plain tensors on a CPU or GPU, where nothing asks for a gradient."""
+        out = backend.of_device(self.kernel, args, on_cpu)
         torch._C._increment_version(args[self._written])
         return out
 

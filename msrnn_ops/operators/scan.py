@@ -30,7 +30,7 @@ from torch.autograd import forward_ad
 from torch.nn.functional import softplus
 
 from msrnn_ops import backend, errors, reference, transforms
-from msrnn_ops.operators.in_place import InPlace
+from msrnn_ops.operators.in_place import InPlace, is_as_it_lies
 from msrnn_ops.reference import accumulation_dtype
 
 
@@ -399,20 +399,27 @@ class Operator:
             if transforms.nested_forward_mode():
                 return self.recurrence.plain(*args)
             return self.function.apply(self, *args)
-        return self._autograd(*args)
+        return self.eager(*args)
 
-    def _autograd(self, *args: Any) -> tuple[Tensor, Tensor]:
+    def eager(self, *args: Any) -> tuple[Tensor, Tensor]:
+        """A call outside of torch.func and of compilation."""
         needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         if needed or forward_ad._current_level >= 0:
             if torch._C._is_tracing():  # the operator goes into the trace, not a Python function
                 return self.forward(*args)
             return self.function.apply(self, *args)
-        return backend.below_autograd(self.forward, args)
+        x = args[0]
+        if not (x.is_cpu or x.is_cuda):
+            return backend.below_autograd(self.forward, args)
+        for x in args:
+            if isinstance(x, Tensor) and not is_as_it_lies(x):
+                return backend.below_autograd(self.forward, args)
+        return backend.of_device(self.forward, args, args[0].is_cpu)
 
     def _dispatched(self, *args: Any) -> tuple[Tensor, Tensor]:
         """By the dispatcher: compiled, exported, traced or called directly."""
         transforms.refuse_lost_tangents(self.recurrence.name, args)
-        return self._autograd(*args)
+        return self.eager(*args)
 
     def _fake(self, *args: Any) -> tuple[Tensor, Tensor]:
         x, cu_seqlens = args[0], args[self.inputs + 1]
