@@ -280,9 +280,9 @@ def of_device(kernel: Any, args: Iterable[Any], on_cpu: bool) -> Any:
     The dispatcher calls the kernel of the device and asks nobody else, in two thirds of the time,
     unless somebody watches.
     """
-    if _watched():
-        return below_autograd(kernel, args)
-    try:
-        return kernel._handle.redispatch_boxed(_CPU if on_cpu else _CUDA, *args)
-    except RuntimeError as error:
-        raise errors.of_torch(error) from None
+    if not _watched():
+        try:
+            return kernel._handle.redispatch_boxed(_CPU if on_cpu else _CUDA, *args)
+        except RuntimeError:
+            pass  # nothing is written, and the dispatcher may know how to read a tensor
+    return below_autograd(kernel, args)

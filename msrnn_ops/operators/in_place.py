@@ -23,11 +23,9 @@ def is_plain() -> bool:
 
 
 def is_as_it_lies(x: Tensor) -> bool:
-    """Whether memory has the elements of a tensor one by one: not those of a subclass or of a
-    sparse tensor, nor of a view that PyTorch's dispatcher negates, or fills with zeros, before a
-    kernel sees it."""
-    strided = type(x) is Tensor and x.layout == torch.strided
-    return strided and not (x.is_neg() or x._is_zerotensor())
+    """Whether memory has the elements of a tensor: not those of a subclass, nor of a view that
+    PyTorch's dispatcher negates, or fills with zeros, before a kernel sees it."""
+    return type(x) is Tensor and not (x.is_neg() or x._is_zerotensor())
 
 
 def refuse_gradient(name: str, instead: str, tensors: Iterable[Tensor]) -> None:

@@ -30,7 +30,7 @@ from torch.autograd import forward_ad
 from torch.nn.functional import softplus
 
 from msrnn_ops import backend, errors, reference, transforms
-from msrnn_ops.operators.in_place import InPlace, is_as_it_lies
+from msrnn_ops.operators.in_place import InPlace, is_as_it_lies, is_plain
 from msrnn_ops.reference import accumulation_dtype
 
 
@@ -289,6 +289,17 @@ class Call:
         return dh.to(h.dtype), last
 
 
+def _straight(kernel: Any, args: tuple[Any, ...], like: Tensor) -> Any:
+    """What an operator computes, by the shortest way that its tensors allow."""
+    if like.is_cpu or like.is_cuda:
+        for x in args:
+            if isinstance(x, Tensor) and not is_as_it_lies(x):
+                break
+        else:
+            return backend.of_device(kernel, args, like.is_cpu)
+    return backend.below_autograd(kernel, args)
+
+
 class ScanFunction(torch.autograd.Function):
     """Any scan: its arguments are an :class:`Operator` and what that operator takes."""
 
@@ -319,8 +330,12 @@ class ScanFunction(torch.autograd.Function):
             *grads, grad_h0 = call.backward(grad_h, grad_last, inputs, h, h0)
         else:
             rest = (*inputs, h, h0, cu_seqlens, resets, reverse, *flags)
+            args = (grad_h, grad_last, *rest)
             try:
-                *grads, grad_h0 = operator.backward(grad_h, grad_last, *rest)
+                if is_plain():
+                    *grads, grad_h0 = _straight(operator.backward, args, h)
+                else:
+                    *grads, grad_h0 = operator.backward(*args)
             except RuntimeError as error:
                 raise errors.of_torch(error) from None
         return None, *grads, None if h0 is None else grad_h0, *no_gradient
@@ -384,6 +399,9 @@ class Operator:
         self.backward = getattr(getattr(torch.ops, namespace), f"{name}_backward").default
         # A class of its own, whose name stands in graphs and in the messages of autograd.
         self.function: Any = type(f"{name}_function", (ScanFunction,), {})
+        # Its apply without the Python of torch.autograd.Function, which binds the arguments to the
+        # signature of `forward` for torch.func: a third of the time of a small call.
+        self._record: Any = super(torch.autograd.Function, self.function).apply
         torch.library.register_fake(f"{namespace}::{name}", self._fake)
         torch.library.register_fake(f"{namespace}::{name}_backward", self._fake_backward)
         backend.LIBRARIES[namespace].impl(name, self._dispatched, "Autograd")
@@ -407,14 +425,10 @@ class Operator:
         if needed or forward_ad._current_level >= 0:
             if torch._C._is_tracing():  # the operator goes into the trace, not a Python function
                 return self.forward(*args)
-            return self.function.apply(self, *args)
-        x = args[0]
-        if not (x.is_cpu or x.is_cuda):
-            return backend.below_autograd(self.forward, args)
-        for x in args:
-            if isinstance(x, Tensor) and not is_as_it_lies(x):
-                return backend.below_autograd(self.forward, args)
-        return backend.of_device(self.forward, args, args[0].is_cpu)
+            if torch._C._are_functorch_transforms_active():
+                return self.function.apply(self, *args)
+            return self._record(self, *args)
+        return _straight(self.forward, args, args[0])
 
     def _dispatched(self, *args: Any) -> tuple[Tensor, Tensor]:
         """By the dispatcher: compiled, exported, traced or called directly."""
