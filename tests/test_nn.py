@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_sequence
 
 import msrnn_ops as ms
+from msrnn_ops.reference import accumulation_dtype
 
 CELLS = {"MinGRU": ms.nn.MinGRU, "MinLSTM": ms.nn.MinLSTM}
 PEERS = {"MinGRU": nn.GRU, "MinLSTM": nn.LSTM}
@@ -221,6 +222,44 @@ def test_steps_equal_the_sequence(cell: str) -> None:
     expected, h_expected = layer.step(x[0], last)
     torch.testing.assert_close(y, expected[1])
     torch.testing.assert_close(state(h), state(h_expected)[:, 1])
+
+
+@cells
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_step_without_gradients_takes_a_short_way(
+    cell: str, layers: int, dtype: torch.dtype
+) -> None:
+    """The same bits, in memory of its own, and the same words where it is wrong."""
+    layer = CELLS[cell](4, 6, layers, dtype=dtype).eval()
+    x, wide = torch.randn(3, 4, dtype=dtype), accumulation_dtype(dtype)
+    for h in (torch.rand(layers, 3, 6, dtype=wide), torch.rand(layers, 3, 6, dtype=dtype), None):
+        y, last = layer.step(x, h)
+        with torch.no_grad():
+            again, h_again = layer.step(x, h)
+            assert torch.equal(again, y) and torch.equal(state(h_again), state(last))
+            assert state(h_again).dtype == state(last).dtype
+            assert again.data_ptr() != state(h_again)[-1].data_ptr()
+            if h is not None:
+                negated, _ = layer.step(x, torch._neg_view(-h))
+                assert torch.equal(negated, y)
+    wrong = [
+        (x[0, 0], h),
+        (x[:, :3], h),
+        (x.long(), h),
+        (x.to_sparse(), h),
+        (x, torch.zeros(layers + 1, 3, 6, dtype=wide)),
+        (x, torch.zeros(layers, 2, 6, dtype=wide)),
+        (x, torch.zeros(layers, 3, 6, dtype=torch.int32)),
+        (x, 1.0),
+    ]
+    for arguments in wrong:
+        found = []
+        for recorded in (True, False):
+            with torch.set_grad_enabled(recorded), pytest.raises(Exception) as caught:
+                layer.step(*arguments)
+            found.append((type(caught.value), str(caught.value)))
+        assert found[0] == found[1]
 
 
 @cells

@@ -401,7 +401,7 @@ class Operator:
         self.function: Any = type(f"{name}_function", (ScanFunction,), {})
         # Its apply without the Python of torch.autograd.Function, which binds the arguments to the
         # signature of `forward` for torch.func: a third of the time of a small call.
-        self._record: Any = super(torch.autograd.Function, self.function).apply
+        self._record: Any = super(torch.autograd.Function, self.function).apply  # type: ignore[misc]
         torch.library.register_fake(f"{namespace}::{name}", self._fake)
         torch.library.register_fake(f"{namespace}::{name}_backward", self._fake_backward)
         backend.LIBRARIES[namespace].impl(name, self._dispatched, "Autograd")
