@@ -26,7 +26,7 @@ QUICK = $(SHORT) and $(FEW_OPS) and not large and not min_lstm_identity and not 
 .PHONY: test test-cpu test-cuda test-triton verify verify-ptx slow emulate schedules ptx ptx-cuda ptx-triton
 .PHONY: triton vllm budget
 .PHONY: builds sanitize cuda
-.PHONY: wheel portable lint docs gpu-prepare gpu-check bench bench-full bench-cuda papers papers-real distributed clean
+.PHONY: wheel arm lint docs gpu-prepare gpu-check bench bench-full bench-cuda papers papers-real distributed clean
 
 # What to run after a change: every op, backend and layer against float64, under five minutes on two
 # cores. Two run at a time, and each says what it has done, file by file.
@@ -51,7 +51,7 @@ test-triton: $(VENV)/triton-$(lastword $(TRITON))
 # schedules, sanitizers and planted bugs, Triton's versions, budgets, and every build. .ci/run takes
 # half of the planted bugs, one dtype and two architectures.
 verify: $(VENV)/ready
-	@$(MAKE) --no-print-directory -j2 emulate schedules ptx triton vllm slow builds budget portable
+	@$(MAKE) --no-print-directory -j2 emulate schedules ptx triton vllm slow builds budget arm
 
 slow: $(VENV)/ready
 	@echo "== $@: the tests that make test leaves out"
@@ -193,14 +193,24 @@ wheel: $(VENV)/ready
 	@cd build/empty && $(subst $(abspath $(BIN)),../wheel-venv/bin,$(PYTEST)) tests/test_package.py \
 		tests/test_errors.py -m "not slow"
 
-# The torch-free kernels for 64-bit Arm, compiled, not run.
-portable: $(VENV)/ready
-	@echo "== $@: the CPU's kernels compile for 64-bit Arm"
-	$(BIN)/pip install -q ziglang && mkdir -p build
-	for file in $(wildcard csrc/cpu/instantiations/*.cpp); do \
-		$(BIN)/python -m ziglang c++ -target aarch64-linux-gnu -std=c++20 -O1 -ffp-contract=off \
-			-c $$file -o build/portable.o || exit 1; \
-	done
+# The CPU's operators for 64-bit Arm, and their values on an emulator of it (Debian: qemu-user-static).
+ARM_SOURCES = csrc/ops.cpp $(wildcard csrc/cpu/*.cpp) $(wildcard csrc/cpu/instantiations/*.cpp) \
+	tests/arm/runtime.cpp
+ARM_OBJECTS = $(patsubst %.cpp,build/arm/%.o,$(notdir $(ARM_SOURCES)))
+ARM_COMPILER = $(BIN)/python -m ziglang c++ -target aarch64-linux-musl
+vpath %.cpp csrc csrc/cpu csrc/cpu/instantiations tests/arm
+arm: $(VENV)/ready
+	@echo "== $@: the CPU's operators on 64-bit Arm"
+	@$(BIN)/pip install -q ziglang && mkdir -p build/arm && $(MAKE) --no-print-directory build/arm/driver
+	@command -v qemu-aarch64-static >/dev/null || { echo "$@: not run, there is no qemu-aarch64-static"; exit 0; } && \
+		MSRNN_TEST_ARM="qemu-aarch64-static $(abspath build/arm/driver)" $(PYTEST) tests/test_arm.py
+
+build/arm/%.o: %.cpp $(CSRC)
+	@$(ARM_COMPILER) -std=c++20 -O2 -g0 -ffp-contract=off -UNDEBUG -DTORCH_TARGET_VERSION=0x020b000000000000 \
+		-isystem $$($(BIN)/python -c "import torch; print(torch.__path__[0])")/include -c $< -o $@
+
+build/arm/driver: $(ARM_OBJECTS)
+	@$(ARM_COMPILER) -static $^ -o $@
 
 lint: $(VENV)/ready
 	@echo "== $@: ruff, mypy, clang-format"

@@ -90,10 +90,41 @@ inline ScalarType accumulation_type(DType t) {
   return t == DType::float64 ? ScalarType::Double : ScalarType::Float;
 }
 
+// A tensor's memory. Calls that come past PyTorch's dispatcher may bring what no kernel can read.
+template <class T = char>
+T* memory_of(const Tensor& x) {
+  int32_t layout;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(x.get(), &layout));
+  STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), "expected strided tensors");
+#if !defined(USE_CUDA)
+  int32_t device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  STD_TORCH_CHECK(device == aoti_torch_device_type_cpu(), "expected tensors on the CPU");
+#endif
+  void* memory = x.data_ptr();
+  STD_TORCH_CHECK(memory || x.numel() == 0, "expected tensors with memory");
+  return static_cast<T*>(memory);
+}
+
+// As torch::stable::new_empty, which looks its operator up by name at each call.
+inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                       std::optional<ScalarType> type = std::nullopt) {
+  int32_t dtype, layout, device, index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  if (type) dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*type));
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(),
+                                                   static_cast<int64_t>(sizes.size()), &dtype,
+                                                   &layout, &device, index, nullptr, &made));
+  return Tensor(made);
+}
+
 inline View view_of(const Tensor& x) {
   const int64_t size = size_of(dtype_of(x));
-  return {static_cast<char*>(x.data_ptr()), x.stride(0) * size, x.stride(1) * size,
-          x.stride(2) * size};
+  return {memory_of(x), x.stride(0) * size, x.stride(1) * size, x.stride(2) * size};
 }
 
 // Channels [part * channels, (part + 1) * channels) of a view.

@@ -13,7 +13,7 @@ namespace msrnn {
 inline Heads heads_of(const Tensor& x) {
   const int64_t size = size_of(dtype_of(x));
   const int64_t time = x.dim() == 4 ? x.stride(2) * size : 0;
-  return {static_cast<char*>(x.data_ptr()), x.stride(0) * size, x.stride(1) * size, time};
+  return {memory_of(x), x.stride(0) * size, x.stride(1) * size, time};
 }
 
 // The tensor with the elements of head_dim adjacent, a copy if need be.
@@ -61,11 +61,11 @@ inline State marks_of(const Tensor& position, const Tensor& score, const Tensor&
   check_contiguous(free, {s.batch, s.groups}, ScalarType::Long);
   check_contiguous(seen, {s.batch}, ScalarType::Long);
   check_contiguous(last_evicted, {s.batch, s.groups}, ScalarType::Long);
-  s.position = static_cast<int64_t*>(position.data_ptr());
-  s.score = scored ? static_cast<float*>(score.data_ptr()) : nullptr;
-  s.free = static_cast<int64_t*>(free.data_ptr());
-  s.seen = static_cast<int64_t*>(seen.data_ptr());
-  s.last_evicted = static_cast<int64_t*>(last_evicted.data_ptr());
+  s.position = memory_of<int64_t>(position);
+  s.score = scored ? memory_of<float>(score) : nullptr;
+  s.free = memory_of<int64_t>(free);
+  s.seen = memory_of<int64_t>(seen);
+  s.last_evicted = memory_of<int64_t>(last_evicted);
   return s;
 }
 
@@ -77,8 +77,8 @@ inline State state_of(const Tensor& k, const Tensor& keys, const Tensor& values,
   for (const Tensor* x : {&keys, &values}) {
     check_contiguous(*x, {s.batch, s.kv_heads, s.slots, s.head_dim}, k.scalar_type());
   }
-  s.keys = static_cast<char*>(keys.data_ptr());
-  s.values = static_cast<char*>(values.data_ptr());
+  s.keys = memory_of(keys);
+  s.values = memory_of(values);
   return s;
 }
 
@@ -92,7 +92,7 @@ inline RowIndex row_index_of(const OptionalTensor& rows, int64_t batch, const St
   STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long,
                   "expected int32 or int64 rows");
   check_contiguous(*rows, {batch}, type);
-  return {rows->data_ptr(), type == ScalarType::Long, s.batch};
+  return {memory_of(*rows), type == ScalarType::Long, s.batch};
 }
 
 inline Policy policy_of(int64_t score, int64_t sinks, int64_t recent) {
@@ -103,7 +103,7 @@ inline Policy policy_of(int64_t score, int64_t sinks, int64_t recent) {
 inline const bool* mask_of(const OptionalTensor& valid, const Tensor& q) {
   if (!valid) return nullptr;
   check_contiguous(*valid, {q.size(0), q.size(2)}, ScalarType::Bool);
-  return static_cast<const bool*>(valid->data_ptr());
+  return memory_of<const bool>(*valid);
 }
 
 inline TokenStep step_of(const State& state, const RowIndex& rows, const Policy& policy,
@@ -133,8 +133,8 @@ struct StepOps {
     const State marks = marks_of(position, score, free, seen, last_evicted, policy.score);
     const State state = state_of(k, keys, values, marks);
     const RowIndex index = row_index_of(rows, q.size(0), state);
-    Tensor out = with_time ? torch::stable::new_empty(q, {q.size(0), 1, q.size(1), q.size(3)})
-                           : torch::stable::new_empty(q, q.sizes());
+    Tensor out =
+        with_time ? allocate(q, {q.size(0), 1, q.size(1), q.size(3)}) : allocate(q, q.sizes());
     TokenStep step = step_of(state, index, policy, scale, true, q, k, v, out, nullptr);
     if (with_time) std::swap(step.out.head, step.out.time);
     Backend::run(step, q);
@@ -149,14 +149,14 @@ struct StepOps {
     check_heads(q_in, k_in, v_in, 3);
     const Tensor q = Backend::readable(q_in), k = Backend::readable(k_in),
                  v = Backend::readable(v_in);
-    const Tensor none = torch::stable::new_empty(position, {position.size(0), position.size(1), 0},
-                                                 ScalarType::Float);
+    const Tensor none =
+        allocate(position, {position.size(0), position.size(1), 0}, ScalarType::Float);
     const State marks = marks_of(position, none, free, seen, free, ScoreKind::attention);
     const State state = state_of(k, keys, values, marks);
     const RowIndex index = row_index_of(rows, q.size(0), state);
     Tensor scores = torch::stable::new_zeros(position, {q.size(0), state.groups, state.slots},
                                              ScalarType::Float);
-    Tensor out = torch::stable::new_empty(q, q.sizes());
+    Tensor out = allocate(q, q.sizes());
     auto* sums = static_cast<float*>(scores.data_ptr());
     Backend::run(step_of(state, index, {}, scale, false, q, k, v, out, sums), q);
     return {out, scores};
@@ -188,7 +188,7 @@ struct SequenceOps {
     const int64_t batch = q.size(0), time = q.size(2), kv_heads = k.size(1), head_dim = q.size(3);
     const int64_t groups = per_head ? kv_heads : 1;
     Tensor out = torch::stable::new_zeros(q, q.sizes());
-    Tensor expiry = torch::stable::new_empty(q, {batch, groups, time}, ScalarType::Long);
+    Tensor expiry = allocate(q, {batch, groups, time}, ScalarType::Long);
     if (batch == 0 || time == 0) return {out, expiry};
 
     // The state starts empty, and never needs more slots than there are tokens. Keys and
@@ -196,8 +196,8 @@ struct SequenceOps {
     // a small call a microsecond.
     const int64_t slots = std::min(capacity, time) + 1;
     const int64_t rows = batch * groups, marks = rows * slots;
-    Tensor kept = torch::stable::new_empty(k, {2, batch, kv_heads, slots, head_dim});
-    Tensor nothing = torch::stable::new_empty(q, {marks + rows + batch * time}, ScalarType::Long);
+    Tensor kept = allocate(k, {2, batch, kv_heads, slots, head_dim});
+    Tensor nothing = allocate(q, {marks + rows + batch * time}, ScalarType::Long);
     torch::stable::fill_(nothing, -1);
     Tensor zeros = torch::stable::new_zeros(q, {marks + rows + batch}, ScalarType::Long);
     auto* position = static_cast<int64_t*>(nothing.data_ptr());

@@ -43,7 +43,7 @@ inline void check_state(const OptionalTensor& x, int64_t segments, int64_t chann
 inline const void* state_data(OptionalTensor& x) {
   if (!x) return nullptr;
   if (!x->is_contiguous()) x = torch::stable::contiguous(*x);
-  return x->data_ptr();
+  return memory_of(*x);
 }
 
 struct Inputs {
@@ -78,8 +78,7 @@ inline Inputs separate_step(std::initializer_list<const Tensor*> tensors) {
                         x->scalar_type() == first.scalar_type(),
                     "expected tensors (B, D) of one shape and dtype");
     const int64_t size = size_of(in.dtype);
-    in.view[in.count++] = {static_cast<char*>(x->data_ptr()), x->stride(0) * size, 0,
-                           x->stride(1) * size};
+    in.view[in.count++] = {memory_of(*x), x->stride(0) * size, 0, x->stride(1) * size};
   }
   return in;
 }
@@ -163,14 +162,14 @@ struct ScanOps {
                         (channels < 2 || h.stride(1) == 1) &&
                         (h.size(0) < 2 || h.stride(0) >= channels),
                     "expected a state (rows, D) in the accumulation dtype, channels side by side");
-    Tensor out = torch::stable::new_empty(like, {in.shape.rows, channels}, carry);
+    Tensor out = allocate(like, {in.shape.rows, channels}, carry);
     RowStep step{op,
                  in.dtype,
                  in.shape.rows,
                  channels,
                  {},
-                 {rows.data_ptr(), type == ScalarType::Long, h.size(0)},
-                 static_cast<char*>(h.data_ptr()),
+                 {memory_of(rows), type == ScalarType::Long, h.size(0)},
+                 memory_of(h),
                  h.stride(0) * size,
                  static_cast<char*>(out.data_ptr())};
     std::copy_n(in.view, in.count, step.input);

@@ -268,6 +268,7 @@ def _watched() -> bool:
     """Whether a mode of PyTorch, a trace or a profiler wants to see every call."""
     return bool(
         torch._C._len_torch_dispatch_stack()
+        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
         or torch._C._is_tracing()
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._autograd._profiler_enabled()

@@ -45,7 +45,7 @@ def _needs_no_checks(
     for x in (q, k, v, *state.tensors()):
         if type(x) is not Tensor or not x.is_cpu or x.requires_grad:
             return False
-    if not (is_as_it_lies(q) and is_as_it_lies(k) and is_as_it_lies(v)):
+    if q.is_neg() or k.is_neg() or v.is_neg():
         return False
     if not backend.is_compiled("attend_evict", q):
         return False
@@ -57,7 +57,7 @@ def attend_evict_unchecked(
 ) -> Tensor:
     """:func:`attend_evict` without the checks in Python, for engines whose devices never change.
 
-    No gradient may be asked for, and memory has the elements of q, k and v.
+    No gradient may be asked for, and q, k and v lie in memory on the device of the state.
     """
     namespace = backend.namespace("attend_evict", q.device)
     if namespace is None:
@@ -94,11 +94,13 @@ class DecoderStep:
     def __init__(self, state: MultiState, scale: float | None) -> None:
         self.state, self.scale = state, scale
         self._usual = scale is not None and checks.is_usual_scale(scale)
+        self._on_cpu = state.device.type == "cpu"
         self._rest = (None, *state.tensors(), *state.policy.numbers, scale)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         plain = self._usual and not torch.is_grad_enabled() and is_plain()
         plain = plain and is_as_it_lies(q) and is_as_it_lies(k) and is_as_it_lies(v)
+        plain = plain and q.is_cpu == k.is_cpu == v.is_cpu == self._on_cpu
         if not plain or not backend.is_compiled("attend_evict", q):
             q, k, v = q.squeeze(2), k.squeeze(2), v.squeeze(2)
             return attend_evict(q, k, v, self.state, scale=self.scale).unsqueeze(1)

@@ -239,11 +239,6 @@ def _check_options(
         )
 
 
-def _stacked(states: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """The states of layers and directions, (layers x directions, B, H), in one dtype."""
-    return (states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)).to(dtype)
-
-
 class MinRNNBase(nn.Module):
     """A stack of recurrences, each a linear layer and its scan in one or two directions."""
 
@@ -508,7 +503,7 @@ class MinRNNBase(nn.Module):
             x = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
         if real is not None:
             x = torch.where(real, x, 0.0)
-        return x, _stacked(last, dtype)
+        return x, torch.stack(last).to(dtype)
 
     def _takes_chunks(self, x: Tensor) -> bool:
         """Whether time goes in chunks: not where others than autograd look into a layer."""
@@ -640,9 +635,11 @@ class MinRNNBase(nn.Module):
             return None
         if not isinstance(x, Tensor) or not isinstance(h, Tensor) or not (x.is_cpu and h.is_cpu):
             return None
-        if x.dim() != 2 or x.layout != torch.strided or h.dim() != 3 or len(h) != self.num_layers:
+        if x.dim() != 2 or h.dim() != 3 or len(h) != self.num_layers:
             return None
-        if not is_as_it_lies(h) or h.dtype != accumulation_dtype(x.dtype):
+        if h.dtype != accumulation_dtype(x.dtype) or not is_as_it_lies(h):
+            return None
+        if x.layout != torch.strided or h.layout != torch.strided:
             return None
         if self.bidirectional or not self.time_axis.whole or (self.training and self.dropout):
             return None
@@ -654,17 +651,18 @@ class MinRNNBase(nn.Module):
         identity, parameters, after = self.activation == "identity", self._parameters, []
         try:
             for i in range(self.num_layers):
-                bias = parameters[f"bias_ih_l{i}"] if self.bias else None
-                projection = F.linear(x, cast(Tensor, parameters[f"weight_ih_l{i}"]), bias)
-                if type(projection) is not Tensor:
+                weight = cast(Tensor, parameters[f"weight_ih_l{i}"])
+                projection = F.linear(x, weight, parameters[f"bias_ih_l{i}"] if self.bias else None)
+                # PyTorch multiplies by weights that are nowhere, too.
+                if not weight.is_cpu or type(projection) is not Tensor:
                     return None
                 args = (projection.unsqueeze(1), h[i], None, None, False, identity)
-                output, state = backend.of_device(kernel, args, on_cpu=True)
-                x = output.squeeze(1)
+                _, state = backend.of_device(kernel, args, on_cpu=True)
+                x = state.to(projection.dtype)
                 after.append(state)
-        except (KeyError, RuntimeError):
+        except (KeyError, TypeError, AttributeError, RuntimeError):
             return None
-        return x, after[0].unsqueeze(0) if len(after) == 1 else torch.stack(after)
+        return x, torch.stack(after)
 
     def _step(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
         found = self._step_unchecked(x, h)
@@ -686,13 +684,13 @@ class MinRNNBase(nn.Module):
         for i, suffix in enumerate(self._suffixes()):
             if i:
                 x = F.dropout(x, self.dropout, self.training)
-            projection = self._project(x, suffix).unsqueeze(1)
-            output, state = self._joint(
-                projection, h[i], activation=self.activation, return_state=True
+            projection = self._project(x, suffix)
+            _, state = self._joint(
+                projection.unsqueeze(1), h[i], activation=self.activation, return_state=True
             )
-            x = output.squeeze(1)
+            x = state.to(projection.dtype)
             after.append(state)
-        last = _stacked(after, h.dtype)
+        last = torch.stack(after).to(h.dtype)  # in memory of its own, and no view
         return (x, last) if batched else (x.squeeze(0), last.squeeze(1))
 
 

@@ -409,6 +409,7 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
     is_compileable = False
     is_croppable = False
+    step: multi_state.DecoderStep | None = None  # of its state, after a first token
 
     def __init__(self, policy: Policy, kv_heads: int, group: str | None) -> None:
         super().__init__()
@@ -418,7 +419,6 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
         self.attend_prompt: Any = multi_state.attend_prompt
         if group is not None:
             self.attend_prompt = partial(distributed.attend_prompt, group=group)
-        self.step: multi_state.DecoderStep | None = None  # of its state, after a first token
         self.state: MultiState | None = None
         self.tokens = 0  # of the longest row, padding included: positions depend on it
         self.waiting = False  # for the attention function
@@ -527,10 +527,12 @@ class _MultiStateLayer(CacheLayerMixin):  # type: ignore[misc]
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.state is not None:
             self.state = _pytree.tree_map(lambda x: x.repeat_interleave(repeats, 0), self.state)
+            self.step = None
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.state is not None:
             self.state = _pytree.tree_map(lambda x: x[indices], self.state)
+            self.step = None
 
 
 def _mask(**kwargs: Any) -> Tensor | None:

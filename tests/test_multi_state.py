@@ -168,6 +168,19 @@ def test_steps_of_views_that_pytorch_negates() -> None:
         same_state(ours, theirs)
 
 
+@torch.no_grad()
+def test_steps_of_tensors_that_are_elsewhere() -> None:
+    heads = (4, 2, 16)
+    state = make(ms.Policy.tova(4), 1, heads, torch.float32)
+    step = DecoderStep(state, 0.25)
+    q, k, v = draw(1, heads, torch.float32, 1)
+    before = copy.deepcopy(state)
+    for wrong in ((q, k.to("meta"), v), (q, k, v.to("meta")), (q, k, v[:, :, 0].to_mkldnn())):
+        with pytest.raises((ValueError, TypeError, RuntimeError)):
+            step(*wrong)
+        same_state(state, before)
+
+
 def test_who_looks_at_a_step_sees_it() -> None:
     """A decoder's step goes past PyTorch's dispatcher only where nobody asks for it there."""
     heads = (4, 2, 16)

@@ -263,6 +263,30 @@ def test_a_step_without_gradients_takes_a_short_way(
 
 
 @cells
+@pytest.mark.parametrize("layers", [1, 2])
+def test_results_may_be_changed_in_place(cell: str, layers: int) -> None:
+    """As those of nn.GRU: no views, and nothing that backward reads."""
+    layer, weight = CELLS[cell](4, 6, layers), torch.rand(6, requires_grad=True)
+    x, h = torch.randn(3, 4), torch.rand(layers, 3, 6)
+    expected = torch.autograd.grad(layer.step(x, h)[0].relu().sum(), layer.weight_ih_l0)[0]
+    y, _ = layer.step(x, h)
+    assert torch.equal(torch.autograd.grad(y.relu_().sum(), layer.weight_ih_l0)[0], expected)
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded):
+            y, last = layer.step(x, h)
+            _, h_n = layer(x[None], h)
+        for result in (y, state(last), state(h_n)):
+            assert not result._is_view()
+            result.detach_().mul_(weight).sum().backward()
+
+
+def test_a_step_with_weights_that_are_nowhere() -> None:
+    layer = ms.nn.MinGRU(4, 6, bias=False, device="meta")
+    with torch.no_grad(), pytest.raises(ValueError, match="input on the device of its weights"):
+        layer.step(torch.rand(3, 4), torch.rand(1, 3, 6))
+
+
+@cells
 def test_a_float32_state_carries_bfloat16_on_without_rounding(cell: str) -> None:
     layer = CELLS[cell](4, 6, 1, dtype=torch.bfloat16)
     x = torch.randn(10, 3, 4, dtype=torch.bfloat16)

@@ -11,6 +11,7 @@ from backends import EMULATED
 from scans import SCANS, Scan, norm_error, scans
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import msrnn_ops as ms
@@ -312,3 +313,37 @@ def test_the_short_way_to_a_kernel(scan: Scan) -> None:
     traced = torch.jit.trace(lambda *x: scan(*x), (*inputs, h0), check_trace=False)
     others = scan.inputs(2, 5, 3, torch.float32)
     assert torch.equal(traced(*others, h0), scan(*others, h0))
+
+
+def test_tensors_that_only_the_dispatcher_can_read() -> None:
+    """They lie elsewhere than a plain tensor of their type, or nowhere."""
+    x = torch.rand(1, 3, 4)
+    with pytest.raises((NotImplementedError, TypeError)):
+        ms.linear_scan(x.to_mkldnn(), x.to_mkldnn())
+    with pytest.raises((NotImplementedError, TypeError)):
+        ms.linear_scan(x, x, torch.rand(2, 4).to_mkldnn()[:1])
+    expected = ms.linear_scan(x, x)
+    functional = torch._to_functional_tensor(x.clone())
+    found = ms.linear_scan(functional, functional)
+    assert torch.equal(torch._from_functional_tensor(found), expected)
+    meta = torch.rand(1, 3, 4, device="meta")
+    h, _ = OPS.linear_scan(x, meta, None, None, None, False)  # no kernel: the fake one
+    assert h.shape == x.shape
+
+
+def test_a_wrapper_that_left_its_transform_has_a_gradient() -> None:
+    x, left = torch.rand(1, 3, 4, requires_grad=True), []
+    torch.func.grad(lambda y: (left.append(y), (y * 2).sum())[1])(x)
+    ms.linear_scan(left[0], left[0]).sum().backward()
+    expected = torch.autograd.grad(ms.linear_scan(x, x).sum(), x)[0]
+    assert torch.equal(x.grad, expected)
+
+
+def test_a_trace_before_dispatch_has_the_backward_pass() -> None:
+    def gradient(x: Tensor) -> Tensor:
+        return torch.autograd.grad(ms.linear_scan(x, x).sum(), x)[0]
+
+    x = torch.rand(1, 3, 4, requires_grad=True)
+    graph = make_fx(gradient, pre_dispatch=True)(x)
+    assert any("linear_scan_backward" in str(node.target) for node in graph.graph.nodes)
+    assert torch.equal(graph(x), gradient(x))

@@ -64,8 +64,8 @@ Summary summarize(const State& s, const Policy& policy, int64_t row, int64_t g, 
   return summary;
 }
 
-void wait_for(const uint32_t& counter, uint32_t value) {
-  std::atomic_ref<const uint32_t> shared(counter);
+void wait_for(uint32_t& counter, uint32_t value) {
+  std::atomic_ref<uint32_t> shared(counter);
   for (int spins = 0; shared.load(std::memory_order_acquire) != value; ++spins) {
     if (spins >= 1000) sched_yield();
   }
@@ -381,7 +381,7 @@ struct Cpu {
   }
   static void evict(const State& s, const RowIndex& index, const Policy& policy,
                     const Tensor& scores) {
-    const auto* sums = static_cast<const float*>(scores.data_ptr());
+    const auto* sums = memory_of<const float>(scores);
     for (const auto [b, row] : rows_in_use(index, scores.size(0))) {
       bool waiting = false;
       for (int64_t g = 0; g < s.groups; ++g) {

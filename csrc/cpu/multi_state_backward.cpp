@@ -131,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> attend_sequence_backward(const Tensor& grad_o
   Tensor grad_q = torch::stable::new_zeros(q, q.sizes());
   Tensor grad_k = torch::stable::new_zeros(k, k.sizes());
   Tensor grad_v = torch::stable::new_zeros(v, v.sizes());
-  const auto* gone = static_cast<const int64_t*>(expiry.data_ptr());
+  const auto* gone = memory_of<const int64_t>(expiry);
   SequenceBackward call{dtype_of(q),
                         static_cast<float>(scale),
                         time,

@@ -27,7 +27,7 @@ constexpr int64_t kWidth = Float::lanes;
 constexpr int64_t kAheadBytes = 8192;
 constexpr int64_t kPieceBytes = 16384;
 constexpr int64_t kRowsAtOnce = 128;  // of a piece
-#if defined(MSRNN_AVX512)
+#if defined(MSRNN_AVX512) || defined(__aarch64__)  // 32 registers
 constexpr int kAccumulators = 16;
 #else
 constexpr int kAccumulators = 8;
@@ -141,6 +141,12 @@ MSRNN_FN Float add_lanes(const Float* x) {
   for (int i = 0; i < 2; ++i) b[i] = _mm256_hadd_ps(a[2 * i], a[2 * i + 1]);
   return Float((FloatLanes)_mm256_add_ps(_mm256_permute2f128_ps(b[0], b[1], 0x20),
                                          _mm256_permute2f128_ps(b[0], b[1], 0x31)));
+}
+#elif defined(__aarch64__)
+MSRNN_FN Float add_lanes(const Float* x) {
+  const float32x4_t a = vpaddq_f32((float32x4_t)x[0].v, (float32x4_t)x[1].v);
+  const float32x4_t b = vpaddq_f32((float32x4_t)x[2].v, (float32x4_t)x[3].v);
+  return Float((FloatLanes)vpaddq_f32(a, b));
 }
 #else
 MSRNN_FN Float add_lanes(const Float* x) {

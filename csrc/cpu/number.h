@@ -212,9 +212,13 @@ MSRNN_FN Mask equal(Float a, Float b) { return a.v == b.v; }
 MSRNN_FN Mask never(Float) { return Mask{}; }
 MSRNN_FN Mask both(Mask a, Mask b) { return a & b; }
 MSRNN_FN bool all(Mask m) {
+#if defined(__aarch64__)
+  return vminvq_u32((uint32x4_t)m) != 0;
+#else
   bool yes = true;
   for (int i = 0; i < kLanes; ++i) yes &= m[i] != 0;
   return yes;
+#endif
 }
 
 MSRNN_FN Float select(Mask m, Float a, Float b) { return Float(m ? a.v : b.v); }
@@ -301,6 +305,8 @@ MSRNN_FN Float widen(const BFloat16* p) {
 #if defined(MSRNN_AVX2)
   __m128i u = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   x.v = (FloatLanes)_mm256_slli_epi32(_mm256_cvtepu16_epi32(u), 16);
+#elif defined(__aarch64__)
+  x.v = (FloatLanes)vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16);
 #else
   for (int i = 0; i < kLanes; ++i) x.v[i] = to_float(p[i]);
 #endif
@@ -310,22 +316,24 @@ MSRNN_FN Float widen(const Half* p) {
   Float x;
 #if defined(MSRNN_AVX2)
   x.v = (FloatLanes)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+  const uint16x4_t u = vld1_u16(reinterpret_cast<const uint16_t*>(p));
+  x.v = (FloatLanes)vcvt_f32_f16(vreinterpret_f16_u16(u));
 #else
   for (int i = 0; i < kLanes; ++i) x.v[i] = to_float(p[i]);
 #endif
   return x;
 }
+// The bits of bfloat16 in 32 each: to nearest, ties to even.
+MSRNN_FN UintLanes rounded_bfloat16(Float x) {
+  const UintLanes u = (UintLanes)x.v;
+  const UintLanes rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+  return x.v == x.v ? rounded : UintLanes{} + 0x7FC0u;
+}
 #if defined(MSRNN_AVX2)
 MSRNN_FN __m256i narrow_bfloat16(Float a, Float b) {
-  UintLanes rounded[2];
-  for (int i = 0; i < 2; ++i) {
-    const FloatLanes x = i == 0 ? a.v : b.v;
-    const UintLanes u = (UintLanes)x;
-    rounded[i] = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
-    rounded[i] = x == x ? rounded[i] : UintLanes{} + 0x7FC0u;
-  }
   // Packs each half of the vectors by itself.
-  __m256i packed = _mm256_packus_epi32((__m256i)rounded[0], (__m256i)rounded[1]);
+  __m256i packed = _mm256_packus_epi32((__m256i)rounded_bfloat16(a), (__m256i)rounded_bfloat16(b));
   return _mm256_permute4x64_epi64(packed, 0xD8);
 }
 MSRNN_FN __m128i narrow_half(Float x) {
@@ -336,6 +344,8 @@ MSRNN_FN void store_full(BFloat16* p, Float x) {
 #if defined(MSRNN_AVX2)
   __m128i packed = _mm256_castsi256_si128(narrow_bfloat16(x, x));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+#elif defined(__aarch64__)
+  vst1_u16(reinterpret_cast<uint16_t*>(p), vmovn_u32((uint32x4_t)rounded_bfloat16(x)));
 #else
   for (int i = 0; i < kLanes; ++i) p[i] = to_bfloat16(x.v[i]);
 #endif
@@ -343,6 +353,9 @@ MSRNN_FN void store_full(BFloat16* p, Float x) {
 MSRNN_FN void store_full(Half* p, Float x) {
 #if defined(MSRNN_AVX2)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_half(x));
+#elif defined(__aarch64__)
+  const float16x4_t narrow = vcvt_f16_f32((float32x4_t)x.v);
+  vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(narrow));
 #else
   for (int i = 0; i < kLanes; ++i) p[i] = to_half(x.v[i]);
 #endif

@@ -63,7 +63,7 @@ struct Segments {
 void cut(Segments& all, const OptionalTensor& resets, Segment whole, bool reverse) {
   const auto first = static_cast<std::ptrdiff_t>(all.pieces.size());
   if (resets && whole.length > 0) {
-    const auto* at = static_cast<const bool*>(resets->data_ptr()) + whole.row * resets->stride(0);
+    const auto* at = memory_of<const bool>(*resets) + whole.row * resets->stride(0);
     const int64_t end = whole.start + whole.length;
     int64_t begin = whole.start;
     for (int64_t t = begin + (reverse ? 1 : 0); t < end; ++t) {
@@ -100,7 +100,7 @@ Segments segments_of(const Shape& shape, const OptionalTensor& cu_seqlens,
   const bool wide = cu.scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK(wide || cu.scalar_type() == ScalarType::Int,
                   "expected int32 or int64 cu_seqlens");
-  const auto* data = static_cast<const char*>(cu.data_ptr());
+  const auto* data = memory_of<const char>(cu);
   auto value = [&](int64_t i) -> int64_t {
     const char* p = data + i * cu.stride(0) * (wide ? 8 : 4);
     return wide ? *reinterpret_cast<const int64_t*>(p) : *reinterpret_cast<const int32_t*>(p);
@@ -257,8 +257,8 @@ struct Cpu {
     const ScalarType carry = accumulation_type(in.dtype);
     check_state(h0, count, channels, carry);
 
-    Tensor h = torch::stable::new_empty(like, {rows, time, channels});
-    Tensor last = torch::stable::new_empty(like, {count, channels}, carry);
+    Tensor h = allocate(like, {rows, time, channels});
+    Tensor last = allocate(like, {count, channels}, carry);
     const int64_t bytes = rows * time * channels * size_of(in.dtype);
     prepare_output(h, bytes);
 
@@ -283,7 +283,7 @@ struct Cpu {
     check_state(h0, count, channels, carry);
     check_state(grad_last, count, channels, carry);
     const View states = view_of_states(h, in);
-    Tensor grad_h0 = torch::stable::new_empty(h, {count, channels}, carry);
+    Tensor grad_h0 = allocate(h, {count, channels}, carry);
     Scan s = describe(op, in, segments.pieces, reverse);
     s.state = states;
     s.packed = s.packed && is_packed(s.state, s.dtype);
@@ -305,7 +305,7 @@ struct Cpu {
   // A tile for every row in use, from its state and back to it.
   static void step(const RowStep& step, const Tensor& like) {
     const int64_t scalar = step.dtype == DType::float64 ? 8 : 4, bytes = step.channels * scalar;
-    Tensor h = torch::stable::new_empty(like, {step.batch, 1, step.channels});
+    Tensor h = allocate(like, {step.batch, 1, step.channels});
     Inputs in{{step.batch, 1, step.channels}, step.dtype, {}, 3};
     std::copy_n(step.input, 3, in.view);
     std::vector<Segment> segments;
@@ -337,7 +337,7 @@ struct Cpu {
   }
 
   static Tensor new_like(const Tensor& x) {
-    Tensor out = torch::stable::new_empty(x, x.sizes());
+    Tensor out = allocate(x, x.sizes());
     prepare_output(out, out.numel() * size_of(dtype_of(out)));
     return out;
   }

@@ -187,6 +187,8 @@ MSRNN_FN void wait_for(const uint32_t* flag) {
     }
 #if defined(__x86_64__)
     _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
 #endif
   }
 }

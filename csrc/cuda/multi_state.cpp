@@ -18,7 +18,7 @@ Tensor readable(const Tensor& x) {
   bool aligned = x.stride(-1) == 1 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) aligned = aligned && x.stride(d) * size % 16 == 0;
   if (aligned) return x;
-  Tensor copy = torch::stable::new_empty(x, x.sizes());
+  Tensor copy = allocate(x, x.sizes());
   torch::stable::copy_(copy, x);
   return copy;
 }
@@ -67,7 +67,7 @@ void run(StepCall& call, const Tensor& like) {
   }
   const int64_t bytes =
       lay_out(call.plan, call.state, call.batch, call.query_heads, nullptr, nullptr).bytes;
-  Tensor workspace = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  Tensor workspace = allocate(like, {bytes}, ScalarType::Byte);
   lay_out(call.plan, call.state, call.batch, call.query_heads,
           static_cast<char*>(workspace.data_ptr()), &call.exchange);
   const char* error = launch_step(call, device.stream());
@@ -93,7 +93,7 @@ struct Cuda {
     const int64_t batch = scores.size(0);
     if (batch == 0) return;
     const OnDevice device(scores);
-    const auto* sums = static_cast<const float*>(scores.data_ptr());
+    const auto* sums = memory_of<const float>(scores);
     const char* error = launch_evict(s, batch, rows, policy, sums, device.stream());
     STD_TORCH_CHECK(error == nullptr, "evict was not launched: ", error ? error : "");
   }

@@ -46,14 +46,14 @@ ScanCall describe(const Inputs& in, OptionalTensor& cu_seqlens, const OptionalTe
   for (int i = 0; i < in.count; ++i) call.input[i] = in.view[i];
   if (cu_seqlens) {
     if (!cu_seqlens->is_contiguous()) cu_seqlens = torch::stable::contiguous(*cu_seqlens);
-    call.cu_seqlens = cu_seqlens->data_ptr();
+    call.cu_seqlens = memory_of(*cu_seqlens);
     call.long_ends = cu_seqlens->scalar_type() == ScalarType::Long;
   }
   if (resets) {
     STD_TORCH_CHECK(resets->dim() == 2 && resets->size(0) == call.rows &&
                         resets->size(1) == call.time && resets->scalar_type() == ScalarType::Bool,
                     "expected resets (B, T) of bool");
-    call.resets = resets->data_ptr();
+    call.resets = memory_of(*resets);
     call.resets_row = resets->stride(0);
     call.resets_time = resets->stride(1);
   }
@@ -74,7 +74,7 @@ void run(ScanOp op, DType dtype, bool backward, const Tensor& like, ScanCall& ca
   if (call.plan.look_back) {
     const int64_t scalar = dtype == DType::float64 ? 8 : 4;
     const int64_t bytes = lay_out(call.plan, scalar, nullptr, nullptr).bytes;
-    workspace = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+    workspace = allocate(like, {bytes}, ScalarType::Byte);
     lay_out(call.plan, scalar, static_cast<char*>(workspace->data_ptr()), &call.exchange);
   }
   const char* error = launch_scan(op, dtype, backward, call, device.stream());
@@ -88,8 +88,8 @@ struct Cuda {
     ScanCall call = describe(in, cu_seqlens, resets, reverse, false);
     const ScalarType carry = accumulation_type(in.dtype);
     check_state(h0, call.sequences, call.channels, carry);
-    Tensor h = torch::stable::new_empty(like, {call.rows, call.time, call.channels});
-    Tensor last = torch::stable::new_empty(like, {call.sequences, call.channels}, carry);
+    Tensor h = allocate(like, {call.rows, call.time, call.channels});
+    Tensor last = allocate(like, {call.sequences, call.channels}, carry);
     call.state = view_of(h);
     call.entering = state_data(h0);
     call.leaving = last.data_ptr();
@@ -104,7 +104,7 @@ struct Cuda {
     const ScalarType carry = accumulation_type(in.dtype);
     check_state(h0, call.sequences, call.channels, carry);
     check_state(grad_last, call.sequences, call.channels, carry);
-    Tensor grad_h0 = torch::stable::new_empty(h, {call.sequences, call.channels}, carry);
+    Tensor grad_h0 = allocate(h, {call.sequences, call.channels}, carry);
     call.state = view_of_states(h, in);
     call.grad_state = view_of_gradient(grad_h, h);
     for (int i = 0; i < gradients.count; ++i) call.grad_input[i] = gradients.view[i];
@@ -124,7 +124,7 @@ struct Cuda {
     STD_TORCH_CHECK(error == nullptr, "the step was not launched: ", error ? error : "");
   }
 
-  static Tensor new_like(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
+  static Tensor new_like(const Tensor& x) { return allocate(x, x.sizes()); }
 };
 
 }  // namespace

@@ -24,8 +24,9 @@ def is_plain() -> bool:
 
 def is_as_it_lies(x: Tensor) -> bool:
     """Whether memory has the elements of a tensor: not those of a subclass, nor of a view that
-    PyTorch's dispatcher negates, or fills with zeros, before a kernel sees it."""
-    return type(x) is Tensor and not (x.is_neg() or x._is_zerotensor())
+    PyTorch's dispatcher negates before a kernel sees it. Kernels refuse other layouts and devices.
+    """
+    return type(x) is Tensor and not x.is_neg()
 
 
 def refuse_gradient(name: str, instead: str, tensors: Iterable[Tensor]) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.nn.functional import softplus
 
@@ -427,7 +428,7 @@ class Operator:
                 return self.forward(*args)
             if torch._C._are_functorch_transforms_active():
                 return self.function.apply(self, *args)
-            return self._record(self, *args)
+            return self._record(self, *unwrap_dead_wrappers(args))
         return _straight(self.forward, args, args[0])
 
     def _dispatched(self, *args: Any) -> tuple[Tensor, Tensor]:
