@@ -93,6 +93,14 @@ def training(words: list[str], /, output: Path) -> None:
 
 
 @command.command()
+@_output()
+@click.pass_obj
+def small(words: list[str], /, output: Path) -> None:
+    """Calls so small that the time is Python's and PyTorch's, on one thread: half a minute."""
+    benchmark.run("cpu", ["small"], False, output / "small.json", words)
+
+
+@command.command()
 @click.option("--full", is_flag=True, help="Every peer on every op and shape.")
 @_only(benchmark.CUDA_PARTS)
 @click.option("--limit", type=float, default=math.inf, help="Seconds after which no row is begun.")

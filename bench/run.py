@@ -22,7 +22,7 @@ Parts = dict[str, Callable[[], Entries]]
 
 
 def _cpu_parts(full: bool) -> Parts:
-    from bench.cpu import accuracy, layers, limits, memory, ops, steps, training
+    from bench.cpu import accuracy, layers, limits, memory, ops, small, steps, training
 
     return {
         "steps": partial(steps.run, _SECONDS, full),
@@ -33,6 +33,7 @@ def _cpu_parts(full: bool) -> Parts:
         "limits": partial(limits.run, _SECONDS),
         "accuracy": partial(accuracy.run, _SECONDS, full),
         "training": training.run,
+        "small": partial(small.run, _SECONDS),
     }
 
 

@@ -271,7 +271,7 @@ def _watched() -> bool:
         or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
         or torch._C._is_tracing()
         or torch._C._is_torch_function_mode_enabled()
-        or torch._C._autograd._profiler_enabled()
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
     )
 
 

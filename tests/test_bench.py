@@ -16,7 +16,7 @@ for needed in ("click", "rich", "matplotlib"):
 
 from bench import peers, report, run  # noqa: E402
 from bench.__main__ import command  # noqa: E402
-from bench.cpu import accuracy, layers, limits, memory, ops, steps, training  # noqa: E402
+from bench.cpu import accuracy, layers, limits, memory, ops, small, steps, training  # noqa: E402
 from bench.cuda import stand_in  # noqa: E402
 from bench.cuda import steps as gpu_steps  # noqa: E402
 from bench.serving import engine  # noqa: E402
@@ -89,6 +89,28 @@ def test_a_long_sequence(
     assert chunked[3].endswith("×") and chunked[4].endswith("×") and not whole[3]
     assert gru[1] == "n/a" and gru[3].endswith("×") and not gru[4]
     assert report.page(tmp_path / "training.json")
+
+
+def test_small_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small, "SIZES", ((2, 8),))
+    threads = torch.get_num_threads()
+    command.main(["small", "--output", str(tmp_path)], standalone_mode=False)
+    assert torch.get_num_threads() == threads
+    found = json.loads((tmp_path / "small.json").read_text("utf-8"))
+    (table,) = report.tables(found)
+    assert [row[2] for row in table.rows[:3]] == ["min_gru", "min_gru, recorded", "attend_evict"]
+    assert len(table.rows) == 3 + 2 * 4 + 2 and all(row[-1].endswith("×") for row in table.rows)
+    assert report.page(tmp_path / "small.json")
+
+
+@pytest.mark.parametrize("cell", ["MinGRU", "MinLSTM"])
+def test_steps_by_hand_are_those_of_the_layer(cell: str) -> None:
+    layer = small.CELLS[cell](4, 6)
+    linear = torch.nn.Linear(4, layer.weight_ih_l0.shape[0])
+    linear.weight, linear.bias = layer.weight_ih_l0, layer.bias_ih_l0
+    x, h = torch.randn(3, 4), torch.rand(1, 3, 6)
+    y, _ = layer.step(x, h if cell == "MinGRU" else (h, h))
+    torch.testing.assert_close(small.by_hand(cell, linear, x, h[0]), y)
 
 
 def test_the_usual_run_has_the_headline_and_starts_without_compiling() -> None:

@@ -190,10 +190,10 @@ def test_who_looks_at_a_step_sees_it() -> None:
     with torch.no_grad():
         with _Seen() as mode:
             step(q, k, v)
-        assert mode.names.count("msrnn_ops.attend_evict.default") == 1
+        assert sum(name.endswith("attend_evict.default") for name in mode.names) == 1
         with torch.profiler.profile() as found:
             step(q, k, v)
-        assert any(event.key == "msrnn_ops::attend_evict" for event in found.key_averages())
+        assert any(event.key.endswith("::attend_evict") for event in found.key_averages())
         assert state.seen.tolist() == [2]
         with torch.inference_mode():
             assert not step(q, k, v).requires_grad

@@ -178,6 +178,20 @@ def _training(found: dict[str, Any]) -> Table:
     return Table(title, note, columns, cells)
 
 
+def _small(rows: list[dict[str, Any]]) -> Table:
+    cells = []
+    for row in rows:
+        beside, *others = row["times"]
+        least = row["times"][beside]
+        for name in others:
+            time = row["times"][name]
+            times = f"{number(time['median'] / least['median'], 2)}×"
+            cells.append([row["kind"], row["size"], name, duration(time), beside, times])
+    note = "Without gradients but where they are named; a layer's size is rows, steps and width."
+    columns = ("what", "size", "ours", "time", "beside", "over it")
+    return Table("Small calls, one thread", note, columns, cells, labels=3)
+
+
 def tables(results: dict[str, Any]) -> list[Table]:
     found = [_limits(results["limits"])] if "limits" in results else []
     for backward, title in ((False, "Forward"), (True, "Forward and backward")):
@@ -196,6 +210,7 @@ _TABLES: dict[str, Callable[[Any], Table]] = {
     "decoding": _decoding,
     "accuracy": _accuracy,
     "training": _training,
+    "small": _small,
 }
 
 

@@ -26,7 +26,7 @@ namespace MSRNN_ISA {
 constexpr int64_t kWidth = Float::lanes;
 constexpr int64_t kAheadBytes = 8192;
 constexpr int64_t kPieceBytes = 16384;
-constexpr int64_t kRowsAtOnce = 128;  // of a piece
+constexpr int64_t kRowsAtOnce = 128;               // of a piece
 #if defined(MSRNN_AVX512) || defined(__aarch64__)  // 32 registers
 constexpr int kAccumulators = 16;
 #else
