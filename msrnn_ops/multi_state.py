@@ -40,12 +40,12 @@ def _needs_no_checks(
     q: Tensor, k: Tensor, v: Tensor, state: MultiState, scale: float | None
 ) -> bool:
     """Whether the operator sees all that could be wrong with a call, in less time."""
-    if type(state) is not MultiState or not is_plain() or type(q) is not Tensor:
+    if type(state) is not MultiState or type(state.keys) is not Tensor or not is_plain():
         return False
-    for x in (q, k, v, *state.tensors()):
-        if type(x) is not Tensor or not x.is_cpu or x.requires_grad:
+    for x in (q, k, v):
+        if type(x) is not Tensor or not x.is_cpu or x.is_neg():
             return False
-    if q.is_neg() or k.is_neg() or v.is_neg():
+    if torch._C._any_requires_grad(q, k, v, *state.tensors()):
         return False
     if not backend.is_compiled("attend_evict", q):
         return False

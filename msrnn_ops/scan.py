@@ -92,7 +92,7 @@ def _unchecked(
     if not is_plain() or torch._C._is_tracing() or torch.is_autocast_enabled("cpu"):
         return None
     for x in inputs if h0 is None else (*inputs, h0):
-        if type(x) is not Tensor or not x.is_cpu:
+        if type(x) is not Tensor or not x.is_cpu or x.is_neg():
             return None
     flags: tuple[bool, ...] = (activation == "identity",) if op.flags else ()
     known = not flags or flags[0] or activation == "g"
@@ -100,8 +100,13 @@ def _unchecked(
         return None
     if not backend.is_compiled(op.name, inputs[0]):
         return None
+    operator = OPERATORS[backend.COMPILED, op.name]
+    args = (*inputs, h0, None, None, reverse, *flags)
     try:
-        return OPERATORS[backend.COMPILED, op.name].eager(*inputs, h0, None, None, reverse, *flags)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return operator.eager(*args)
+        h, last = backend.of_device(operator.forward, args, on_cpu=True)
+        return h, last
     except RuntimeError:
         return None
 

@@ -31,7 +31,7 @@ from torch.autograd import forward_ad
 from torch.nn.functional import softplus
 
 from msrnn_ops import backend, errors, reference, transforms
-from msrnn_ops.operators.in_place import InPlace, is_as_it_lies, is_plain
+from msrnn_ops.operators.in_place import InPlace, is_plain
 from msrnn_ops.reference import accumulation_dtype
 
 
@@ -294,7 +294,7 @@ def _straight(kernel: Any, args: tuple[Any, ...], like: Tensor) -> Any:
     """What an operator computes, by the shortest way that its tensors allow."""
     if like.is_cpu or like.is_cuda:
         for x in args:
-            if isinstance(x, Tensor) and not is_as_it_lies(x):
+            if isinstance(x, Tensor) and (type(x) is not Tensor or x.is_neg()):
                 break
         else:
             return backend.of_device(kernel, args, like.is_cpu)
