@@ -8,9 +8,9 @@ the same way it asks the cache for the sizes of a mask right before it asks for 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -46,6 +46,13 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 __all__ = ["MultiStateCache"]
 
+Policies: TypeAlias = (
+    Policy
+    | Sequence[Policy | None]
+    | Mapping[Any, Policy]  # by the number of a layer or by its type
+    | Callable[[int, str], Policy | None]
+)
+
 _ATTENTION = "msrnn"
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 # What models pass to their attention that changes its weights.
@@ -64,7 +71,10 @@ class MultiStateCache(Cache):  # type: ignore[misc]
     attends, and makes room.
 
     Args:
-        policy: what each layer keeps.
+        policy: what each layer keeps: one :class:`msrnn_ops.Policy` for all; a sequence with one
+            for each layer of the model; a mapping by the number of a layer or by its type, as the
+            config's ``layer_types`` has them (the number counts more); or a function of both. What
+            is said of layers with a sliding window is not looked at.
         config: ``model.config`` of a decoder without cross attention, capped or biased attention
             logits, learned sinks, a cache of latents, or layers that share keys; head_dim a
             multiple of 8 up to 256, in each layer its own.
@@ -72,10 +82,10 @@ class MultiStateCache(Cache):  # type: ignore[misc]
             process group or a mesh of one dimension. None: this process has all heads.
 
     Raises:
-        TypeError, ValueError: a wrong policy or config, a head_dim that is not supported; in use: a
-            mask of another shape or that shows what was hidden before, another batch, dtype or
-            device before :meth:`reset`, tokens that ``generate`` feeds a second time, dropout, what
-            the ops refuse.
+        TypeError, ValueError: a wrong policy or config, no policy for a layer, a head_dim that is
+            not supported; in use: a mask of another shape or that shows what was hidden before,
+            another batch, dtype or device before :meth:`reset`, tokens that ``generate`` feeds a
+            second time, dropout, what the ops refuse.
         NotImplementedError: another model; a mask other than causal with padding; other heads than
             the config says; offloading; tokens taken back (:meth:`crop`), as assisted decoding
             does.
@@ -97,13 +107,20 @@ class MultiStateCache(Cache):  # type: ignore[misc]
     torch.Size([1, 13])
     >>> cache.kept_positions()[0], cache.get_seq_length()
     (tensor([[[ 8,  9, 10, 11]]]), 12)
+
+    A pyramid, whose first layers keep more (Cai et al. 2024, "PyramidKV"):
+
+    >>> cache = MultiStateCache(lambda layer, kind: ms.Policy.tova(8 - 4 * layer), model.config)
+    >>> [layer.policy.slots for layer in cache.layers]
+    [8, 4]
     """
 
     _next_layer = 0  # whose keys come next
 
-    def __init__(self, policy: Policy, config: Any, *, group: Group = None) -> None:
-        if not isinstance(policy, Policy):
-            raise errors.kind("MultiStateCache", "policy", "a Policy", policy)
+    def __init__(self, policy: Policies, config: Any, *, group: Group = None) -> None:
+        if not isinstance(policy, Policy | Sequence | Mapping) and not callable(policy):
+            expected = "a Policy, or a sequence, a mapping or a function of them"
+            raise errors.kind("MultiStateCache", "policy", expected, policy)
         if not isinstance(config, transformers.PreTrainedConfig):
             raise TypeError(
                 "MultiStateCache: expected config to be the configuration of a model, got "
@@ -131,8 +148,11 @@ class MultiStateCache(Cache):  # type: ignore[misc]
                     )
                 kv_heads //= ranks
                 check_head_dim("MultiStateCache", head_dim, "a config with a head_dim")
-                layer = _MultiStateLayer(policy, kv_heads, name)
+                layer = _MultiStateLayer(_policy_of(policy, config, i), kv_heads, name)
             layers.append(layer)
+        if isinstance(policy, Sequence) and len(policy) != len(layers):
+            expected = f"policies for {len(layers)} layers"
+            raise errors.value("MultiStateCache", expected, len(policy))
         super().__init__(layers=layers)
         self._config = config
         # (B, columns) bool: for which columns of the attention mask a token was stored, and which
@@ -359,6 +379,25 @@ _REFUSED_MODELS = {
         ("flint", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"), "learned sinks"
     ),
 }
+
+
+def _policy_of(policies: Policies, config: Any, layer: int) -> Policy:
+    """What a layer keeps, by one of the ways to say it."""
+    if isinstance(policies, Policy):
+        return policies
+    types = getattr(config, "layer_types", None)
+    kind = types[layer] if types else "full_attention"
+    found: Any = None
+    if isinstance(policies, Mapping):
+        found = policies.get(layer, policies.get(kind))
+    elif not isinstance(policies, Sequence):
+        found = policies(layer, kind)
+    elif layer < len(policies):
+        found = policies[layer]
+    if not isinstance(found, Policy):
+        name = f"policy of layer {layer} ({kind})"
+        raise errors.kind("MultiStateCache", name, "a Policy", found)
+    return found
 
 
 def _of_layer(config: Any, layer: int) -> Any:

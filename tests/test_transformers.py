@@ -111,17 +111,22 @@ def kept(cache: Any, layer: int, row: int) -> list[list[int]] | None:
     )
 
 
+def policies_of(policy: Any, config: Any) -> list[Any]:
+    """The policy of each layer; None: it has a sliding window."""
+    return [getattr(layer, "policy", None) for layer in MultiStateCache(policy, config).layers]
+
+
 class Oracle:
     """A stock model of one row with a cache of everything, under the masks that a policy closes."""
 
     current: Oracle
 
-    def __init__(self, model: Any, policy: ms.Policy) -> None:
+    def __init__(self, model: Any, policy: Any) -> None:
         self.model = copy.deepcopy(model).double()
         self.model.set_attn_implementation("oracle")
         self.cache = transformers.DynamicCache(config=self.model.config)
         self.rows: dict[int, masked_attention.Row] = {}
-        self.policy = policy
+        self.policies = policies_of(policy, self.model.config)
 
     def forward(
         self,
@@ -141,7 +146,7 @@ class Oracle:
         if rest.get("sliding_window") is not None:
             return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, **rest)
         self, layer, time = Oracle.current, module.layer_idx, q.shape[2]
-        row = self.rows.setdefault(layer, masked_attention.Row(self.policy, k.shape[1]))
+        row = self.rows.setdefault(layer, masked_attention.Row(self.policies[layer], k.shape[1]))
         q = q * scaling * q.shape[-1] ** 0.5
         out = row.prompt(q[0], k[0, :, -time:], v[0, :, -time:], self.follow[layer])
         return out.transpose(0, 1)[None].to(q), None
@@ -152,7 +157,7 @@ transformers.AttentionMaskInterface.register("oracle", sdpa_mask)
 
 
 def check_calls(
-    model: Any, policy: ms.Policy, calls: list[tuple[Tensor, Tensor]], tolerance: float
+    model: Any, policy: Any, calls: list[tuple[Tensor, Tensor]], tolerance: float
 ) -> tuple[Any, list[Tensor]]:
     """Calls of tokens (B, T) and their mask, against an oracle for each row alone.
 
@@ -181,7 +186,7 @@ def check_calls(
     return cache, [torch.cat(x) for x in exact]
 
 
-def check_generated(family: str, policy: ms.Policy) -> None:
+def check_generated(family: str, policy: Any) -> None:
     model = make(family)
     prompt, mask = left_padded(14, 9)
     cache = MultiStateCache(policy, model.config)
@@ -473,9 +478,57 @@ def test_layers_that_are_not_known_are_refused(monkeypatch: pytest.MonkeyPatch) 
         MultiStateCache(POLICIES["tova"], transformers.LlamaConfig())
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_policy_for_each_layer(family: str) -> None:
+    """Of other sizes and kinds, against masks: tokens, logits and kept positions of every step."""
+    model = make(family)
+    some = [ms.Policy.tova(5), ms.Policy.h2o(7), ms.Policy.window_sinks(3, 1)]
+    some = some[: model.config.num_hidden_layers]
+    cache = MultiStateCache(some, model.config)
+    with reference():
+        check_generated(family, some)
+        model.generate(left_padded(14)[0], **given(cache), **GREEDY)
+    for policy, positions in zip(
+        policies_of(some, model.config), cache.kept_positions(), strict=True
+    ):
+        assert policy is None if positions is None else positions.shape[-1] == policy.slots
+    cache.reset()
+    assert [getattr(layer, "policy", None) for layer in cache.layers] == policies_of(
+        some, model.config
+    )
+
+
+def test_ways_to_say_the_policy_of_a_layer() -> None:
+    llama, gemma = make("llama").config, make("gemma3").config
+    a, b = ms.Policy.tova(4), ms.Policy.window(9)
+    count = llama.num_hidden_layers
+    assert policies_of({0: b, "full_attention": a}, llama) == [b, *[a] * (count - 1)]
+    found = policies_of(lambda layer, kind: ms.Policy.tova(5 + layer), llama)
+    assert [policy.slots for policy in found] == list(range(5, 5 + count))
+    kinds: list[tuple[int, str]] = []
+    assert set(policies_of(lambda *layer: kinds.append(layer) or a, gemma)) == {a, None}
+    assert kinds and {kind for _, kind in kinds} == {"full_attention"}
+    sliding = {i for i, x in enumerate(gemma.layer_types) if x == "sliding_attention"}
+    only = [None if i in sliding else b for i in range(gemma.num_hidden_layers)]
+    assert policies_of(only, gemma) == only
+    wrong: list[tuple[Any, type[Exception], str]] = [
+        ([a] * (count + 1), ValueError, f"policies for {count} layers, got {count + 1}"),
+        ([a] * (count - 1), TypeError, f"policy of layer {count - 1} .* to be a Policy, got None"),
+        ({0: a}, TypeError, r"policy of layer 1 \(full_attention\) to be a Policy, got None"),
+        (lambda *_: 3, TypeError, r"policy of layer 0 \(full_attention\) to be a Policy, got int"),
+        ("tova", TypeError, "policy of layer 0 .* got str"),
+    ]
+    for policy, kind, words in wrong:
+        with pytest.raises(kind, match=f"MultiStateCache: expected {words}"):
+            MultiStateCache(policy, llama)
+
+
 def test_arguments_that_are_refused() -> None:
     config = make().config
-    with pytest.raises(TypeError, match="MultiStateCache: expected policy to be a Policy, got int"):
+    with pytest.raises(
+        TypeError,
+        match=r"MultiStateCache: expected policy to be a Policy, or a sequence, .* got int",
+    ):
         MultiStateCache(512, config)
     with pytest.raises(TypeError, match="configuration of a model, got NoneType"):
         MultiStateCache(POLICIES["tova"], None)
