@@ -45,7 +45,11 @@ def _needs_no_checks(
     for x in (q, k, v):
         if type(x) is not Tensor or not x.is_cpu or x.is_neg():
             return False
-    if torch._C._any_requires_grad(q, k, v, *state.tensors()):
+    kept = state.tensors()
+    for x in kept:
+        if not x.is_cpu:
+            return False
+    if torch._C._any_requires_grad(q, k, v, *kept):
         return False
     if not backend.is_compiled("attend_evict", q):
         return False
@@ -93,7 +97,8 @@ class DecoderStep:
 
     def __init__(self, state: MultiState, scale: float | None) -> None:
         self.state, self.scale = state, scale
-        self._usual = scale is not None and checks.is_usual_scale(scale)
+        together = all(x.device == state.device for x in state.tensors())
+        self._usual = together and scale is not None and checks.is_usual_scale(scale)
         self._on_cpu = state.device.type == "cpu"
         self._rest = (None, *state.tensors(), *state.policy.numbers, scale)
 
