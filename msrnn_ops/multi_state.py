@@ -91,8 +91,8 @@ class DecoderStep:
     """:func:`attend_evict` for a decoder that calls it again and again with one state.
 
     It takes q, k and v as decoders have them, (B, H, 1, Dh), and returns (B, 1, Hq, Dh), as they
-    want it. What does not change from token to token is looked up once: between the weights of two
-    layers, which leave nothing of it in a processor's caches, a look takes longer than a kernel.
+    want it. What does not change from token to token is looked up once: the weights of two layers
+    leave nothing of it in a processor's caches, where every look costs host time.
     """
 
     def __init__(self, state: MultiState, scale: float | None) -> None:

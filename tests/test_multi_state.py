@@ -8,7 +8,6 @@ import gc
 import random
 import warnings
 import weakref
-from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -20,7 +19,7 @@ from masked_attention import Row, kept_lists
 from scans import reference
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
+from transforms import Seen
 
 import msrnn_ops as ms
 from msrnn_ops.multi_state import DecoderStep, attend_evict_unchecked
@@ -141,18 +140,6 @@ def test_steps_without_checks(name: str, dtype: torch.dtype) -> None:
         same_state(ours, theirs)
 
 
-class _Seen(TorchDispatchMode):
-    """The operators that a mode of PyTorch gets to see."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(op))
-        return op(*args, **(kwargs or {}))
-
-
 @torch.no_grad()
 def test_steps_of_views_that_pytorch_negates() -> None:
     heads = (4, 2, 16)
@@ -188,7 +175,7 @@ def test_who_looks_at_a_step_sees_it() -> None:
     q, k, v = draw(1, heads, torch.float32, 1)
     step = DecoderStep(state, 0.25)
     with torch.no_grad():
-        with _Seen() as mode:
+        with Seen() as mode:
             step(q, k, v)
         assert sum(name.endswith("attend_evict.default") for name in mode.names) == 1
         with torch.profiler.profile() as found:

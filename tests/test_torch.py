@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from scans import SCANS, Scan, norm_error, scans
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
+from transforms import Seen
 
 import msrnn_ops as ms
 
@@ -280,18 +279,6 @@ def test_modules_that_use_ops_can_be_copied() -> None:
     torch.testing.assert_close(copy.deepcopy(layer)(x), layer(x))
 
 
-class _Seen(TorchDispatchMode):
-    """The operators that a mode of PyTorch gets to see."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(op))
-        return op(*args, **(kwargs or {}))
-
-
 @scans
 @torch.no_grad()
 def test_the_short_way_to_a_kernel(scan: Scan) -> None:
@@ -304,7 +291,7 @@ def test_the_short_way_to_a_kernel(scan: Scan) -> None:
     assert torch.equal(scan(*negated, torch._neg_view(-h0)), expected)
     zeros = [torch._efficientzerotensor(x.shape) for x in inputs]
     assert torch.equal(scan(*zeros), scan(*map(torch.zeros_like, inputs)))
-    with _Seen() as mode:
+    with Seen() as mode:
         scan(*inputs, h0)
     assert [x for x in mode.names if x.startswith("msrnn")] == [f"msrnn_ops.{name}.default"]
     with torch.profiler.profile() as found:

@@ -12,12 +12,13 @@ import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad, functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Function = Callable[[Tensor], Tensor]
 # Of the 2-norm. float32 stays under it where terms cancel too, a missing term or factor does not.
@@ -214,3 +215,15 @@ COMPILED = [
 def compositions(chosen: list[Composition]) -> pytest.MarkDecorator:
     """Runs a test, which takes a `composition`, for each of them."""
     return pytest.mark.parametrize("composition", chosen, ids=str)
+
+
+class Seen(TorchDispatchMode):
+    """The operators that a mode of PyTorch gets to see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(op))
+        return op(*args, **(kwargs or {}))
